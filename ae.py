@@ -1,0 +1,481 @@
+"""DC-AE-V: the deep compression video autoencoder (paper, section on DC-AE-V; spec dc-ae-v 2 to 5).
+
+A deterministic, purely convolutional autoencoder: no attention, no KL term, no quantisation. A video [b, 3, T, H, W] in [-1, 1]
+becomes a latent [b, Z, T/4, H/32, W/32] (H/64 for f64). `fXtYcZ` names spatial factor, temporal factor, latent channels.
+
+    encoder:  conv + unshuffle(2) | stage | down(2) | stage | ... | down(t=4) | stage | conv
+    decoder:  conv | stage | up(t=4) | stage | ... | up(2) | stage | norm, SiLU, conv + shuffle(2)
+
+A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up blocks have parameter-free shortcuts (channel
+averaging and duplicating, from the image DC-AE), so that the network starts as an exact space-to-channel rearrangement and only learns the rest.
+The temporal resampling is the innermost one. Every convolution is chunk-causal (`chunk_causal.py`): one pass over a clip, or
+chunk after chunk with the state handed on, give the same latent.
+
+    python ae.py reconstruct assets/bunny.mp4          a clip through the toy autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM
+    python ae.py reconstruct CLIP --weights dc-ae-v-1.0-f32t4c32-bf16.pt     the same through official weights
+    python ae.py train --preset toy --out out/ae       trains the toy autoencoder from nothing (about an hour on one core)
+"""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every other process down; must precede torch
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from tqdm import tqdm
+
+import checkpoint
+import data
+import kernels
+import metrics
+from checkpoint import UserError
+from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
+
+
+@dataclass(frozen=True)
+class Config:
+    """Size of a DC-AE-V (spec 2.1). `widths` and `depths` have one entry per stage; a stage of depth 0 is skipped altogether."""
+
+    widths: tuple
+    depths: tuple
+    latent_channels: int
+    chunk: int = 40  # frames per chunk at pixel rate
+    scale: float = 1.0  # scaling factor: the diffusion model sees scale * encode(x), about unit RMS
+    patch: int = 2  # spatial factor of the outermost unshuffle and shuffle
+    temporal_factor: int = 4
+    temporal: str = "chunk_causal"  # or "causal", "non_causal": the paper's alternatives
+
+    def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if self.chunk % self.temporal_factor:
+            raise ValueError(f"chunk ({self.chunk}) must be a multiple of temporal_factor ({self.temporal_factor}).")
+
+    @property
+    def first(self):
+        """Index of the first stage that exists."""
+        return next(i for i, d in enumerate(self.depths) if d > 0)
+
+    @property
+    def spatial_factor(self):
+        return self.patch * 2 ** (len(self.widths) - 2 - self.first)
+
+    @property
+    def latent_chunk(self):
+        return self.chunk // self.temporal_factor
+
+    def resample(self, i):
+        """(spatial, temporal) factor between stage i and i+1: temporal for the innermost pair, spatial for all others."""
+        return (1, self.temporal_factor) if i == len(self.widths) - 2 else (2, 1)
+
+
+_F32 = dict(widths=(128, 256, 512, 512, 1024, 1024, 1024), depths=(0, 5, 10, 4, 4, 4, 4))
+PRESETS = {
+    "f32t4c32": Config(**_F32, latent_channels=32, scale=0.7241),
+    "f32t4c64": Config(**_F32, latent_channels=64, scale=0.7614),
+    "f32t4c128": Config(**_F32, latent_channels=128, scale=0.4457),
+    "f32t4c256": Config(**_F32, latent_channels=256, scale=0.4752),
+    "f64t4c128": Config((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 128, scale=0.4752),
+    # Laptop models for the toy world of data.py: the deep autoencoder, and the moderate one of the toy base model.
+    "toy": Config((0, 16, 32, 64, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=16),
+    "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=16),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- layers (spec 3)
+
+
+class RMSNorm(nn.Module):
+    """Normalise over channels at each (b, t, h, w), then scale and shift (spec 3.5)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return kernels.rms_norm_channels(x, self.weight, self.bias, eps=1e-5)
+
+
+class ConvLayer(nn.Module):
+    """Convolution, then optionally RMSNorm, then optionally SiLU."""
+
+    def __init__(self, cin, cout, chunk, temporal, bias=True, norm=False, act=False):
+        super().__init__()
+        self.conv = Conv3d(cin, cout, chunk, temporal, bias=bias)
+        self.norm = RMSNorm(cout) if norm else None
+        self.act = act
+
+    def forward(self, x, state=None):
+        x, state = self.conv(x, state)
+        x = x if self.norm is None else self.norm(x)
+        return F.silu(x) if self.act else x, state
+
+
+class TwoConvs(nn.Module):
+    """The residual branch of a block: conv, SiLU, conv (no bias), RMSNorm (spec 3.6)."""
+
+    def __init__(self, channels, chunk, temporal):
+        super().__init__()
+        self.conv1 = ConvLayer(channels, channels, chunk, temporal, act=True)
+        self.conv2 = ConvLayer(channels, channels, chunk, temporal, bias=False, norm=True)
+
+    def forward(self, x, state=None):
+        return run_layers((self.conv1, self.conv2), x, state)
+
+
+class DownConv(nn.Module):
+    """conv to fewer channels, then space-time to depth: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r] (spec 3.4)."""
+
+    def __init__(self, cin, cout, r, t, chunk, temporal):
+        super().__init__()
+        self.r, self.t = r, t
+        self.conv = ConvLayer(cin, cout // (t * r * r), chunk, temporal)
+
+    def forward(self, x, state=None):
+        x, state = self.conv(x, state)
+        return pixel_unshuffle(x, self.r, self.t), state
+
+
+class UpConv(nn.Module):
+    """conv to more channels, then depth to space-time: [b, cin, T, H, W] -> [b, cout, T*t, H*r, W*r] (spec 3.4)."""
+
+    def __init__(self, cin, cout, r, t, chunk, temporal):
+        super().__init__()
+        self.r, self.t = r, t
+        self.conv = ConvLayer(cin, cout * t * r * r, chunk, temporal)
+
+    def forward(self, x, state=None):
+        x, state = self.conv(x, state)
+        return pixel_shuffle(x, self.r, self.t), state
+
+
+def averaging_shortcut(x, cout, r, t):
+    """Unshuffle, then average consecutive groups of channels down to `cout` (spec 3.4)."""
+    return reduce(pixel_unshuffle(x, r, t), "b (o g) t h w -> b o t h w", "mean", o=cout)
+
+
+def duplicating_shortcut(x, cout, r, t):
+    """Repeat each channel until a shuffle gives `cout` channels, then shuffle (spec 3.4)."""
+    return pixel_shuffle(repeat(x, "b c t h w -> b (c n) t h w", n=cout * t * r * r // x.shape[1]), r, t)
+
+
+class Residual(nn.Module):
+    """main(x) + shortcut(x); `main` is the streaming part."""
+
+    def __init__(self, main, shortcut=lambda x: x):
+        super().__init__()
+        self.main, self.shortcut = main, shortcut
+
+    def forward(self, x, state=None):
+        y, state = self.main(x, state)
+        return y + self.shortcut(x), state
+
+
+def res_block(channels, chunk, temporal):
+    return Residual(TwoConvs(channels, chunk, temporal))
+
+
+def down_block(cin, cout, r, t, chunk, temporal):
+    return Residual(DownConv(cin, cout, r, t, chunk, temporal), lambda x: averaging_shortcut(x, cout, r, t))
+
+
+def up_block(cin, cout, r, t, chunk, temporal):
+    return Residual(UpConv(cin, cout, r, t, chunk, temporal), lambda x: duplicating_shortcut(x, cout, r, t))
+
+
+class Stage(nn.Module):
+    """A row of streaming blocks at one resolution."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.op_list = nn.ModuleList(blocks)
+
+    def forward(self, x, state=None):
+        return run_layers(self.op_list, x, state)
+
+
+class Encoder(nn.Module):
+    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f] (spec 2.2). Module names are those of the official checkpoints."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        n, W, s = len(cfg.widths), cfg.widths, cfg.first
+        self.project_in = DownConv(3, W[s], cfg.patch, 1, cfg.chunk, cfg.temporal)
+        self.stages = nn.ModuleList()
+        for i in range(n):
+            chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
+            blocks = [res_block(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
+            if s <= i < n - 1:
+                blocks.append(down_block(W[i], W[i + 1], *cfg.resample(i), chunk, cfg.temporal))
+            self.stages.append(Stage(blocks))
+        self.project_out = ConvLayer(W[-1], cfg.latent_channels, cfg.latent_chunk, cfg.temporal)
+
+    def forward(self, x, state=None):
+        return run_layers((self.project_in, *self.stages, self.project_out), x, state)
+
+
+class Head(nn.Module):
+    """RMSNorm, SiLU, conv and shuffle to pixels. In the checkpoints the three are a list, of which SiLU is number 1."""
+
+    def __init__(self, width, cfg):
+        super().__init__()
+        self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), UpConv(width, 3, cfg.patch, 1, cfg.chunk, cfg.temporal)])
+
+    def forward(self, x, state=None):
+        norm, act, up = self.op_list
+        return up(act(norm(x)), state)
+
+
+class Decoder(nn.Module):
+    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped (spec 2.3). Stages are stored 0..n-1 and run from the last to the first."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        n, W, s = len(cfg.widths), cfg.widths, cfg.first
+        self.project_in = ConvLayer(cfg.latent_channels, W[-1], cfg.latent_chunk, cfg.temporal)
+        self.stages = nn.ModuleList()
+        for i in range(n):
+            chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
+            blocks = [res_block(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
+            if s <= i < n - 1:  # the convolution of the temporal up block still runs at the latent rate
+                up_chunk = cfg.latent_chunk if i == n - 2 else cfg.chunk
+                blocks.insert(0, up_block(W[i + 1], W[i], *cfg.resample(i), up_chunk, cfg.temporal))
+            self.stages.append(Stage(blocks))
+        self.project_out = Head(W[s], cfg)
+
+    def forward(self, z, state=None):
+        return run_layers((self.project_in, *reversed(self.stages), self.project_out), z, state)
+
+
+# ---------------------------------------------------------------------------------------------------- the autoencoder
+
+
+class DCAEV(nn.Module):
+    """DC-AE-V (spec 2 to 4). Pixels in [-1, 1], layout [b, c, t, h, w]; `encode` returns the raw latent: the diffusion model's
+    latent is `config.scale` times that (spec 6)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    # ---- any length and size: pad and crop (spec 4.1)
+
+    def latent_shape(self, frames, height, width):
+        """(t, h, w) of the latent of a clip: sizes are padded up to whole cells, frames to whole chunks."""
+        c = self.config
+        return (math.ceil(frames / c.chunk) * c.latent_chunk, math.ceil(height / c.spatial_factor), math.ceil(width / c.spatial_factor))
+
+    def pad(self, x):
+        """Repeat the last frame up to a whole chunk, and the last row and column up to a whole latent cell."""
+        f = self.config.spatial_factor
+        t, h, w = -x.shape[2] % self.config.chunk, -x.shape[3] % f, -x.shape[4] % f
+        return F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
+
+    def encode(self, x, compat=False):
+        """[b, 3, T, H, W] in [-1, 1] -> raw latent [b, Z, t, h, w] with (t, h, w) = latent_shape(T, H, W).
+
+        Any T >= 1 and any size: the clip is padded by repeating its edge. `compat=True` instead does what the released inference
+        code does: sizes must fit, T must be a multiple of 4, and a tail shorter than a chunk is encoded as a clip of its
+        own that sees nothing of the past (spec 4.2.5; visible, so not the default). Raises UserError for other input.
+        """
+        self._check(x, 3, "a clip", "b 3 frames height width")
+        if not compat:
+            x = self.pad(x)
+        elif x.shape[2] % self.config.temporal_factor or x.shape[3] % self.config.spatial_factor or x.shape[4] % self.config.spatial_factor:
+            raise UserError(f"compat needs frames in multiples of {self.config.temporal_factor} and sides in multiples of "
+                            f"{self.config.spatial_factor}, got {tuple(x.shape[2:])}: leave compat off to pad and crop.")
+        return torch.cat(list(self._chunks(self.encoder, x, self.config.chunk)), dim=2)
+
+    def decode(self, z, frames=None, size=None, compat=False):
+        """Raw latent [b, Z, t, h, w] -> [b, 3, frames, *size], not clamped. Default: everything the latent holds.
+
+        A latent that ends inside a chunk is padded by repeating its last frame and the result is cropped, unless `compat` (see `encode`).
+        """
+        self._check(z, self.config.latent_channels, "a latent", f"b {self.config.latent_channels} t h w")
+        frames = frames or z.shape[2] * self.config.temporal_factor
+        if not compat:
+            z = F.pad(z, (0, 0, 0, 0, 0, -z.shape[2] % self.config.latent_chunk), mode="replicate")
+        x = torch.cat(list(self._chunks(self.decoder, z, self.config.latent_chunk)), dim=2)
+        h, w = size or x.shape[3:]
+        return x[:, :, :frames, :h, :w]
+
+    def forward(self, x):
+        """Reconstruction of a clip of any length and size: encode, decode, crop."""
+        return self.decode(self.encode(x), x.shape[2], x.shape[3:])
+
+    # ---- single images (spec 4.1)
+
+    def encode_image(self, x):
+        """[b, 3, H, W] -> latent [b, Z, 1, h, w]: the image repeated for one latent frame, as a clip that stands alone."""
+        clip = repeat(x, "b c h w -> b c t h w", t=self.config.temporal_factor)
+        self._check(clip, 3, "an image", "b 3 height width")
+        f = self.config.spatial_factor
+        return self.encoder(F.pad(clip, (0, -x.shape[3] % f, 0, -x.shape[2] % f, 0, 0), mode="replicate"), ISOLATED)[0]
+
+    def decode_image(self, z, size=None):
+        """Latent [b, Z, 1, h, w] -> image [b, 3, *size]: the first of the frames it decodes to."""
+        x = self.decoder(z, ISOLATED)[0][:, :, 0]
+        h, w = size or x.shape[2:]
+        return x[:, :, :h, :w]
+
+    # ---- streams: memory does not grow with length (spec 4.2)
+
+    def encode_stream(self, clips):
+        """An iterable of clips [b, 3, any T, H, W] in order -> raw latents, one chunk at a time.
+
+        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, the result equals `encode`.
+        """
+        state = None
+        for chunk in self._rechunk(clips, self.config.chunk):
+            z, state = self.encoder(self.pad(chunk), state)
+            yield z
+
+    def decode_stream(self, z):
+        """Raw latents (a tensor, or an iterable of pieces cut anywhere) -> frames [b, 3, t, H, W], one chunk at a time."""
+        state, size = None, self.config.latent_chunk
+        for chunk in self._rechunk([z] if isinstance(z, torch.Tensor) else z, size):
+            n = chunk.shape[2]
+            x, state = self.decoder(F.pad(chunk, (0, 0, 0, 0, 0, size - n), mode="replicate"), state)
+            yield x[:, :, : n * self.config.temporal_factor]
+
+    def _chunks(self, net, x, size):
+        """Run `net` over x chunk by chunk with its state; a shorter tail (compat only) stands alone."""
+        state = None
+        for chunk in x.split(size, dim=2):
+            y, state = net(chunk, state if chunk.shape[2] == size else ISOLATED)
+            yield y
+
+    @staticmethod
+    def _rechunk(pieces, size):
+        """Re-cut pieces of a video into pieces of `size` frames; the last one may be shorter."""
+        held, count = [], 0
+        for piece in pieces:
+            while piece.shape[2]:
+                part, piece = piece[:, :, : size - count], piece[:, :, size - count :]
+                held.append(part)
+                count += part.shape[2]
+                if count == size:
+                    yield torch.cat(held, dim=2)
+                    held, count = [], 0
+        if held:
+            yield torch.cat(held, dim=2)
+
+    def _check(self, x, channels, what, layout):
+        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+            raise UserError(f"{what} has the layout [{layout}], got the shape {list(x.shape)}.")
+
+    # ---- weights (spec 5)
+
+    def load_official(self, state_dict):
+        """Copy an official state dict (bare, or in its training container), any float dtype, strictly -> self in eval mode."""
+        return checkpoint.load_strict(self, checkpoint.unwrap(state_dict), "the autoencoder weights").eval()
+
+
+def infer_config(tensors, name=""):
+    """The published preset whose shapes these weights have. The five differ in depth and latent channels (spec 5.3)."""
+    for preset, config in PRESETS.items():
+        with torch.device("meta"):
+            own = DCAEV(config).state_dict()
+        if own.keys() == tensors.keys() and all(own[k].shape == tensors[k].shape for k in own):
+            return config
+    raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset ({', '.join(PRESETS)}): give its Config, or another file.")
+
+
+def load(path, config=None):
+    """Weights of a DC-AE-V -> DCAEV in eval mode, fp32 (bf16 files are widened).
+
+    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`), or our own .safetensors, which carries its config.
+    The preset is inferred from the shapes where no config is given.
+    """
+    tensors, metadata = checkpoint.load_tensors(path)
+    if config is None:
+        config = Config(**metadata["config"]) if "config" in metadata else infer_config(tensors, path)
+    with torch.device("meta"):
+        net = DCAEV(config)
+    return checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
+
+
+def save(net, path, dtype=torch.float32, **metadata):
+    """Write weights and config as safetensors, atomically; official key names."""
+    tensors = {k: v.to(dtype) for k, v in net.state_dict().items()}
+    checkpoint.save_tensors(path, tensors, {"config": dataclasses.asdict(net.config), **metadata})
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=0, threads=None, bf16=True, save_every=200):
+    """Train a preset on the toy world -> path of its weights. Interrupted runs go on where they stopped, bit for bit on one machine.
+
+    Loss: L1 + MSE in pixels. `noise`: standard deviation, relative to the latent's RMS, of the noise added before decoding: it
+    spreads the information evenly over the latent, which the diffusion model needs. Clips hold at least two chunks, so that the path
+    across chunk borders is trained. The learning rate warms up over 100 steps and falls to zero over the last 30 %.
+    """
+    config = PRESETS[preset]
+    if frames < 2 * config.chunk or frames % config.chunk:
+        raise UserError(f"--frames must be a multiple of the chunk ({config.chunk}) and at least two chunks, got {frames}.")
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(out)
+    torch.manual_seed(seed)
+    net = DCAEV(config).to(device)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    state_file, settings = out / "train.pt", dict(preset=preset, steps=steps, batch=batch, frames=frames, lr=lr, noise=noise, seed=seed)
+    step, log = 0, []
+    if state_file.exists():
+        saved = checkpoint.load_pickle(state_file)
+        if saved["settings"] != settings:
+            raise UserError(f"{state_file} was made with other settings ({saved['settings']}): use the same ones, or another --out.")
+        net.load_state_dict(saved["net"])
+        opt.load_state_dict(saved["opt"])
+        step, log = saved["step"], saved["log"]
+    held_out = data.toy_batch(9_000_000, 16, 32)[0].to(device)
+
+    bar = tqdm(total=steps, initial=step, desc=f"train {preset}", unit="step", mininterval=5)
+    while step < steps:
+        x = data.toy_batch((seed, step), batch, frames, start=None)[0].to(device)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps))
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            z, _ = net.encoder(x)
+            z = z + noise * z.square().mean().sqrt() * torch.randn(z.shape, generator=generator).to(z)
+            y, _ = net.decoder(z)
+        y = y.float()
+        loss = (y - x).abs().mean() + (y - x).square().mean()
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; the last good checkpoint is {state_file}.")
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        step += 1
+        bar.update()
+        if step % save_every == 0 or step == steps:
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+                y = torch.cat([net(c).float() for c in held_out.split(4)])
+            log.append(dict(step=step, loss=loss.item(), psnr=metrics.psnr(y, held_out)))
+            bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{log[-1]['psnr']:.2f}")
+            state = dict(net=net.state_dict(), opt=opt.state_dict(), step=step, log=log, settings=settings)
+            with checkpoint.atomic_path(state_file) as tmp:
+                torch.save(state, tmp)
+            metrics.plot(out / "train.png", {"PSNR on held-out clips (dB)": [(r["step"], r["psnr"]) for r in log],
+                                             "training loss": [(r["step"], r["loss"]) for r in log]})
+            data.contact_sheet(out / "train_sheet.png", [v for pair in zip(held_out[:4], y[:4]) for v in pair], columns=8)
+    bar.close()
+
+    with torch.no_grad():
+        z = torch.cat([net.encode(c) for c in data.toy_batch(9_000_001, 64, 32)[0].to(device).split(8)])
+    net.config = dataclasses.replace(config, scale=round(1 / z.square().mean().sqrt().item(), 4))
+    save(net, out / f"{preset}.safetensors", torch.float16, training=settings, log=log)
+    return out / f"{preset}.safetensors"

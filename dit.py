@@ -1,0 +1,523 @@
+"""The Wan video diffusion transformer, for any latent space.
+
+A transformer that looks at a noisy video latent and predicts the flow velocity v = noise - x0 (Wan, arXiv 2503.20314).
+It is the backbone that DC-VideoGen (arXiv 2509.25182, section on AE-Adapt-V) moves into a deep latent space, and the move
+touches only its two ends: the patch embedder (first layer) and the head (last layer) meet the latent, everything between
+sees tokens of width D and keeps its weights.
+
+    x [B, C, F, H, W]  --patch (pt, ph, pw)-->  L = F/pt * H/ph * W/pw tokens of width D
+    block:  x += gate1 * SelfAttention(LN(x) * (1 + scale1) + shift1)        all tokens with all, 3-axis rotary positions
+            x += CrossAttention(LN3(x), text [, image])                      the prompt; and for image-to-video the picture
+            x += gate2 * MLP(LN(x) * (1 + scale2) + shift2)
+            (shift, scale, gate: from the diffusion time, plus a learned table per block)
+    head:   Linear(LN(x) * (1 + scale) + shift)  --unpatchify-->  v [B, C, F, H, W]
+
+Why a deep latent space is fast: f32t4 with patch 1 has 4.3x fewer tokens than f8t4 with patch 2 (17,600 instead of
+75,600 at 720p). Linear layers cost 12 L D^2 + 4 L D f and attention 4 L^2 D per block (`flops`), so one step gets 9.5x
+(14B) to 12x (1.3B) cheaper.
+
+Precision is a policy, stated once: residual stream, norms, modulation, time embedding and head are fp32; the matrix
+products of patch embedder, text and image MLPs and blocks run in `matmul_dtype()`, which is bf16 under autocast (training:
+fp32 masters) or after `cast_weights(torch.bfloat16)` (sampling), else fp32.
+
+Parameter names are those of the original checkpoints; `from_state_dict` also takes diffusers' names.
+
+    python dit.py                      every preset: parameters, tokens and TFLOP of one forward (5 seconds)
+    python dit.py --latent 20x68x120   for one latent size: 80 frames of 2176x3840 in f32t4 are 163,200 tokens
+"""
+import argparse
+import dataclasses
+import json
+import re
+from functools import lru_cache, partial
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import UserError, load_strict, load_tensors, save_tensors, user_errors
+from kernels import attention, gate_residual, layer_norm_modulate, rms_norm, rms_norm_rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    dim: int  # D, model width
+    ffn_dim: int  # f, width inside the MLP
+    heads: int
+    layers: int
+    in_channels: int  # image-to-video: noisy latent + 4 mask channels + condition latent
+    out_channels: int
+    patch: tuple = (1, 2, 2)  # pt, ph, pw
+    text_dim: int = 4096
+    text_len: int = 512  # prompts are padded to this; the padded rows are attended too
+    freq_dim: int = 256
+    eps: float = 1e-6
+    image_dim: int | None = None  # width of the CLIP features; None: no image cross-attention
+    image_positions: int | None = None  # first-and-last-frame models: learned positions for 2 x 257 image tokens
+
+
+_1B = dict(dim=1536, ffn_dim=8960, heads=12, layers=30)
+_5B = dict(dim=3072, ffn_dim=14336, heads=24, layers=30)
+_14B = dict(dim=5120, ffn_dim=13824, heads=40, layers=40)
+_TOY = dict(dim=192, ffn_dim=768, heads=6, layers=6, text_dim=32, text_len=8)
+
+PRESETS = {
+    "wan2.1-t2v-1.3b": Config(**_1B, in_channels=16, out_channels=16),
+    "wan2.1-t2v-14b": Config(**_14B, in_channels=16, out_channels=16),
+    "wan2.1-i2v-14b": Config(**_14B, in_channels=36, out_channels=16, image_dim=1280),
+    "wan2.1-flf2v-14b": Config(**_14B, in_channels=36, out_channels=16, image_dim=1280, image_positions=514),
+    "wan2.2-t2v-a14b": Config(**_14B, in_channels=16, out_channels=16),  # each of its two experts
+    "wan2.2-i2v-a14b": Config(**_14B, in_channels=36, out_channels=16),
+    "wan2.2-ti2v-5b": Config(**_5B, in_channels=48, out_channels=48),
+    "dc-wan2.1-t2v-1.3b": Config(**_1B, in_channels=32, out_channels=32, patch=(1, 1, 1)),
+    "dc-wan2.1-t2v-14b": Config(**_14B, in_channels=32, out_channels=32, patch=(1, 1, 1)),
+    "dc-wan2.1-i2v-14b": Config(**_14B, in_channels=68, out_channels=32, patch=(1, 1, 1), image_dim=1280),
+    "dc-wan2.1-t2v-14b-f64t4c128": Config(**_14B, in_channels=128, out_channels=128, patch=(1, 1, 1)),
+    "dc-wan2.1-t2v-1.3b-f64t4c128": Config(**_1B, in_channels=128, out_channels=128, patch=(1, 1, 1)),
+    "toy-base": Config(**_TOY, in_channels=16, out_channels=16),
+    "toy-dc": Config(**_TOY, in_channels=64, out_channels=64, patch=(1, 1, 1)),
+}
+
+
+# ------------------------------------------------------------------------------------------------- positions and time
+
+@lru_cache(maxsize=16)
+def rope_table(grid, head_dim, device):
+    """Rotations e^{i angle} of every token of a (f, h, w) grid: complex64 [L, head_dim/2], made in float64 once per grid.
+
+    The channel pairs of a head are divided among the axes: head_dim//6 each for height and width, the rest (first) for
+    time. Pair j of an axis with N pairs turns by position * 10000^(-j/N).
+    """
+    side = head_dim // 6
+    pairs = (head_dim // 2 - 2 * side, side, side)
+    with torch.inference_mode(False):  # a cached table may be made while sampling and used later in training
+        angles = []
+        for axis, (length, n) in enumerate(zip(grid, pairs)):
+            j = torch.arange(n, dtype=torch.float64, device=device)
+            angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * 10000.0 ** (-j / n)
+            angles.append(angle.view(*[length if a == axis else 1 for a in range(3)], n).expand(*grid, n))
+        angles = torch.cat(angles, -1).flatten(0, 2)  # l c/2
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def sinusoid(t, dim):
+    """[cos(t w), sin(t w)] with w_i = 10000^(-i / (dim/2)): float64 inside, since t reaches 1000; fp32 out."""
+    w = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[..., None] * w
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+class PatchEmbedder(nn.Conv3d):
+    """Non-overlapping patches -> tokens: a convolution whose stride is its kernel, so it is one matrix product."""
+
+    def __init__(self, in_channels, dim, patch):
+        super().__init__(in_channels, dim, patch, stride=patch)
+
+    def forward(self, x):  # b c f h w -> b f/pt h/ph w/pw d
+        pt, ph, pw = self.kernel_size
+        patches = rearrange(x, "b c (f pt) (h ph) (w pw) -> b f h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class RMSNorm(nn.Module):
+    """A weight for `kernels.rms_norm`; as a parameter holder it keeps the original key `norm_q.weight`."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+
+    def forward(self, x, rope):  # b l d
+        q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.heads, self.norm_q.eps)
+        k = rms_norm_rope(self.k(x), self.norm_k.weight, rope, self.heads, self.norm_k.eps)
+        v = self.v(x).unflatten(2, (self.heads, -1))  # b l n c
+        return self.o(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Tokens look at the prompt; with an image branch the same queries look at the picture in a second, separate softmax
+    and the two results are added before the output projection. No positions, no mask."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        if c.image_dim:
+            self.k_img, self.v_img = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, c.dim)
+            self.norm_k_img = RMSNorm(c.dim, c.eps)
+
+    def forward(self, x, text, image=None):  # b l d, b m d
+        split = partial(rearrange, pattern="b l (n c) -> b l n c", n=self.heads)
+        q = split(self.norm_q(self.q(x)))
+        y = attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+        if image is not None:
+            y = y + attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+        return self.o(y.flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.eps = c.eps
+        self.self_attn = SelfAttention(c)
+        self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)  # the cross-attention norm; norms 1 and 2 have no parameters
+        self.cross_attn = CrossAttention(c)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, e0, rope, text, image, dtype):
+        """x fp32 [b l d]; e0 fp32 [b 1|l 6 d]; text, image in `dtype`, the type of the matrix products."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unbind(2)  # each b 1|l d
+        a = layer_norm_modulate(x, scale1, shift1, self.eps).to(dtype)
+        x = gate_residual(x, self.self_attn(a, rope), gate1)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
+        a = layer_norm_modulate(x, scale2, shift2, self.eps).to(dtype)
+        return gate_residual(x, self.ffn(a), gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.eps = c.eps
+        self.head = nn.Linear(c.dim, prod(c.patch) * c.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, e):  # b l d, b 1|l d
+        shift, scale = (self.modulation + e.unsqueeze(2)).unbind(2)
+        return self.head(layer_norm_modulate(x, scale, shift, self.eps))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens of the condition image -> width D. Two images (first and last frame) arrive as 514 tokens."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(c.image_dim), nn.Linear(c.image_dim, c.image_dim), nn.GELU(),
+                                  nn.Linear(c.image_dim, c.dim), nn.LayerNorm(c.dim))
+        if c.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, c.image_positions, c.image_dim))
+
+    def forward(self, clip_fea, dtype):  # b m image_dim -> b m d
+        x = clip_fea.float()
+        if hasattr(self, "emb_pos"):
+            x = x.reshape(-1, *self.emb_pos.shape[1:]) + self.emb_pos  # [2b, 257, .] or [b, 514, .]
+        norm_in, *mlp, norm_out = self.proj
+        x = norm_in(x).to(dtype)
+        for layer in mlp:
+            x = layer(x)
+        return norm_out(x.float()).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- transformer
+
+class WanDiT(nn.Module):
+    """net(x, t, context, clip_fea=None) -> velocity. Set `net.checkpointing = True` to recompute blocks in the backward
+    pass: memory of one block instead of all, for a third more compute."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.dim % c.heads or (c.dim // c.heads) % 2:
+            raise UserError(f"width {c.dim} cannot be split into {c.heads} heads of even width: give another heads.")
+        self.patch_embedding = PatchEmbedder(c.in_channels, c.dim, c.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = Head(c)
+        if c.image_dim:
+            self.img_emb = ImageEmbedding(c)
+        self.checkpointing = False
+        self.weight_dtype = torch.float32
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """As the original trains from scratch. The zero head makes the first prediction exactly zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, PatchEmbedder)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view
+                nn.init.zeros_(module.bias)
+        for linear in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    # -- precision
+
+    def cast_weights(self, dtype):
+        """Store the large matrices in `dtype` and compute with it. What acts on time or on the residual stream stays fp32."""
+        for name, p in self.named_parameters():
+            p.data = p.data.to(torch.float32 if keeps_fp32(name) else dtype)
+        self.weight_dtype = dtype
+        return self
+
+    def matmul_dtype(self, device):
+        """The type in which patches, prompt and blocks are multiplied: autocast's, where it is on, else that of the weights."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight_dtype
+
+    # -- what the blocks receive
+
+    def embed_patches(self, x):  # b c f h w -> b f/pt h/ph w/pw d
+        c = self.config
+        if x.ndim != 5 or x.shape[1] != c.in_channels:
+            raise UserError(f"the latent has shape {list(x.shape)}, but this transformer takes [batch, {c.in_channels}, "
+                            "frames, height, width]: use the autoencoder (and the condition channels) of this model.")
+        if any(s % p for s, p in zip(x.shape[2:], c.patch)):
+            raise UserError(f"a latent of {'x'.join(map(str, x.shape[2:]))} (frames, height, width) cannot be cut into "
+                            f"patches of {'x'.join(map(str, c.patch))}: choose another --size or --frames.")
+        return self.patch_embedding(x).float()
+
+    def embed_time(self, t):
+        """t [b] (or [b l], a time of its own for every token) -> e [b 1|l d] for the head, e0 [b 1|l 6 d] for the blocks."""
+        if self.time_embedding[0].weight.dtype != torch.float32:
+            raise ValueError("the time embedding must stay fp32: use net.cast_weights(dtype) instead of net.to(dtype).")
+        with torch.autocast(t.device.type, enabled=False):
+            e = self.time_embedding(sinusoid(t if t.ndim == 2 else t.reshape(-1, 1), self.config.freq_dim))
+            return e, self.time_projection(e).unflatten(-1, (6, -1))
+
+    def embed_text(self, context):
+        """Prompt states [b m text_dim], m <= text_len -> [b text_len d]. Rows past the prompt are zeros BEFORE the MLP and
+        are attended: no mask. They act as registers that the model was trained with."""
+        c = self.config
+        if context.ndim != 3 or context.shape[2] != c.text_dim or context.shape[1] > c.text_len:
+            raise UserError(f"the prompt states have shape {list(context.shape)}, but this transformer takes [batch, at most "
+                            f"{c.text_len}, {c.text_dim}]: use the text encoder of this model.")
+        context = F.pad(context, (0, 0, 0, c.text_len - context.shape[1]))
+        return self.text_embedding(context.to(self.matmul_dtype(context.device.type)))
+
+    def embed_image(self, clip_fea):
+        if self.config.image_dim is None:
+            if clip_fea is not None:
+                raise UserError("this transformer has no image branch: leave clip_fea away.")
+            return None
+        if clip_fea is None:
+            raise UserError("this transformer has an image branch: give clip_fea, the CLIP features of the image.")
+        return self.img_emb(clip_fea, self.matmul_dtype(clip_fea.device.type))
+
+    # -- forward
+
+    def forward(self, x, t, context, clip_fea=None, return_features=None):
+        """x [b in_channels f h w], t in 0..1000 [b] or [b l], context [b m text_dim], clip_fea [b 257 image_dim] -> v fp32.
+
+        return_features: block numbers; the result is then (v, {number: residual stream after that block, b f h w d}),
+        for comparing two models depth by depth.
+        """
+        tokens = self.embed_patches(x)
+        grid = tokens.shape[1:4]
+        h = tokens.flatten(1, 3)  # b l d, the residual stream
+        e, e0 = self.embed_time(t)
+        text, image = self.embed_text(context), self.embed_image(clip_fea)
+        rope = rope_table(tuple(grid), self.config.dim // self.config.heads, x.device)
+        dtype = self.matmul_dtype(x.device.type)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        features = {}
+        for i, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            h = run(h, e0, rope, text, image, dtype)
+            if return_features and i in return_features:
+                features[i] = h.unflatten(1, grid)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.head(h, e)
+        v = self.unpatchify(y, grid)
+        return v if return_features is None else (v, features)
+
+    def unpatchify(self, y, grid):
+        """Token outputs [b l (pt ph pw c)], channels fastest -> [b c f h w]."""
+        (f, h, w), (pt, ph, pw) = grid, self.config.patch
+        return rearrange(y, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", f=f, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def keeps_fp32(name):
+    return name.startswith(("time_", "head.", "img_emb.proj.0", "img_emb.proj.4")) or "norm" in name or name.endswith(
+        ("modulation", "emb_pos"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+class Flops(NamedTuple):
+    linear: float
+    attention: float
+
+    @property
+    def total(self):
+        return self.linear + self.attention
+
+
+def tokens(config, latent):
+    """Number of tokens of a latent of (frames, height, width)."""
+    return prod(s // p for s, p in zip(latent, config.patch))
+
+
+def flops(config, latent, image_tokens=257):
+    """FLOPs (2 per multiply-add) of one forward of batch 1; a guided step is two. The time MLPs, one row, are left out."""
+    c, L = config, tokens(config, latent)
+    T, I = c.text_len, (c.image_positions or image_tokens) if c.image_dim else 0
+    linear = c.layers * (12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2)
+    linear += 2 * L * c.dim * prod(c.patch) * (c.in_channels + c.out_channels) + 2 * T * (c.text_dim * c.dim + c.dim**2)
+    linear += 2 * I * ((c.image_dim or 0) ** 2 + (c.image_dim or 0) * c.dim)
+    return Flops(linear, c.layers * (4 * L**2 * c.dim + 4 * L * (T + I) * c.dim))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+OUTER_NAMES = {  # original: diffusers
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+BLOCK_NAMES = {  # beware: the cross-attention norm is norm3 in the original, norm2 in diffusers
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    **{f"self_attn.{p}": f"attn1.to_{p}" for p in "qkv"}, "self_attn.o": "attn1.to_out.0",
+    **{f"self_attn.norm_{p}": f"attn1.norm_{p}" for p in "qk"},
+    **{f"cross_attn.{p}": f"attn2.to_{p}" for p in "qkv"}, "cross_attn.o": "attn2.to_out.0",
+    **{f"cross_attn.norm_{p}": f"attn2.norm_{p}" for p in "qk"},
+    **{f"cross_attn.{p}_img": f"attn2.add_{p}_proj" for p in "kv"}, "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+
+def rename(key, outer, block):
+    """One key by the tables; a key that no table knows comes back unchanged, so that strict loading can name it."""
+    prefix, rest = re.match(r"(blocks\.\d+\.)?(.*)", key).groups()
+    module, dot, leaf = rest.rpartition(".")
+    table = block if prefix else outer
+    if rest in table:
+        return (prefix or "") + table[rest]
+    return (prefix or "") + table.get(module, module) + dot + leaf
+
+
+def to_diffusers(sd):
+    return {rename(k, OUTER_NAMES, BLOCK_NAMES): v for k, v in sd.items()}
+
+
+def from_diffusers(sd):
+    outer, block = ({d: o for o, d in table.items()} for table in (OUTER_NAMES, BLOCK_NAMES))
+    return {rename(k, outer, block): v for k, v in sd.items()}
+
+
+def original_names(sd):
+    """Any published spelling -> the original one: repack prefixes gone, diffusers names mapped, unused extras dropped."""
+    sd = {k.removeprefix("model.diffusion_model.").removeprefix("0."): v for k, v in sd.items()}
+    sd = {k: v for k, v in sd.items() if k != "null_embedding" and "norm_added_q" not in k}
+    return from_diffusers(sd) if any(k.startswith("condition_embedder.") for k in sd) else sd
+
+
+def infer_config(sd, heads=None):
+    """Config from the shapes of a state dict in original names. Not in the shapes: heads (128 channels each, if not given)."""
+    try:
+        dim, in_channels, *patch = sd["patch_embedding.weight"].shape
+        image, positions = sd.get("img_emb.proj.0.weight"), sd.get("img_emb.emb_pos")
+        if len(patch) != 3:
+            raise UserError("these are not the weights of a Wan transformer: patch_embedding.weight must have 5 axes.")
+        if heads is None and dim % 128:
+            raise UserError(f"width {dim} is not a multiple of 128, so the number of heads must be given: heads=...")
+        return Config(
+            dim=dim, ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0], heads=heads or dim // 128,
+            layers=1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in sd) if m),
+            in_channels=in_channels, out_channels=sd["head.head.weight"].shape[0] // prod(patch), patch=tuple(patch),
+            text_dim=sd["text_embedding.0.weight"].shape[1], freq_dim=sd["time_embedding.0.weight"].shape[1],
+            image_dim=None if image is None else image.shape[0],
+            image_positions=None if positions is None else positions.shape[1])
+    except KeyError as e:
+        raise UserError(f"these are not the weights of a Wan transformer: the tensor {e.args[0]} is missing.") from e
+
+
+def from_state_dict(sd, heads=None, config=None, dtype=torch.float32):
+    """State dict in either naming -> WanDiT in eval mode. `dtype` bf16 stores the large matrices in it (`cast_weights`)."""
+    sd = original_names(sd)
+    config = config or infer_config(sd, heads)
+    with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below
+        net = WanDiT(config).cast_weights(dtype)
+    return load_strict(net.to_empty(device="cpu"), sd, "the transformer state dict").eval()
+
+
+def load(path, heads=None, dtype=torch.float32):
+    """A weight file, or a folder with weights (single or sharded) and perhaps config.json -> WanDiT in eval mode."""
+    path = Path(path)
+    sd, metadata = {}, {}
+    for file in weight_files(path):
+        tensors, metadata = load_tensors(file)
+        sd.update(tensors)
+    stored = metadata.get("wan_dit")  # written by `save`: complete
+    if stored:
+        config = Config(**{**stored, "patch": tuple(stored["patch"])})
+    else:
+        sd = original_names(sd)
+        stored = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+        config = infer_config(sd, heads or stored.get("num_heads") or stored.get("num_attention_heads"))
+        config = dataclasses.replace(config, **{k: stored[k] for k in ("eps", "text_len") if k in stored})
+    return from_state_dict(sd, config=config, dtype=dtype)
+
+
+def weight_files(path):
+    """The files of one transformer: the file itself; in a folder the shards of its index, else its only weight file."""
+    if not path.is_dir():
+        return [path]
+    for index in path.glob("*.safetensors.index.json"):
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{path} holds {len(files)} .safetensors files and no index: give the path of the transformer's file.")
+    return files
+
+
+def save(net, path, metadata=None, dtype=None):
+    """Write `net` with its config in the header, so that `load` needs nothing else. `dtype`: store all tensors in it."""
+    sd = {k: v if dtype is None else v.to(dtype) for k, v in net.state_dict().items()}
+    save_tensors(path, sd, {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)})
+
+
+# 720p for the autoencoder that has so many latent channels: Wan 2.1 81 frames, Wan 2.2 121, DC-AE-V 80; toys 32 of 64x64
+EXAMPLE_LATENTS = {16: (21, 90, 160), 48: (31, 44, 80), 32: (20, 22, 40), 128: (20, 11, 20), 64: (8, 2, 2)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Parameters, tokens and FLOPs of one forward, for every preset.")
+    parser.add_argument("--latent", help="frames x height x width of the latent, as in 20x22x40 (default: about 720p)")
+    args = parser.parse_args()
+    if args.latent and not re.fullmatch(r"\d+x\d+x\d+", args.latent):
+        raise UserError(f"--latent {args.latent} is not frames x height x width: write for example --latent 20x22x40.")
+    print(f"{'preset':30s} {'parameters':>15s} {'latent':>10s} {'tokens':>7s} {'TFLOP':>10s} {'attention':>9s}")
+    for name, config in PRESETS.items():
+        latent = (8, 8, 8) if name == "toy-base" else EXAMPLE_LATENTS[config.out_channels]
+        latent = tuple(map(int, args.latent.split("x"))) if args.latent else latent
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in WanDiT(config).parameters())
+        cost = flops(config, latent)
+        print(f"{name:30s} {parameters:15,d} {'x'.join(map(str, latent)):>10s} {tokens(config, latent):7,d} "
+              f"{cost.total / 1e12:10.4f} {cost.attention / max(cost.total, 1):9.0%}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,367 @@
+"""LoRA: merged == wrapped, step 0 == base, and one adapter in every key layout of the ecosystem gives one result."""
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dit
+import lora
+from checkpoint import UserError, to_diffusers
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+TINY = dit.Config(dim=32, ffn_dim=48, heads=2, layers=2, in_channels=12, out_channels=4, patch=(1, 1, 1), text_dim=16, text_len=6, image_dim=10)
+FULL = ("patch_embedding", "head")
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    net = dit.WanDiT(dit.dataclasses.replace(TINY, **changes)).eval()
+    nn.init.normal_(net.head.head.weight, std=0.1)        # a zero head would hide every difference
+    return net
+
+
+@torch.no_grad()
+def output(net):
+    g = torch.Generator().manual_seed(7)
+    x, context, clip = (torch.randn(s, generator=g) for s in ((2, 12, 2, 3, 3), (2, 4, 16), (2, 5, 10)))
+    return net(x, torch.tensor([900.0, 30.0]), context, clip)
+
+
+def trained(net, rank=4, alpha=8, **more):
+    """A wrapped net whose adapters are not zero any more, as after training; the modules trained whole have moved too."""
+    lora.wrap(net, rank, alpha, **more)
+    for _, a in lora.adapters(net):
+        nn.init.normal_(a.up, std=0.1)
+    with torch.no_grad():
+        for module in more.get("full", ()):
+            for p in net.get_submodule(module).parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------- wrap and merge
+
+def test_at_step_0_the_wrapped_net_is_the_base_bit_for_bit():
+    base = tiny().requires_grad_(False)    # frozen alike: torch may choose another matrix product, rounded otherwise, for a trainable weight
+    wrapped = lora.wrap(tiny(), rank=4, alpha=8)
+    assert torch.equal(output(base), output(wrapped))
+
+
+def test_merged_equals_wrapped():
+    net = trained(tiny())
+    live = output(net)
+    assert not torch.equal(live, output(tiny()))
+    merged = lora.merge(net)
+    assert not lora.adapters(merged) and merged.state_dict().keys() == tiny().state_dict().keys()
+    assert (output(merged) - live).abs().max() < 1e-5
+
+
+def test_unwrap_gives_the_base_back():
+    net = lora.unwrap(trained(tiny()))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), tiny().state_dict().values()))
+
+
+def test_merge_computes_in_fp32_and_keeps_the_dtype():
+    net = nn.Sequential(nn.Linear(8, 8).bfloat16())
+    before = net[0].weight.detach().clone()
+    lora.wrap(net, 2, 2, targets=["0"])
+    assert net[0].down.dtype == torch.float32
+    nn.init.normal_(net[0].up)
+    up, down = net[0].up.detach(), net[0].down.detach()
+    assert net(torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
+    lora.merge(net)
+    assert torch.equal(net[0].weight, (before.float() + up @ down).bfloat16())
+
+
+@pytest.mark.parametrize("preset, modules, millions", [("dc-wan2.1-t2v-1.3b", 183, 259.6), ("dc-wan2.1-t2v-14b", 243, 820.6),
+                                                       ("dc-wan2.1-i2v-14b", 243, 820.6)])
+def test_published_trainable_set(preset, modules, millions):
+    """Rank 256 on self-attention, feed-forward and time layers; patch embedder and head whole; everything else frozen."""
+    with torch.device("meta"):
+        net = lora.wrap(dit.WanDiT(dit.PRESETS[preset]), rank=256, alpha=512, full=FULL)
+    found = lora.adapters(net)
+    assert len(found) == modules
+    assert all(a.alpha / a.rank == 2 for _, a in found)
+    assert round(sum(p.numel() for _, a in found for p in (a.down, a.up)) / 1e6, 1) == millions
+    assert {re.sub(r"\d+", "i", name, count=1) for name, _ in found if name.startswith("blocks")} == {
+        *(f"blocks.i.self_attn.{x}" for x in "qkvo"), "blocks.i.ffn.0", "blocks.i.ffn.2"}
+    assert {name for name, _ in found if not name.startswith("blocks")} == {"time_embedding.0", "time_embedding.2", "time_projection.1"}
+    trained_names = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert trained_names == {f"{n}.{k}" for n, _ in found for k in ("down", "up")} | {
+        "patch_embedding.weight", "patch_embedding.bias", "head.head.weight", "head.head.bias", "head.modulation"}
+
+
+def test_initialisation_is_kaiming_uniform_and_zero():
+    _, a = lora.adapters(lora.wrap(tiny(), 4, 8))[0]
+    bound = a.base.in_features ** -0.5                     # kaiming-uniform with a = sqrt(5)
+    assert (a.up == 0).all() and a.down.abs().max() <= bound and a.down.abs().max() > 0.8 * bound
+
+
+def test_only_the_adapters_train():
+    net = lora.wrap(tiny(), 4, 8)
+    x, context, clip = torch.randn(1, 12, 1, 2, 2), torch.randn(1, 4, 16), torch.randn(1, 5, 10)
+    net(x, torch.tensor([500.0]), context, clip).square().mean().backward()
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == lora.state_dict(net).keys()
+
+
+def test_state_dict_holds_the_adapters_alone_and_restores_them():
+    net, other = trained(tiny()), lora.wrap(tiny(), 4, 8)
+    unexpected = other.load_state_dict(lora.state_dict(net), strict=False).unexpected_keys
+    assert not unexpected and torch.equal(output(net), output(other))
+
+
+def test_wrapping_twice_or_nothing_is_refused():
+    with pytest.raises(ValueError, match="merge"):
+        lora.wrap(lora.wrap(tiny(), 4, 8), 4, 8)
+    with pytest.raises(UserError, match="nothing to adapt"):
+        lora.wrap(tiny(), 4, 8, targets=[r"transformer\.h\.\d+"])
+    with pytest.raises(ValueError, match="no adapters"):
+        lora.save(tiny(), "never-written.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize("format", ["peft", "comfyui", "kohya"])
+def test_save_and_load_in_every_layout(tmp_path, format):
+    net = trained(tiny(), rank=4, alpha=6, full=FULL)
+    path = tmp_path / "adapter.safetensors"
+    lora.save(net, path, format, full=FULL, base="toy", step=12)
+    assert {"rank": "4", "alpha": "6", "base": "toy", "step": "12"}.items() <= safe_open(path, "pt").metadata().items()
+
+    merged = tiny()
+    result = lora.load(merged, path)
+    assert not result.skipped and len(result.applied) == 15 + 5
+    assert (output(merged) - output(net)).abs().max() < 1e-5
+
+    live = tiny()
+    lora.load(live, path, merge=False)
+    assert len(lora.adapters(live)) == 15 and torch.equal(output(live), output(net))
+    lora.save(live, tmp_path / "again.safetensors", format, full=FULL)
+    again, first = load_file(tmp_path / "again.safetensors"), load_file(path)
+    assert again.keys() == first.keys() and all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_peft_header_says_what_diffusers_needs(tmp_path):
+    lora.save(trained(tiny(), rank=4, alpha=6), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as f:
+        config = json.loads(f.metadata()["lora_adapter_metadata"])
+        keys = set(f.keys())
+    assert config["transformer.r"] == 4 and config["transformer.lora_alpha"] == 6
+    for module in config["transformer.target_modules"]:
+        keys -= {f"transformer.{module}.lora_A.weight", f"transformer.{module}.lora_B.weight"}
+    assert not keys
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_strength(tmp_path, format):
+    """Strength scales every change, also that of whole tensors: 0 is the base bit for bit, and 1 + (-1) cancels."""
+    net = trained(tiny(), full=FULL)
+    lora.save(net, tmp_path / "a.safetensors", format, full=FULL)
+    base, half, none, back = tiny(), tiny(), tiny(), tiny()
+    lora.load(none, tmp_path / "a.safetensors", strength=0)
+    assert torch.equal(output(none), output(base))
+    lora.load(half, tmp_path / "a.safetensors", strength=0.5)
+    whole = dict(lora.merge(net).named_parameters())
+    for name, p in half.named_parameters():
+        torch.testing.assert_close(p, (dict(base.named_parameters())[name] + whole[name]) / 2)
+    lora.save(trained(tiny()), tmp_path / "b.safetensors", format)
+    lora.load(back, tmp_path / "b.safetensors", strength=1.0)
+    lora.load(back, tmp_path / "b.safetensors", strength=-1.0)
+    assert (output(back) - output(base)).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------- golden: one adapter, many spellings
+
+@pytest.fixture(scope="module")
+def golden():
+    files = [GOLDEN / "wan_lora_tiny.safetensors", GOLDEN / "wan_dit_tiny.safetensors"]
+    for f in files:
+        if not f.exists():
+            pytest.skip(f"{f.name} is not in the golden folder")
+    data = {**load_file(files[0]), **{k: v for k, v in load_file(files[1]).items() if k.startswith("i2v/")}}
+    if "i2v/weights/patch_embedding.weight" not in data:
+        pytest.skip("the golden folder has no weights of case i2v")
+    return data
+
+
+def part(data, prefix):
+    return {k.removeprefix(prefix + "/"): v for k, v in data.items() if k.startswith(prefix + "/")}
+
+
+@torch.no_grad()
+def golden_output(data, adapter, strength, merge=True):
+    net = dit.from_state_dict(part(data, "i2v/weights"), heads=2)
+    result = lora.load(net, adapter, strength, merge=merge)
+    given = part(data, "i2v/in")
+    if "x" not in given:
+        pytest.skip("the golden folder has no inputs of case i2v")
+    return net(*(given[k] for k in ("x", "t", "context", "clip_fea"))), result
+
+
+LAYOUTS = ["peft_diffusers", "comfy", "kohya"]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_golden_layouts(golden, layout, merge, strength):
+    y, result = golden_output(golden, part(golden, layout), strength, merge)
+    torch.testing.assert_close(y, golden[f"out/strength_{strength}"], rtol=0, atol=2e-5)
+    assert not result.skipped
+
+
+def test_golden_full_deltas(golden):
+    y, result = golden_output(golden, part(golden, "lightx2v"), 1.0)
+    torch.testing.assert_close(y, golden["out/lightx2v_strength_1.0"], rtol=0, atol=2e-5)
+    assert not result.skipped and "blocks.0.modulation" in result.applied
+
+
+RESPELLINGS = {  # how other programs spell blocks.0.self_attn.q (kohya's file is the source)
+    "videox-fun": lambda k: k.replace("lora_unet_", "lora_unet__"),
+    "mixed separators": lambda k: re.sub(r"lora_unet_blocks_(\d)_(self|cross)_attn_", r"lora_unet_blocks_\1.\2_attn.", k),
+}
+ORIGINAL = {  # the ComfyUI file is the source: dotted original names
+    "diffsynth": lambda n, s: f"{n}.{s.replace('lora_down', 'lora_A.default').replace('lora_up', 'lora_B.default')}",
+    "diffsynth pipe": lambda n, s: f"pipe.dit.{n}.{s.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}",
+    "raw peft": lambda n, s: f"base_model.model.{n}.{s.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}",
+    "kijai": lambda n, s: f"diffusion_model.{n}.{s.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}",
+    "repacked": lambda n, s: f"model.diffusion_model.{n}.{s}",
+    "diffusers without prefix": lambda n, s: f"{to_diffusers(n)}.{s}",
+    "second expert": lambda n, s: f"transformer_2.{to_diffusers(n)}.{s}",
+    "lycoris": lambda n, s: "lycoris_" + to_diffusers(n).replace("attn1", "self_attn").replace("attn2", "cross_attn").replace(".", "_") + "." + s,
+}
+
+
+@pytest.mark.parametrize("spelling", [*RESPELLINGS, *ORIGINAL])
+def test_spellings_seen_in_the_wild(golden, spelling):
+    if spelling in RESPELLINGS:
+        adapter = {RESPELLINGS[spelling](k): v for k, v in part(golden, "kohya").items()}
+    else:
+        adapter = {}
+        for k, v in part(golden, "comfy").items():
+            name, suffix = re.fullmatch(r"diffusion_model\.(.+?)\.(lora_.*|alpha)", k).groups()
+            adapter[ORIGINAL[spelling](name, suffix)] = v
+    y, result = golden_output(golden, adapter, 1.0)
+    torch.testing.assert_close(y, golden["out/strength_1.0"], rtol=0, atol=2e-5)
+    assert not result.skipped
+
+
+# ------------------------------------------------------------------------------------------------- alpha and other rules
+
+def one(path, module="transformer.blocks.0.attn1.to_q", rank=4, dim=32, **metadata):
+    g = torch.Generator().manual_seed(3)
+    tensors = {f"{module}.lora_A.weight": torch.randn(rank, dim, generator=g), f"{module}.lora_B.weight": torch.randn(dim, rank, generator=g)}
+    save_file(tensors, path, {k: json.dumps(v) for k, v in metadata.items()})
+    return tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+
+
+def change(path):
+    net = tiny()
+    lora.load(net, path)
+    return net.blocks[0].self_attn.q.weight - tiny().blocks[0].self_attn.q.weight
+
+
+@pytest.mark.parametrize("settings, factor", [
+    ({}, 1), ({"transformer.r": 4, "transformer.lora_alpha": 8}, 2), ({"r": 4, "lora_alpha": 2}, 0.5),
+    ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}, 4),
+    ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 4}}, 1),
+    ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_k": 4}}, 2)])
+def test_alpha_in_the_header(tmp_path, settings, factor):
+    delta = one(tmp_path / "a.safetensors", **({"lora_adapter_metadata": settings} if settings else {}))
+    torch.testing.assert_close(change(tmp_path / "a.safetensors"), factor * delta, rtol=1e-4, atol=1e-4)
+
+
+def test_alpha_in_adapter_config_json_beside_a_peft_file(tmp_path):
+    delta = one(tmp_path / "adapter_model.safetensors", "base_model.model.blocks.0.self_attn.q")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16, "use_rslora": true}')
+    torch.testing.assert_close(change(tmp_path / "adapter_model.safetensors"), 8 * delta, rtol=1e-4, atol=1e-4)
+
+
+def test_bias_of_the_up_matrix_is_scaled_like_it():
+    net, rank = tiny(), 2
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    adapter = {f"{stem}.lora_A.weight": torch.zeros(rank, 32), f"{stem}.lora_B.weight": torch.zeros(32, rank),
+               f"{stem}.lora_B.bias": torch.ones(32), f"{stem}.alpha": torch.tensor(6.0)}
+    lora.load(net, adapter, strength=0.5)
+    torch.testing.assert_close(net.blocks[0].self_attn.q.bias, torch.full((32,), 1.5) + tiny().blocks[0].self_attn.q.bias)
+
+
+def test_norms_keep_apart_original_norm3_is_diffusers_norm2():
+    for key in ("diffusion_model.blocks.1.norm3.diff_b", "transformer.blocks.1.norm2.diff_b"):
+        net = tiny()
+        assert lora.load(net, {key: torch.ones(32)}).applied == ["blocks.1.norm3.bias"]
+        assert (net.blocks[1].norm3.bias == 1).all()
+
+
+def test_modules_this_net_does_not_have_are_skipped_and_reported(tmp_path):
+    """An image-to-video adapter on a text-to-video net, with a text encoder's part in the file."""
+    net = trained(tiny(), targets=[r"blocks\.\d+\.(self|cross)_attn\..+", r"img_emb\.proj\.[13]"])
+    lora.save(net, tmp_path / "a.safetensors", "comfyui")
+    adapter = load_file(tmp_path / "a.safetensors") | {"lora_te1_text_model.lora_up.weight": torch.zeros(2, 2)}
+    result = lora.load(tiny(image_dim=None), adapter)
+    assert len(result.applied) == 2 * 8
+    assert len(result.skipped) == 3 * (2 * 2 + 2) + 1 and all(re.search("_img|img_emb|lora_te1", k) for k in result.skipped)
+
+
+def test_an_adapter_of_the_base_fits_the_deep_latent_space_except_at_its_two_ends():
+    """Deltas of patch_embedding and head have the base latent's shape: skipped and reported, the blocks' part is applied."""
+    adapter = {"diffusion_model.patch_embedding.diff": torch.ones(32, 16, 1, 2, 2), "diffusion_model.patch_embedding.diff_b": torch.ones(32),
+               "diffusion_model.head.head.diff": torch.ones(64, 32), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}
+    net = tiny()
+    result = lora.load(net, adapter)
+    assert result.applied == ["blocks.0.modulation", "patch_embedding.bias"]
+    assert result.skipped == ["head.head.weight (diff)", "patch_embedding.weight (diff)"]
+    torch.testing.assert_close(net.blocks[0].modulation, tiny().blocks[0].modulation + 1)
+
+
+@pytest.mark.parametrize("format", ["peft", "comfyui", "kohya"])
+def test_an_adapter_of_another_size_is_refused_and_nothing_is_changed(tmp_path, format):
+    lora.save(trained(tiny()), tmp_path / "small.safetensors", format)
+    net = tiny(dim=64, ffn_dim=96)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match=r"small.safetensors was made for another base: .* of size \d+ x 32, this model's is \d+ x 64"):
+        lora.load(net, tmp_path / "small.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_whole_tensors_of_another_latent_space_are_refused(tmp_path):
+    lora.save(trained(tiny(), full=FULL), tmp_path / "a.safetensors", full=FULL)
+    with pytest.raises(UserError, match="another base.*patch_embedding.weight"):
+        lora.load(tiny(in_channels=8), tmp_path / "a.safetensors")
+
+
+q = "diffusion_model.blocks.0.self_attn.q"
+matrices = {f"{q}.lora_A.weight": torch.zeros(2, 32), f"{q}.lora_B.weight": torch.zeros(32, 2)}
+
+
+@pytest.mark.parametrize("adapter, says", [
+    ({}, "holds no LoRA"),
+    ({"lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.zeros(4, 4)}, "holds no LoRA"),       # another architecture
+    ({"patch_embedding.weight": torch.zeros(32, 12, 1, 1, 1)}, "holds no LoRA"),                         # a whole model, not an adapter
+    ({f"{q}.lora_A.weight": torch.zeros(2, 32)}, "only one of the two"),
+    ({f"{q}.lora_B.bias": torch.zeros(32)}, "only one of the two"),
+    (matrices | {f"{q}.dora_scale": torch.ones(32, 1)}, "DoRA"),
+    (matrices | {k.replace("diffusion_model", "transformer"): v for k, v in matrices.items()}, "two adapters"),
+    (matrices | {f"{q}.lora_B.weight": torch.zeros(32, 3)}, "another base")])
+def test_files_that_cannot_be_applied_are_one_sentence(adapter, says):
+    with pytest.raises(UserError, match=says):
+        lora.load(tiny(), adapter)
+
+
+def test_unknown_format_and_mixed_ranks(tmp_path):
+    net = trained(tiny())
+    with pytest.raises(UserError, match="comfyui"):
+        lora.save(net, tmp_path / "a.safetensors", "onnx")
+    net.blocks[0].ffn[0].alpha = 3
+    with pytest.raises(UserError, match="differ"):
+        lora.save(net, tmp_path / "a.safetensors", "peft")
+    lora.save(net, tmp_path / "a.safetensors", "comfyui")
+    again = tiny()
+    lora.load(again, tmp_path / "a.safetensors")
+    assert (output(again) - output(net)).abs().max() < 1e-5
