@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow
 import argparse
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import kernels
 import metrics
 from checkpoint import UserError
 from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
+from muon import Muon
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ PRESETS = {
     "f32t4c256": Config(**_F32, latent_channels=256, scale=0.4752),
     "f64t4c128": Config((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 128, scale=0.4752),
     # Laptop models for the toy world of data.py: the deep autoencoder, and the moderate one of the toy base model.
-    "toy": Config((0, 16, 32, 64, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=16),
-    "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=16),
+    "toy": Config((0, 16, 32, 64, 64, 64, 64), (0, 1, 1, 1, 1, 1, 1), 32, chunk=8),
+    "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
 }
 
 
@@ -131,30 +133,20 @@ class TwoConvs(nn.Module):
         return run_layers((self.conv1, self.conv2), x, state)
 
 
-class DownConv(nn.Module):
-    """conv to fewer channels, then space-time to depth: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r] (spec 3.4)."""
+class Resample(nn.Module):
+    """Convolution, then space-time to depth (down) or depth to space-time (`up`), by r in space and t in time (spec 3.4).
 
-    def __init__(self, cin, cout, r, t, chunk, temporal):
+    Down: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r]. Up: [b, cin, T, H, W] -> [b, cout, T*t, H*r, W*r].
+    """
+
+    def __init__(self, cin, cout, r, t, chunk, temporal, up=False):
         super().__init__()
-        self.r, self.t = r, t
-        self.conv = ConvLayer(cin, cout // (t * r * r), chunk, temporal)
+        self.r, self.t, self.shuffle = r, t, pixel_shuffle if up else pixel_unshuffle
+        self.conv = ConvLayer(cin, cout * t * r * r if up else cout // (t * r * r), chunk, temporal)
 
     def forward(self, x, state=None):
         x, state = self.conv(x, state)
-        return pixel_unshuffle(x, self.r, self.t), state
-
-
-class UpConv(nn.Module):
-    """conv to more channels, then depth to space-time: [b, cin, T, H, W] -> [b, cout, T*t, H*r, W*r] (spec 3.4)."""
-
-    def __init__(self, cin, cout, r, t, chunk, temporal):
-        super().__init__()
-        self.r, self.t = r, t
-        self.conv = ConvLayer(cin, cout * t * r * r, chunk, temporal)
-
-    def forward(self, x, state=None):
-        x, state = self.conv(x, state)
-        return pixel_shuffle(x, self.r, self.t), state
+        return self.shuffle(x, self.r, self.t), state
 
 
 def averaging_shortcut(x, cout, r, t):
@@ -184,11 +176,11 @@ def res_block(channels, chunk, temporal):
 
 
 def down_block(cin, cout, r, t, chunk, temporal):
-    return Residual(DownConv(cin, cout, r, t, chunk, temporal), lambda x: averaging_shortcut(x, cout, r, t))
+    return Residual(Resample(cin, cout, r, t, chunk, temporal), lambda x: averaging_shortcut(x, cout, r, t))
 
 
 def up_block(cin, cout, r, t, chunk, temporal):
-    return Residual(UpConv(cin, cout, r, t, chunk, temporal), lambda x: duplicating_shortcut(x, cout, r, t))
+    return Residual(Resample(cin, cout, r, t, chunk, temporal, up=True), lambda x: duplicating_shortcut(x, cout, r, t))
 
 
 class Stage(nn.Module):
@@ -208,7 +200,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         n, W, s = len(cfg.widths), cfg.widths, cfg.first
-        self.project_in = DownConv(3, W[s], cfg.patch, 1, cfg.chunk, cfg.temporal)
+        self.project_in = Resample(3, W[s], cfg.patch, 1, cfg.chunk, cfg.temporal)
         self.stages = nn.ModuleList()
         for i in range(n):
             chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
@@ -227,7 +219,7 @@ class Head(nn.Module):
 
     def __init__(self, width, cfg):
         super().__init__()
-        self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), UpConv(width, 3, cfg.patch, 1, cfg.chunk, cfg.temporal)])
+        self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), Resample(width, 3, cfg.patch, 1, cfg.chunk, cfg.temporal, up=True)])
 
     def forward(self, x, state=None):
         norm, act, up = self.op_list
@@ -274,10 +266,10 @@ class DCAEV(nn.Module):
         c = self.config
         return (math.ceil(frames / c.chunk) * c.latent_chunk, math.ceil(height / c.spatial_factor), math.ceil(width / c.spatial_factor))
 
-    def pad(self, x):
-        """Repeat the last frame up to a whole chunk, and the last row and column up to a whole latent cell."""
+    def pad(self, x, whole_chunks=True):
+        """Repeat the last row and column up to a whole latent cell, and the last frame up to a whole chunk."""
         f = self.config.spatial_factor
-        t, h, w = -x.shape[2] % self.config.chunk, -x.shape[3] % f, -x.shape[4] % f
+        t, h, w = -x.shape[2] % self.config.chunk * whole_chunks, -x.shape[3] % f, -x.shape[4] % f
         return F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
 
     def encode(self, x, compat=False):
@@ -287,24 +279,14 @@ class DCAEV(nn.Module):
         code does: sizes must fit, T must be a multiple of 4, and a tail shorter than a chunk is encoded as a clip of its
         own that sees nothing of the past (spec 4.2.5; visible, so not the default). Raises UserError for other input.
         """
-        self._check(x, 3, "a clip", "b 3 frames height width")
-        if not compat:
-            x = self.pad(x)
-        elif x.shape[2] % self.config.temporal_factor or x.shape[3] % self.config.spatial_factor or x.shape[4] % self.config.spatial_factor:
-            raise UserError(f"compat needs frames in multiples of {self.config.temporal_factor} and sides in multiples of "
-                            f"{self.config.spatial_factor}, got {tuple(x.shape[2:])}: leave compat off to pad and crop.")
-        return torch.cat(list(self._chunks(self.encoder, x, self.config.chunk)), dim=2)
+        return torch.cat(list(self.encode_stream([x], compat)), dim=2)
 
     def decode(self, z, frames=None, size=None, compat=False):
         """Raw latent [b, Z, t, h, w] -> [b, 3, frames, *size], not clamped. Default: everything the latent holds.
 
         A latent that ends inside a chunk is padded by repeating its last frame and the result is cropped, unless `compat` (see `encode`).
         """
-        self._check(z, self.config.latent_channels, "a latent", f"b {self.config.latent_channels} t h w")
-        frames = frames or z.shape[2] * self.config.temporal_factor
-        if not compat:
-            z = F.pad(z, (0, 0, 0, 0, 0, -z.shape[2] % self.config.latent_chunk), mode="replicate")
-        x = torch.cat(list(self._chunks(self.decoder, z, self.config.latent_chunk)), dim=2)
+        x = torch.cat(list(self.decode_stream(z, compat)), dim=2)
         h, w = size or x.shape[3:]
         return x[:, :, :frames, :h, :w]
 
@@ -317,9 +299,7 @@ class DCAEV(nn.Module):
     def encode_image(self, x):
         """[b, 3, H, W] -> latent [b, Z, 1, h, w]: the image repeated for one latent frame, as a clip that stands alone."""
         clip = repeat(x, "b c h w -> b c t h w", t=self.config.temporal_factor)
-        self._check(clip, 3, "an image", "b 3 height width")
-        f = self.config.spatial_factor
-        return self.encoder(F.pad(clip, (0, -x.shape[3] % f, 0, -x.shape[2] % f, 0, 0), mode="replicate"), ISOLATED)[0]
+        return self.encoder(self.pad(clip, whole_chunks=False), ISOLATED)[0]
 
     def decode_image(self, z, size=None):
         """Latent [b, Z, 1, h, w] -> image [b, 3, *size]: the first of the frames it decodes to."""
@@ -329,36 +309,48 @@ class DCAEV(nn.Module):
 
     # ---- streams: memory does not grow with length (spec 4.2)
 
-    def encode_stream(self, clips):
+    def encode_stream(self, clips, compat=False):
         """An iterable of clips [b, 3, any T, H, W] in order -> raw latents, one chunk at a time.
 
-        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, the result equals `encode`.
+        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, the result is that of `encode`.
         """
         state = None
-        for chunk in self._rechunk(clips, self.config.chunk):
-            z, state = self.encoder(self.pad(chunk), state)
+        for x in self._rechunk(clips, 3, self.config.chunk):
+            z, state = self.encode_chunk(x, state, compat)
             yield z
 
-    def decode_stream(self, z):
+    def decode_stream(self, z, compat=False):
         """Raw latents (a tensor, or an iterable of pieces cut anywhere) -> frames [b, 3, t, H, W], one chunk at a time."""
-        state, size = None, self.config.latent_chunk
-        for chunk in self._rechunk([z] if isinstance(z, torch.Tensor) else z, size):
-            n = chunk.shape[2]
-            x, state = self.decoder(F.pad(chunk, (0, 0, 0, 0, 0, size - n), mode="replicate"), state)
-            yield x[:, :, : n * self.config.temporal_factor]
-
-    def _chunks(self, net, x, size):
-        """Run `net` over x chunk by chunk with its state; a shorter tail (compat only) stands alone."""
         state = None
-        for chunk in x.split(size, dim=2):
-            y, state = net(chunk, state if chunk.shape[2] == size else ISOLATED)
-            yield y
+        for z in self._rechunk([z] if isinstance(z, torch.Tensor) else z, self.config.latent_channels, self.config.latent_chunk):
+            x, state = self.decode_chunk(z, state, compat)
+            yield x
+
+    def encode_chunk(self, x, state=None, compat=False):
+        """One chunk of a video, or its shorter end -> (raw latent, state for the next chunk)."""
+        c, (frames, h, w) = self.config, x.shape[2:]
+        if not compat:
+            x = self.pad(x)
+        elif frames % c.temporal_factor or h % c.spatial_factor or w % c.spatial_factor:
+            raise UserError(f"compat needs frames in multiples of {c.temporal_factor} and sides in multiples of {c.spatial_factor}, "
+                            f"but {frames} frames of {h}x{w} are left: leave --compat off to pad and crop.")
+        return self.encoder(x, state if x.shape[2] == c.chunk else ISOLATED)
+
+    def decode_chunk(self, z, state=None, compat=False):
+        """One chunk of a latent, or its shorter end -> (frames [b, 3, 4 t, H, W], state for the next chunk)."""
+        c, t = self.config, z.shape[2]
+        if not compat:
+            z = F.pad(z, (0, 0, 0, 0, 0, c.latent_chunk - t), mode="replicate")
+        x, state = self.decoder(z, state if z.shape[2] == c.latent_chunk else ISOLATED)
+        return x[:, :, : t * c.temporal_factor], state
 
     @staticmethod
-    def _rechunk(pieces, size):
+    def _rechunk(pieces, channels, size):
         """Re-cut pieces of a video into pieces of `size` frames; the last one may be shorter."""
         held, count = [], 0
         for piece in pieces:
+            if piece.ndim != 5 or piece.shape[1] != channels or 0 in piece.shape:
+                raise UserError(f"the layout is [batch, {channels}, frames, height, width], got the shape {list(piece.shape)}.")
             while piece.shape[2]:
                 part, piece = piece[:, :, : size - count], piece[:, :, size - count :]
                 held.append(part)
@@ -368,10 +360,6 @@ class DCAEV(nn.Module):
                     held, count = [], 0
         if held:
             yield torch.cat(held, dim=2)
-
-    def _check(self, x, channels, what, layout):
-        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise UserError(f"{what} has the layout [{layout}], got the shape {list(x.shape)}.")
 
     # ---- weights (spec 5)
 
@@ -398,7 +386,8 @@ def load(path, config=None):
     """
     tensors, metadata = checkpoint.load_tensors(path)
     if config is None:
-        config = Config(**metadata["config"]) if "config" in metadata else infer_config(tensors, path)
+        own, names = metadata.get("config"), {f.name for f in dataclasses.fields(Config)}
+        config = Config(**own) if isinstance(own, dict) and own.keys() <= names else infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
     return checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
@@ -413,12 +402,13 @@ def save(net, path, dtype=torch.float32, **metadata):
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=0, threads=None, bf16=True, save_every=200):
+def train(preset, out, steps=2600, batch=8, frames=16, lr=2e-3, noise=0.1, seed=0, threads=None, bf16=True, save_every=200):
     """Train a preset on the toy world -> path of its weights. Interrupted runs go on where they stopped, bit for bit on one machine.
 
     Loss: L1 + MSE in pixels. `noise`: standard deviation, relative to the latent's RMS, of the noise added before decoding: it
     spreads the information evenly over the latent, which the diffusion model needs. Clips hold at least two chunks, so that the path
-    across chunk borders is trained. The learning rate warms up over 100 steps and falls to zero over the last 30 %.
+    across chunk borders is trained. Muon, for AdamW hardly gets off the ground here (`muon.py`); the learning rate warms up over 50 steps
+    and falls linearly to zero.
     """
     config = PRESETS[preset]
     if frames < 2 * config.chunk or frames % config.chunk:
@@ -429,7 +419,7 @@ def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=
     out = Path(out)
     torch.manual_seed(seed)
     net = DCAEV(config).to(device)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    opt = Muon(net, lr)
     state_file, settings = out / "train.pt", dict(preset=preset, steps=steps, batch=batch, frames=frames, lr=lr, noise=noise, seed=seed)
     step, log = 0, []
     if state_file.exists():
@@ -446,7 +436,7 @@ def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=
         x = data.toy_batch((seed, step), batch, frames, start=None)[0].to(device)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in opt.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps))
+            group["lr"] = lr * min((step + 1) / 50, 1 - step / steps)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             z, _ = net.encoder(x)
             z = z + noise * z.square().mean().sqrt() * torch.randn(z.shape, generator=generator).to(z)
@@ -467,8 +457,8 @@ def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=
             log.append(dict(step=step, loss=loss.item(), psnr=metrics.psnr(y, held_out)))
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{log[-1]['psnr']:.2f}")
             state = dict(net=net.state_dict(), opt=opt.state_dict(), step=step, log=log, settings=settings)
-            with checkpoint.atomic_path(state_file) as tmp:
-                torch.save(state, tmp)
+            with checkpoint.atomic_path(state_file) as tmp, open(tmp, "wb") as f:
+                torch.save(state, f)
             metrics.plot(out / "train.png", {"PSNR on held-out clips (dB)": [(r["step"], r["psnr"]) for r in log],
                                              "training loss": [(r["step"], r["loss"]) for r in log]})
             data.contact_sheet(out / "train_sheet.png", [v for pair in zip(held_out[:4], y[:4]) for v in pair], columns=8)
@@ -479,3 +469,99 @@ def train(preset, out, steps=4000, batch=4, frames=32, lr=8e-4, noise=0.1, seed=
     net.config = dataclasses.replace(config, scale=round(1 / z.square().mean().sqrt().item(), 4))
     save(net, out / f"{preset}.safetensors", torch.float16, training=settings, log=log)
     return out / f"{preset}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------- reconstruction
+
+
+@torch.no_grad()
+def reconstruct(net, clip, out, frames=None, size=None, compat=False):
+    """A video file through the autoencoder, chunk by chunk, so that length costs no memory -> dict of the results.
+
+    Writes OUT/<clip>_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames of both), .json (the results; PSNR and SSIM as
+    in spec 8.2).
+    """
+    c, like, info = net.config, next(net.parameters()), data.clip_info(clip)
+    psnr, ssim, shown, shapes, seconds = [], [], [], [], dict(encode=0.0, decode=0.0)
+    step = max(1, (frames or int(info.seconds * info.fps)) // 8)  # between the frames of the contact sheet
+
+    def now():
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def side_by_side():
+        encoder_state = decoder_state = None
+        for x in data.iter_clip(clip, frames, size, piece=c.chunk):
+            x, start = x[None], now()
+            z, encoder_state = net.encode_chunk(x.to(like), encoder_state, compat)
+            middle = now()
+            y, decoder_state = net.decode_chunk(z, decoder_state, compat)
+            seconds["encode"] += middle - start
+            seconds["decode"] += now() - middle
+            y = y[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x)
+            shown.append(torch.cat([x, y])[:, :, -len(psnr) % step :: step])
+            psnr.extend(metrics.psnr_frames(y, x)[0])
+            ssim.extend(metrics.ssim_frames(y, x)[0])
+            shapes.append(z.shape[1:])
+            yield torch.cat([x, y], dim=4)[0]
+
+    h, w = size or (info.height, info.width)
+    path = f"{Path(out) / Path(clip).stem}_reconstruction"
+    data.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
+    data.contact_sheet(f"{path}.png", torch.cat(shown, dim=2), labels=["original", "reconstruction"], scale=min(2, 200 / h))
+    result = dict(
+        clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps, psnr=round(metrics.finite_mean(torch.stack(psnr)), 3),
+        ssim=round(torch.stack(ssim).mean().item(), 4), latent=[c.latent_channels, sum(s[1] for s in shapes), *shapes[0][2:]],
+        compression=3 * c.spatial_factor**2 * c.temporal_factor / c.latent_channels, seconds={k: round(v, 3) for k, v in seconds.items()},
+        chunk=c.chunk, compat=compat, dtype=str(like.dtype), device=str(like.device), threads=torch.get_num_threads(), torch=torch.__version__)
+    checkpoint.write_json(f"{path}.json", result)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="DC-AE-V, the deep compression video autoencoder.")
+    commands = p.add_subparsers(dest="command", required=True)
+    r = commands.add_parser("reconstruct", help="a video file through the autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM")
+    r.add_argument("clip", help="video file")
+    r.add_argument("--weights", default=Path(__file__).parent / "weights" / "toy.safetensors", help="official .pt, or .safetensors (default: the toy's)")
+    r.add_argument("--out", default="out/reconstruct", help="folder for the results (default: %(default)s)")
+    r.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
+    r.add_argument("--size", type=data.size_arg, metavar="HxW", help="scale and crop the clip, 180x320 gives 180 rows (default: as it is)")
+    r.add_argument("--compat", action="store_true", help="treat the end of the clip as the released code does: no padding")
+    r.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    r.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on the CPU")
+    t = commands.add_parser("train", help="train a toy autoencoder from nothing on the toy world of data.py",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    t.add_argument("--preset", choices=("toy", "toy-base"), default="toy", help="the deep autoencoder, or the moderate one of the base model")
+    t.add_argument("--out", default="out/ae", help="folder for weights and plots; the same folder resumes an interrupted run")
+    t.add_argument("--steps", type=int, default=4000)
+    t.add_argument("--batch", type=int, default=4, help="clips per step")
+    t.add_argument("--frames", type=int, default=32, help="frames per clip, a multiple of the chunk, two chunks at least")
+    t.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
+    t.add_argument("--seed", type=int, default=0)
+    t.add_argument("--threads", type=int, help="CPU threads; one each where two trainings share a machine")
+    args = vars(p.parse_args(argv))
+
+    if args.pop("command") == "train":
+        return print("wrote", train(**args))
+    device, dtype, weights = torch.device(args.pop("device")), args.pop("dtype"), args.pop("weights")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no GPU that torch can use: leave --device off, or install a CUDA build of torch.")
+    bf16 = dtype == "bf16" or dtype is None and device.type == "cuda"
+    result = reconstruct(load(weights).to(device, torch.bfloat16 if bf16 else torch.float32), **args)
+    n = result["frames"]
+    print(f"clip    {n} frames of {result['height']}x{result['width']}, {result['fps']:g} per second")
+    print(f"latent  {' x '.join(map(str, result['latent']))}, compression {result['compression']:g}x")
+    print(f"PSNR    {result['psnr']:.2f} dB    SSIM {result['ssim']:.4f}")
+    for what, s in result["seconds"].items():
+        print(f"{what}  {s:.2f} s, {n / s:.1f} frames per second")
+    print(f"wrote   {result['written']}.mp4, .png, .json")
+
+
+if __name__ == "__main__":
+    with checkpoint.user_errors():
+        main()

@@ -38,15 +38,18 @@ def user_errors():
     """
     try:
         yield
+        return
     except UserError as e:
-        message = str(e)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower --frames, --size or --batch, or use --device cpu."
+        error, message = e, str(e)
+    except torch.cuda.OutOfMemoryError as e:
+        error, message = e, "out of GPU memory: lower --frames, --size or --batch, or use --device cpu."
     except OSError as e:
+        error = e
         if e.errno == errno.ENOSPC:
-            message = f"the disk is full while writing {e.filename or 'a file'}: free some space and run the same command again."
+            message = f"the disk is full while writing {e.filename or 'a file'}: free some space and run it again."
         elif e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            message = f"{e.filename} cannot be written or read (permission denied or read-only): choose another folder with --out."
+            message = (f"{e.filename} cannot be written or read (permission denied or read-only): "
+                       "choose another folder with --out.")
         elif isinstance(e, FileNotFoundError):
             message = f"{e.filename} does not exist: check the path."
         else:
@@ -54,10 +57,8 @@ def user_errors():
     except KeyboardInterrupt:
         print("stopped; finished work is kept.", file=sys.stderr)
         raise SystemExit(130)
-    else:
-        return
     if os.environ.get("DEBUG"):
-        raise
+        raise error
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
 
@@ -115,39 +116,40 @@ def load_tensors(path):
 
 def load_pickle(path):
     """`torch.load` of tensors and plain containers only; a pickle that would run code is refused with a UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could run code, so it was not "
-                        "loaded: get the file again from a source you trust, or as .safetensors.") from e
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not a complete torch checkpoint (truncated?): download or copy it again.") from e
+    with open(path, "rb") as f:
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could run code, so it "
+                            "was not loaded: get the file again from a source you trust, or as .safetensors.") from e
+        except MemoryError:
+            raise
+        except Exception as e:                 # damaged files fail in a dozen ways: OSError, IndexError, struct.error
+            raise UserError(f"{path} is not a complete torch checkpoint (truncated?): get the file again.") from e
 
 
-WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
 
 
 def unwrap(container):
     """Official training container -> bare state dict (spec dc-ae-v 5.2, wan 3.2).
 
-    `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then `model_state_dict`, then `state_dict`, then
-    the dict itself. Wrapper prefixes of distributed training are removed from the names.
+    `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then `model_state_dict`, then `state_dict`,
+    then the dict itself. The wrappers of distributed training are removed from the names, wherever they stand.
     """
     sd = container
     if not isinstance(sd, dict):
         raise UserError("this file holds no state dict: give a model's weight file.")
     if sd.get("ema_model_state_dict"):
         sd = next(iter(sd["ema_model_state_dict"].values()))
-    elif "model_state_dict" in sd:
+    elif isinstance(sd.get("model_state_dict"), dict):
         sd = sd["model_state_dict"]
     elif isinstance(sd.get("state_dict"), dict):
         sd = sd["state_dict"]
     tensors = {}
     for name, value in sd.items():
-        for prefix in WRAPPER_PREFIXES:
-            name = name.replace(prefix, "")
         if isinstance(value, torch.Tensor):
-            tensors[name] = value
+            tensors[".".join(part for part in str(name).split(".") if part not in WRAPPERS)] = value
     if not tensors:
         raise UserError("this file holds no tensors: give a model's weight file.")
     return tensors
@@ -160,7 +162,8 @@ def load_strict(net, tensors, what):
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         parts = [f"{len(m)} {w} (first: {m[0]})" for m, w in ((missing, "missing"), (extra, "unexpected")) if m]
-        raise UserError(f"{what} does not fit this model: {' and '.join(parts)} tensors; use the weights of the same model.")
+        raise UserError(f"{what} does not fit this model: {' and '.join(parts)} tensors; "
+                        "use the weights of the same model.")
     for name, value in own.items():
         if tensors[name].shape != value.shape:
             raise UserError(f"{what} does not fit this model: {name} has shape {list(tensors[name].shape)}, "
@@ -171,8 +174,8 @@ def load_strict(net, tensors, what):
     return net
 
 
-# The two spellings of a Wan transformer's names: the original release's and diffusers'. Values are identical, so changing
-# format is pure renaming. (original, diffusers), the first that matches whole path components wins.
+# The two spellings of a Wan transformer's names: the original release's and diffusers'. Values are identical, so
+# changing format is pure renaming. (original, diffusers); the first that matches whole path components wins.
 BLOCK_NAMES = [                              # inside blocks.i.
     ("self_attn.o", "attn1.to_out.0"), ("cross_attn.o", "attn2.to_out.0"),
     ("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"),
@@ -200,12 +203,12 @@ TOP_NAMES = [
 
 
 def to_diffusers(name):
-    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name already spelt so stays as it is)."""
+    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name already spelt so is kept)."""
     return _respell(name, source=0)
 
 
 def to_original(name):
-    """Name of a Wan transformer's tensor or module in the original spelling (a name already spelt so stays as it is)."""
+    """Name of a Wan transformer's tensor or module in the original spelling (a name already spelt so is kept)."""
     return _respell(name, source=1)
 
 

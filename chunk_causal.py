@@ -73,6 +73,15 @@ class Conv3d(nn.Conv3d):
             raise ValueError(f"temporal is one of {', '.join(TEMPORAL)}, not {temporal!r}.")
         self.chunk, self.temporal = chunk, temporal
 
+    def _conv_forward(self, x, weight, bias):
+        # oneDNN computes the bf16 weight gradient of a 3-frame kernel wrongly (from uninitialised memory) when the clip has exactly two frames
+        # (torch 2.13, CPU). Two frames cost nothing, so they get fp32; every other length was checked to be right.
+        if x.shape[2] == 2 and x.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                y = super()._conv_forward(x.float(), weight.float(), None if bias is None else bias.float())
+                return y.to(torch.bfloat16)
+        return super()._conv_forward(x, weight, bias)
+
     def forward(self, x, state=None):
         if state is ISOLATED or self.temporal == "non_causal":
             return super().forward(x), state

@@ -12,19 +12,31 @@ clips are equal and nothing can be memorised. Direction exists only in time. `me
     random_scene(rng), caption(...)  draw attributes, say them
     toy_batch(seed, n, ...)          n clips as a tensor [n, 3, t, h, w] in [-1, 1], with their scenes
 
-**Files**: `read_clip`, `read_image`, `write_video`, `contact_sheet`. Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project.
+**Files**: every video goes through the ffmpeg that imageio-ffmpeg carries, one piece at a time, so length costs no memory.
 
-    python data.py --out out/toy      writes a contact sheet of the toy world
+    iter_clip(path, ...)             pieces of a clip, [3, t, h, w];  read_clip: the whole;  clip_info: frame rate, size, length
+    write_video(path, pieces, fps)   H.264 mp4 from a tensor or from pieces as they come
+    read_image, contact_sheet        stills
+
+Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. What is wrong with a file is told in one sentence (UserError), and
+a file that could not be finished is not left behind.
+
+    python data.py --out out/toy     a contact sheet and an mp4 of the toy world (three seconds)
 """
 import argparse
-import dataclasses
-import warnings
+import contextlib
+import errno
+import itertools
+import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 
 import checkpoint
 from checkpoint import UserError
@@ -171,11 +183,172 @@ def to_uint8(x):
     return (x.float() * 127.5 + 128).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
+# ---------------------------------------------------------------------------------------------------- video files
+
+
+def size_arg(text):
+    """argparse type: "180x320" -> (180, 320), rows first."""
+    if not (match := re.fullmatch(r"(\d+)x(\d+)", text)) or 0 in (size := tuple(map(int, match.groups()))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 180x320")
+    return size
+
+
+@dataclass
+class ClipInfo:
+    """What a video's header says. `seconds` is 0 where it says nothing."""
+
+    fps: float
+    height: int
+    width: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def _ffmpeg(*args, **pipes):
+    """Run ffmpeg for the length of a `with`: yields the process, and a function that waits for its end -> (exit status, its complaints)."""
+    with tempfile.TemporaryFile() as log:  # a file, not a pipe: a damaged clip brings more complaints than a pipe holds
+        process = subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *args], stderr=log, **pipes)
+
+        def end():
+            status = process.wait()
+            log.seek(0)
+            return status, log.read().decode(errors="replace").strip()
+
+        try:
+            yield process, end
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe and pipe.close()
+
+
+def _source(path):
+    """ffmpeg's input arguments for a clip: local files only, whatever their names and whatever a playlist in them refers to."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the path of a video file.")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
+    return "-protocol_whitelist", "file,pipe", "-i", f"file:{path}"
+
+
+def _reason(log):
+    """The first of ffmpeg's complaints without its prefixes, as the end of a sentence."""
+    return re.sub(r"^(\[[^\]]*\] )+", "", log.splitlines()[0]).strip(" .") if log else "ffmpeg gives no reason"
+
+
+def clip_info(path):
+    """Frame rate, upright size and length of a clip -> ClipInfo, without decoding it."""
+    with _ffmpeg(*_source(path)) as (_, end):
+        log = end()[1]
+    if not (match := re.search(r"Stream #.*?Video: (.*?)(\d+)x(\d+)[ ,\n](.*)", log)):
+        raise UserError(f"{path} holds no video that ffmpeg can read: give an mp4, mkv, webm, mov, avi or gif.")
+    codec, width, height, rest = match.groups()
+    if (turn := re.search(r"rotation of (-?[\d.]+) degrees", log)) and round(float(turn[1]) / 90) % 2:
+        width, height = height, width
+    rate = re.search(r"([\d.]+) fps", rest) or re.search(r"([\d.]+) tbr", rest)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else 0.0
+    return ClipInfo(float(rate[1]) if rate else 25.0, int(height), int(width), seconds)
+
+
+def iter_clip(path, frames=None, size=None, start=0, piece=16):
+    """The frames of a video file in pieces [3, up to `piece`, h, w], float in [-1, 1]; memory holds one piece.
+
+    Every stored frame comes exactly once, upright (the file's rotation is applied). `start`: frames to skip; `frames`: how many to read, all by
+    default. `size=(h, w)`: scaled (bicubic) to cover that size, then cropped in the middle. Raises UserError if the file is
+    unreadable, damaged or cut off before the last frame asked for, or has fewer than `frames`.
+    """
+    if frames is not None and frames < 1 or start < 0:
+        raise UserError(f"there are no {frames} frames from number {start} on: --frames counts from 1.")
+    filters = [f"trim=start_frame={start}", "format=rgb24"]
+    if size:
+        h, w = size
+        filters.append(f"scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}")
+    limit = ["-frames:v", str(frames)] if frames else []
+    # A row of PPM pictures: each says its own size, which ffmpeg alone knows after rotation and scaling.
+    args = [*_source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    held, count = [], 0
+    with _ffmpeg("-v", "error", *args, stdout=subprocess.PIPE) as (process, end):
+        while process.stdout.readline() == b"P6\n":
+            width, height = map(int, process.stdout.readline().split())
+            process.stdout.readline()  # 255
+            pixels = process.stdout.read(3 * height * width)
+            held.append(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
+            count += 1
+            if len(held) == piece:
+                yield to_tensor(np.stack(held))
+                held = []
+        status, log = end()
+    if status and not count:
+        raise UserError(f"{path} cannot be read as a video ({_reason(log)}): it may be incomplete or of another kind.")
+    if (status or log) and count != frames:
+        raise UserError(f"{path} is damaged or cut off near frame {start + count} ({_reason(log)}): get the whole file, or read only "
+                        "its beginning with --frames.")
+    if not count or frames and count < frames:
+        raise UserError(f"{path} holds {count} frames from number {start} on, not {frames or 'one'}: lower --frames.")
+    if held:
+        yield to_tensor(np.stack(held))
+
+
+def read_clip(path, frames=None, size=None, start=0):
+    """A whole video file -> float [3, t, h, w] in [-1, 1]; arguments and errors as for `iter_clip`."""
+    return torch.cat(list(iter_clip(path, frames, size, start)), dim=1)
+
+
+def write_video(path, x, fps, scale=1):
+    """Write an mp4 that every player shows (H.264, yuv420p, BT.709): x is [3, t, h, w] in [-1, 1], or an iterable of such pieces,
+    written as they come. `scale`: nearest-neighbour enlargement, since yuv420p halves the resolution of colour (toy clips: 4).
+
+    Odd sizes are padded by repeating the last row or column (H.264 needs even ones). The file appears when it is complete. Raises UserError for
+    NaN or no frames, OSError where the folder is read-only or the disk full.
+    """
+    pieces = iter([x] if isinstance(x, torch.Tensor) else x)
+    first = next(pieces, None)  # what is wrong with the source comes to light before the folder is touched
+    if first is None or first.shape[1] == 0:
+        raise UserError(f"there are no frames to write to {path}: ask for at least one.")
+    height, width = ((n * scale + 1) // 2 * 2 for n in first.shape[2:])
+    args = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
+            "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
+            "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
+    with checkpoint.atomic_path(path) as tmp, _ffmpeg("-v", "error", "-y", *args, str(tmp), stdin=subprocess.PIPE) as (process, end):
+        with contextlib.suppress(BrokenPipeError):  # ffmpeg has given up; `end` says why
+            for part in itertools.chain([first], pieces):
+                frames = to_uint8(part).repeat(scale, axis=1).repeat(scale, axis=2)
+                rest = ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
+                process.stdin.write(np.pad(frames, rest, mode="edge").tobytes())
+            process.stdin.close()
+        status, log = end()
+        if "No space left" in log or status == 256 - errno.ENOSPC:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if status:
+            raise UserError(f"ffmpeg could not write {path} ({_reason(log)}): check --out and the frame size.")
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
+def read_image(path, size=None):
+    """A picture file -> float [3, h, w] in [-1, 1]. Upright (EXIF), transparent parts on white; `size=(h, w)` as for `iter_clip`."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip it to white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = image.convert("RGBA")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a picture.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path} is not a picture that can be read, or an incomplete one ({e}): give a PNG, JPEG or WebP.") from e
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if size:
+        image = ImageOps.fit(image, size[::-1], Image.BICUBIC)
+    return to_tensor(np.asarray(image)[None])[:, 0]
+
+
 def contact_sheet(path, videos, columns=8, labels=None, scale=2):
-    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as a PNG."""
+    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as a PNG, enlarged or reduced by `scale`."""
     rows = []
     for x in videos:
         frames = to_uint8(x[:, np.linspace(0, x.shape[1] - 1, columns).round().astype(int)])
@@ -183,7 +356,7 @@ def contact_sheet(path, videos, columns=8, labels=None, scale=2):
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
     sheet = Image.fromarray(np.concatenate(rows))
-    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+    sheet = sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.NEAREST if scale >= 1 else Image.BOX)
     if labels:
         draw, y = ImageDraw.Draw(sheet), 0
         for row, label in zip(rows, labels):
@@ -191,3 +364,23 @@ def contact_sheet(path, videos, columns=8, labels=None, scale=2):
             y += row.shape[0] * scale
     with checkpoint.atomic_path(path) as tmp:
         sheet.save(tmp)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Show the toy world: a contact sheet and an mp4.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out/toy", help="folder for the results")
+    p.add_argument("--clips", type=int, default=12, help="how many clips")
+    p.add_argument("--frames", type=int, default=32, help="frames per clip")
+    p.add_argument("--size", type=int, default=64, help="side of a frame in pixels")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
+    args = p.parse_args()
+    videos, scenes = toy_batch(args.seed, args.clips, args.frames, args.size)
+    out = Path(args.out)
+    contact_sheet(out / "toy.png", videos, labels=[caption(s) for s in scenes])
+    write_video(out / "toy.mp4", list(videos), fps=16, scale=4)
+    print(f"wrote {out}/toy.png and {out}/toy.mp4")
+
+
+if __name__ == "__main__":
+    with checkpoint.user_errors():
+        main()

@@ -1,13 +1,13 @@
 """The Wan video diffusion transformer, for any latent space.
 
 A transformer that looks at a noisy video latent and predicts the flow velocity v = noise - x0 (Wan, arXiv 2503.20314).
-It is the backbone that DC-VideoGen (arXiv 2509.25182, section on AE-Adapt-V) moves into a deep latent space, and the move
-touches only its two ends: the patch embedder (first layer) and the head (last layer) meet the latent, everything between
-sees tokens of width D and keeps its weights.
+It is the backbone that DC-VideoGen (arXiv 2509.25182, section on AE-Adapt-V) moves into a deep latent space, and the
+move touches only its two ends: the patch embedder (first layer) and the head (last layer) meet the latent, everything
+between sees tokens of width D and keeps its weights.
 
     x [B, C, F, H, W]  --patch (pt, ph, pw)-->  L = F/pt * H/ph * W/pw tokens of width D
     block:  x += gate1 * SelfAttention(LN(x) * (1 + scale1) + shift1)        all tokens with all, 3-axis rotary positions
-            x += CrossAttention(LN3(x), text [, image])                      the prompt; and for image-to-video the picture
+            x += CrossAttention(LN3(x), text [, image])                      the prompt (and the condition picture)
             x += gate2 * MLP(LN(x) * (1 + scale2) + shift2)
             (shift, scale, gate: from the diffusion time, plus a learned table per block)
     head:   Linear(LN(x) * (1 + scale) + shift)  --unpatchify-->  v [B, C, F, H, W]
@@ -17,8 +17,8 @@ Why a deep latent space is fast: f32t4 with patch 1 has 4.3x fewer tokens than f
 (14B) to 12x (1.3B) cheaper.
 
 Precision is a policy, stated once: residual stream, norms, modulation, time embedding and head are fp32; the matrix
-products of patch embedder, text and image MLPs and blocks run in `matmul_dtype()`, which is bf16 under autocast (training:
-fp32 masters) or after `cast_weights(torch.bfloat16)` (sampling), else fp32.
+products of patch embedder, text and image MLPs and blocks run in `matmul_dtype()`: bf16 under autocast (training, fp32
+masters) or after `cast_weights(torch.bfloat16)` (sampling), else fp32.
 
 Parameter names are those of the original checkpoints; `from_state_dict` also takes diffusers' names.
 
@@ -29,6 +29,7 @@ import argparse
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -126,27 +127,16 @@ class PatchEmbedder(nn.Conv3d):
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class RMSNorm(nn.Module):
-    """A weight for `kernels.rms_norm`; as a parameter holder it keeps the original key `norm_q.weight`."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
 class SelfAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.eps = c.heads, c.eps
         self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
 
     def forward(self, x, rope):  # b l d
-        q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.heads, self.norm_q.eps)
-        k = rms_norm_rope(self.k(x), self.norm_k.weight, rope, self.heads, self.norm_k.eps)
+        q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.heads, self.eps)
+        k = rms_norm_rope(self.k(x), self.norm_k.weight, rope, self.heads, self.eps)
         v = self.v(x).unflatten(2, (self.heads, -1))  # b l n c
         return self.o(attention(q, k, v).flatten(2))
 
@@ -157,20 +147,26 @@ class CrossAttention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.eps = c.heads, c.eps
         self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
         if c.image_dim:
             self.k_img, self.v_img = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, c.dim)
-            self.norm_k_img = RMSNorm(c.dim, c.eps)
+            self.norm_k_img = nn.RMSNorm(c.dim, c.eps)
 
     def forward(self, x, text, image=None):  # b l d, b m d
-        split = partial(rearrange, pattern="b l (n c) -> b l n c", n=self.heads)
-        q = split(self.norm_q(self.q(x)))
-        y = attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+        q = self.split(rms_norm(self.q(x), self.norm_q.weight, self.eps))
+        y = attention(q, *self.keys_values(text, self.k, self.norm_k, self.v))
         if image is not None:
-            y = y + attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+            y = y + attention(q, *self.keys_values(image, self.k_img, self.norm_k_img, self.v_img))
         return self.o(y.flatten(2))
+
+    def keys_values(self, context, k, norm_k, v):
+        """Depends on the prompt or picture only, not on x or t: the same at every step of a video."""
+        return self.split(rms_norm(k(context), norm_k.weight, self.eps)), self.split(v(context))
+
+    def split(self, x):  # b l d -> b l n c
+        return x.unflatten(2, (self.heads, -1))
 
 
 class Block(nn.Module):
@@ -236,7 +232,7 @@ class WanDiT(nn.Module):
         super().__init__()
         c = self.config = config
         if c.dim % c.heads or (c.dim // c.heads) % 2:
-            raise UserError(f"width {c.dim} cannot be split into {c.heads} heads of even width: give another heads.")
+            raise UserError(f"width {c.dim} cannot be split into {c.heads} heads of even width: choose another number.")
         self.patch_embedding = PatchEmbedder(c.in_channels, c.dim, c.patch)
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
@@ -263,15 +259,15 @@ class WanDiT(nn.Module):
     # -- precision
 
     def cast_weights(self, dtype):
-        """Store the large matrices in `dtype` and compute with it. What acts on time or on the residual stream stays fp32."""
+        """Store the large matrices in `dtype` and compute with it; norms, modulation, time and head stay fp32."""
         for name, p in self.named_parameters():
             p.data = p.data.to(torch.float32 if keeps_fp32(name) else dtype)
         self.weight_dtype = dtype
         return self
 
-    def matmul_dtype(self, device):
-        """The type in which patches, prompt and blocks are multiplied: autocast's, where it is on, else that of the weights."""
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight_dtype
+    def matmul_dtype(self, x):
+        """The type in which patches, prompt and blocks are multiplied: autocast's where it is on, else the weights'."""
+        return torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else self.weight_dtype
 
     # -- what the blocks receive
 
@@ -279,29 +275,29 @@ class WanDiT(nn.Module):
         c = self.config
         if x.ndim != 5 or x.shape[1] != c.in_channels:
             raise UserError(f"the latent has shape {list(x.shape)}, but this transformer takes [batch, {c.in_channels}, "
-                            "frames, height, width]: use the autoencoder (and the condition channels) of this model.")
+                            "frames, height, width]: use this model's autoencoder (and condition channels).")
         if any(s % p for s, p in zip(x.shape[2:], c.patch)):
             raise UserError(f"a latent of {'x'.join(map(str, x.shape[2:]))} (frames, height, width) cannot be cut into "
                             f"patches of {'x'.join(map(str, c.patch))}: choose another --size or --frames.")
         return self.patch_embedding(x).float()
 
     def embed_time(self, t):
-        """t [b] (or [b l], a time of its own for every token) -> e [b 1|l d] for the head, e0 [b 1|l 6 d] for the blocks."""
+        """t [b] (or [b l], each token's own time) -> e [b 1|l d] for the head, e0 [b 1|l 6 d] for the blocks."""
         if self.time_embedding[0].weight.dtype != torch.float32:
             raise ValueError("the time embedding must stay fp32: use net.cast_weights(dtype) instead of net.to(dtype).")
-        with torch.autocast(t.device.type, enabled=False):
+        with no_autocast(t):
             e = self.time_embedding(sinusoid(t if t.ndim == 2 else t.reshape(-1, 1), self.config.freq_dim))
             return e, self.time_projection(e).unflatten(-1, (6, -1))
 
     def embed_text(self, context):
-        """Prompt states [b m text_dim], m <= text_len -> [b text_len d]. Rows past the prompt are zeros BEFORE the MLP and
-        are attended: no mask. They act as registers that the model was trained with."""
+        """Prompt states [b m text_dim], m <= text_len -> [b text_len d]. Rows past the prompt are zeros BEFORE the MLP
+        and are attended, there is no mask: the model was trained with them."""
         c = self.config
         if context.ndim != 3 or context.shape[2] != c.text_dim or context.shape[1] > c.text_len:
-            raise UserError(f"the prompt states have shape {list(context.shape)}, but this transformer takes [batch, at most "
-                            f"{c.text_len}, {c.text_dim}]: use the text encoder of this model.")
+            raise UserError(f"the prompt states have shape {list(context.shape)}, but this transformer takes [batch, "
+                            f"at most {c.text_len}, {c.text_dim}]: use the text encoder of this model.")
         context = F.pad(context, (0, 0, 0, c.text_len - context.shape[1]))
-        return self.text_embedding(context.to(self.matmul_dtype(context.device.type)))
+        return self.text_embedding(context.to(self.matmul_dtype(context)))
 
     def embed_image(self, clip_fea):
         if self.config.image_dim is None:
@@ -310,12 +306,13 @@ class WanDiT(nn.Module):
             return None
         if clip_fea is None:
             raise UserError("this transformer has an image branch: give clip_fea, the CLIP features of the image.")
-        return self.img_emb(clip_fea, self.matmul_dtype(clip_fea.device.type))
+        return self.img_emb(clip_fea, self.matmul_dtype(clip_fea))
 
     # -- forward
 
     def forward(self, x, t, context, clip_fea=None, return_features=None):
-        """x [b in_channels f h w], t in 0..1000 [b] or [b l], context [b m text_dim], clip_fea [b 257 image_dim] -> v fp32.
+        """x [b in_channels f h w], t in 0..1000 [b] or [b l], context [b m text_dim], clip_fea [b 257 image_dim]
+        -> velocity fp32 [b out_channels f h w].
 
         return_features: block numbers; the result is then (v, {number: residual stream after that block, b f h w d}),
         for comparing two models depth by depth.
@@ -326,7 +323,7 @@ class WanDiT(nn.Module):
         e, e0 = self.embed_time(t)
         text, image = self.embed_text(context), self.embed_image(clip_fea)
         rope = rope_table(tuple(grid), self.config.dim // self.config.heads, x.device)
-        dtype = self.matmul_dtype(x.device.type)
+        dtype = self.matmul_dtype(x)
         recompute = self.checkpointing and torch.is_grad_enabled()
         features = {}
         for i, block in enumerate(self.blocks):
@@ -334,9 +331,8 @@ class WanDiT(nn.Module):
             h = run(h, e0, rope, text, image, dtype)
             if return_features and i in return_features:
                 features[i] = h.unflatten(1, grid)
-        with torch.autocast(x.device.type, enabled=False):
-            y = self.head(h, e)
-        v = self.unpatchify(y, grid)
+        with no_autocast(x):
+            v = self.unpatchify(self.head(h, e), grid)
         return v if return_features is None else (v, features)
 
     def unpatchify(self, y, grid):
@@ -346,8 +342,18 @@ class WanDiT(nn.Module):
 
 
 def keeps_fp32(name):
-    return name.startswith(("time_", "head.", "img_emb.proj.0", "img_emb.proj.4")) or "norm" in name or name.endswith(
-        ("modulation", "emb_pos"))
+    """Is this parameter one of those that `cast_weights` leaves alone?"""
+    return (name.startswith(("time_", "head.", "img_emb.proj.0", "img_emb.proj.4")) or "norm" in name
+            or name.endswith(("modulation", "emb_pos")))
+
+
+def autocast_is_on(x):
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta tensors know no autocast
+
+
+def no_autocast(x):
+    """Time and head are computed in fp32, whatever the surroundings say."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
@@ -367,7 +373,7 @@ def tokens(config, latent):
 
 
 def flops(config, latent, image_tokens=257):
-    """FLOPs (2 per multiply-add) of one forward of batch 1; a guided step is two. The time MLPs, one row, are left out."""
+    """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The time MLPs (one row) are left out."""
     c, L = config, tokens(config, latent)
     T, I = c.text_len, (c.image_positions or image_tokens) if c.image_dim else 0
     linear = c.layers * (12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2)
@@ -433,7 +439,7 @@ def original_names(sd):
 
 
 def infer_config(sd, heads=None):
-    """Config from the shapes of a state dict in original names. Not in the shapes: heads (128 channels each, if not given)."""
+    """Config from the shapes of a state dict in original names; no shape shows the heads: 128 channels each by default."""
     try:
         dim, in_channels, *patch = sd["patch_embedding.weight"].shape
         image, positions = sd.get("img_emb.proj.0.weight"), sd.get("img_emb.emb_pos")
@@ -453,7 +459,7 @@ def infer_config(sd, heads=None):
 
 
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32):
-    """State dict in either naming -> WanDiT in eval mode. `dtype` bf16 stores the large matrices in it (`cast_weights`)."""
+    """State dict in either naming -> WanDiT in eval mode. With `dtype` bf16 the large matrices are stored in it."""
     sd = original_names(sd)
     config = config or infer_config(sd, heads)
     with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below
@@ -487,7 +493,7 @@ def weight_files(path):
         return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise UserError(f"{path} holds {len(files)} .safetensors files and no index: give the path of the transformer's file.")
+        raise UserError(f"{path} holds {len(files)} .safetensors files and no index: give the transformer's own file.")
     return files
 
 

@@ -1,28 +1,30 @@
 """Flow matching: the objective the transformer is trained with and the solvers that sample from it.
 
-A clip's latent z and white noise e of the same shape are joined by a straight line. sigma in [0, 1] says how far along:
+A clip's latent z and white noise e of its shape are joined by a straight line; sigma in [0, 1] says how far along:
 
     x = (1 - sigma) z + sigma e          v = dx / dsigma = e - z
 
 The network learns v from x and sigma (told to it as t, on a scale of 0..1000). Sampling starts from pure noise at
-sigma = 1 and integrates dx = v dsigma down to sigma = 0. The training loss (paper: AE-Adapt-V, the fine-tuning objective) is
+sigma = 1 and integrates dx = v dsigma down to sigma = 0. The training loss (paper: section on AE-Adapt-V) is
 
     L = mean over the batch of  w(sigma) * mean((net(x, t) - v)^2)
 
-Both halves are bent by the same map, the *shift* S, which moves a uniform u in [0, 1] towards high noise, because long clips
-need more noise before their large structures disappear:
+Training and sampling both bend u in [0, 1] towards high noise by one map, the *shift* S, because in a large clip more
+noise is needed before the coarse structure disappears:
 
-    shift(u) = S u / (1 + (S - 1) u)                 S = 5 at 720p; S = 8 is what DC-VideoGen's text-to-video trains with
+    shift(u) = S u / (1 + (S - 1) u)         S = 5 to sample at 720p; DC-VideoGen trains text-to-video with S = 8
 
-All solvers use the network's estimate of the clean latent, x0 = x - sigma v. Two steps s -> t are worth remembering:
+At any point the network also gives an estimate of the clean latent, x0 = x - sigma v. Every solver here makes the same
+step from noise level s to t, straight towards such an estimate, and they differ only in how good it is:
 
-    Euler                x_t = x_s + (t - s) v
-    exponential (DPM)    x_t = (t/s) x_s - (1 - t) E x0,   E = exp(-h) - 1,  h = lambda_t - lambda_s,
-                         lambda = log((1 - sigma) / sigma), half the log signal-to-noise ratio up to a constant
+    x_t = x0 + (t/s) (x_s - x0)
 
-They are the same step written twice; the second form, with h as the step size, is the one whose higher orders behave
-well. Noise and solver state are fp32; the scalar
-coefficients are float64 (Python floats).
+    Euler       x0 as found at s; the step is then x_s + (t - s) v
+    DPM++       x0 extrapolated to the middle of the step, from this one and the last
+    UniPC       the same, and afterwards each step is redone with the x0 found at its end
+
+The extrapolation is linear in lambda = log((1 - sigma) / sigma), half the log signal-to-noise ratio, because along it
+x0 changes more evenly than along sigma. Noise and solver state are fp32, the scalar coefficients are float64.
 """
 import math
 
@@ -31,8 +33,7 @@ import torch
 
 from checkpoint import UserError
 
-# --------------------------------------------------------------------------------------------------------------------
-# The straight line and the training objective
+# ------------------------------------------------------------------------- The straight line and the training objective
 
 
 def add_noise(z, noise, sigma):
@@ -54,8 +55,8 @@ def shift_sigma(u, shift):
 def released_grid(shift, points=50):
     """The training grid of the released code: (sigmas, weights), float64, from sigma = 1 downwards.
 
-    As many points as inference steps. The weights are a bell around t = 500, lowered so that sigma = 1 weighs nothing,
-    scaled to mean 1 over the grid.
+    As many points as inference steps. The weights are a bell around t = 500, lowered so that sigma = 1 weighs nothing
+    and scaled to mean 1 over the grid.
     """
     sigmas = shift_sigma(1 - torch.arange(points, dtype=torch.float64) / points, shift)
     bell = torch.exp(-2 * (sigmas - 0.5) ** 2)
@@ -66,10 +67,10 @@ def released_grid(shift, points=50):
 def sample_times(batch, mode="shifted", shift=5.0, generator=None, device="cpu"):
     """Draw the noise level of each training sample -> (sigma, t, weight), fp32, [batch].
 
-    "released": exactly what the released code does. An integer t is drawn uniformly from 0..999 and told to the network, but
-        the noise is that of the nearest of 50 shifted grid points. The shift then hardly moves the distribution
-        towards noise, it only makes the grid coarse at low noise: with S = 8 nothing below sigma = 0.14 is ever seen, and
-        one draw in five lands on that value while the network is told anything from 0 up. For parity runs.
+    "released": what the released code does. An integer t is drawn uniformly from 0..999 and told to the network, but
+        the noise is that of the nearest of 50 shifted grid points. So the shift hardly moves the distribution towards
+        noise, it only makes the grid coarse at low noise: with S = 8 nothing below sigma = 0.14 is ever seen, and one
+        draw in five lands on that value while the network is told anything from 0 up. For parity runs.
     "shifted": u uniform, sigma = shift(u), t = 1000 sigma, weight 1. What the network is told is what it sees.
     """
     where = generator.device if generator is not None else device
@@ -90,31 +91,31 @@ def sample_times(batch, mode="shifted", shift=5.0, generator=None, device="cpu")
 def loss(velocity, z, mode="shifted", shift=5.0, generator=None):
     """One flow-matching training loss -> (loss, mse, sigma).
 
-    velocity: called once as velocity(x, t) with x shaped like `z` and t [B] in 0..1000; conditions (text, image) are the
-        caller's, in a lambda: `lambda x, t: net(x, t, context)`.
+    velocity: called once as velocity(x, t), x shaped like `z` and t [B] in 0..1000. Conditions (text, image) are the
+        caller's: `lambda x, t: net(x, t, context)`.
     z: clean latents, already multiplied by the scaling factor  # b c t h w
     loss is the scalar to differentiate; mse [B] (unweighted, detached) and sigma [B] are for logging by noise level
     (`by_sigma`). Everything but the network itself is fp32.
     """
     sigma, t, weight = sample_times(len(z), mode, shift, generator, z.device)
-    noise = torch.randn(z.shape, generator=generator, device=generator.device if generator is not None else z.device)
-    noise = noise.to(z.device)
+    where = generator.device if generator is not None else z.device
+    noise = torch.randn(z.shape, generator=generator, device=where).to(z.device)
     error = velocity(add_noise(z, noise, sigma), t).float() - velocity_target(z, noise)
     mse = error.pow(2).flatten(1).mean(dim=1)
     return (weight * mse).mean(), mse.detach(), sigma
 
 
 def by_sigma(mse, sigma, bins=5):
-    """Mean loss in equal bins of sigma, `bins` numbers; nan where nothing was drawn. The mean over all sigma hides which
-    noise level is learning: high sigma is layout and motion, low sigma is texture."""
+    """Mean loss in `bins` equal bins of sigma; nan where nothing was drawn. One mean over all sigma hides what is being
+    learned: at high sigma layout and motion, at low sigma texture."""
     index = (sigma * bins).long().clamp(max=bins - 1)
     return [mse[index == i].mean().item() for i in range(bins)]
 
 
 def guided(net, context, null, scale):
-    """Classifier-free guidance as a velocity function: v_null + scale (v_text - v_null), two passes of `net(x, t, context)`.
+    """Classifier-free guidance (Ho & Salimans 2022) as a velocity function: v_null + scale (v_text - v_null).
 
-    scale = 1 is the network as trained, one pass. Guidance trades variety for fit to the prompt (Ho & Salimans 2022).
+    Trades variety for fit to the prompt. Two passes of `net(x, t, context)`; scale = 1 is the plain network, one pass.
     """
     if scale == 1:
         return lambda x, t: net(x, t, context)
@@ -125,16 +126,15 @@ def guided(net, context, null, scale):
     return velocity
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Schedules: which noise levels are visited
+# ---------------------------------------------------------------------------- Schedules: which noise levels are visited
 
 
 def schedule(solver, steps, shift):
     """Noise levels of a solver -> (sigmas [steps + 1], ending in 0; timesteps [steps], what the network is told), fp32.
 
-    All are a straight line bent by the shift; they differ at the ends. That is enough to change a sample by about 1e-3,
-    so each base model wants the variant it was published with.
-    UniPC and DPM++ truncate (not round) the time to an integer, because Wan's training saw integers.
+    All are a straight line bent by the shift; they differ at its ends. That is enough to change a sample by about
+    1e-3, so each base model wants the variant it was published with. UniPC and DPM++ truncate (not round) the time to
+    an integer.
     """
     if solver not in SOLVERS:
         raise UserError(f'solver "{solver}" is unknown: use one of {", ".join(SOLVERS)}.')
@@ -154,7 +154,7 @@ def schedule(solver, steps, shift):
     sigmas = shift_sigma(u, shift)
     if solver == "unipc_diffusers" and abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6                      # lambda(1) would be infinite
-    timesteps = 1000 * sigmas                  # before the rounding to fp32, so that truncation agrees with the reference
+    timesteps = 1000 * sigmas                  # before the rounding to fp32: truncation as in the reference
     if solver == "euler_diffusers":
         timesteps = np.float32(1000) * sigmas.astype(np.float32)
     elif solver != "euler":
@@ -162,12 +162,11 @@ def schedule(solver, steps, shift):
     return torch.from_numpy(np.append(sigmas, 0)).float(), torch.from_numpy(timesteps).float()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Solvers: one function each, all of one signature
+# --------------------------------------------------------------------- Solvers: one function each, all of one signature
 
 
 def euler(velocity, x, sigmas, timesteps, callback=None):
-    """First order, one network call per step, in the plainest form: follow the velocity."""
+    """First order, in the plainest form: follow the velocity."""
     s = sigmas.tolist()
     for i, t in enumerate(timesteps):
         v = velocity(x, t).float()
@@ -181,17 +180,17 @@ def euler(velocity, x, sigmas, timesteps, callback=None):
 def dpm_plus_plus(velocity, x, sigmas, timesteps, callback=None):
     """DPM-Solver++(2M), the midpoint form with data prediction (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    Second order for free: the change of x0 since the last step stands in for its derivative.
+    Second order for free: the change of x0 since the last step stands in for its derivative. The first step, from
+    sigma = 1, is infinitely long in lambda, so its change says nothing and the second step is of first order too.
     """
     s = sigmas.tolist()
     previous = None
     for i, t in enumerate(timesteps):
         x0 = x - s[i] * velocity(x, t).float()
         data = x0
-        if previous is not None and s[i + 1] > 0 and s[i - 1] < 1:     # the step from sigma = 1 is infinitely long in lambda
-            ratio = (_lambda(s[i + 1]) - _lambda(s[i])) / (_lambda(s[i]) - _lambda(s[i - 1]))
-            data = x0 + 0.5 * ratio * (x0 - previous)
-        x = _exponential_step(x, data, s[i], s[i + 1])
+        if previous is not None and s[i + 1] > 0 and s[i - 1] < 1:
+            data = _extrapolate(x0, previous, s, i)
+        x = _step(x, data, s[i], s[i + 1])
         previous = x0
         if callback is not None:
             callback(i, x, x0)
@@ -199,10 +198,10 @@ def dpm_plus_plus(velocity, x, sigmas, timesteps, callback=None):
 
 
 def unipc(velocity, x, sigmas, timesteps, callback=None):
-    """UniPC of order 2, B(h) = exp(-h) - 1 ("bh2"), data prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2).
+    """UniPC of order 2, B(h) = exp(-h) - 1 ("bh2"), data prediction (Zhao et al. 2023, arXiv 2302.04867).
 
-    A predictor like DPM-Solver++(2M), and a corrector that redoes the *last* step with the x0 found at its end. The network
-    is not called again for the corrected sample, so a step still costs one call.
+    A predictor like DPM-Solver++(2M), and a corrector that redoes the *last* step with the x0 found at its end. The
+    network is not called again for the corrected sample, so a step still costs one call.
     """
     s = sigmas.tolist()
     steps = len(timesteps)
@@ -217,52 +216,54 @@ def unipc(velocity, x, sigmas, timesteps, callback=None):
         start = x
         data = x0
         if order == 2:
-            ratio = (_lambda(s[i + 1]) - _lambda(s[i])) / (_lambda(s[i]) - _lambda(s[i - 1]))
-            data = x0 + 0.5 * ratio * (x0 - history[0])
-        x = _exponential_step(x, data, s[i], s[i + 1])
+            data = _extrapolate(x0, history[0], s, i)
+        x = _step(x, data, s[i], s[i + 1])
         if callback is not None:
             callback(i, x, x0)
     return x
 
 
 def _unipc_correct(start, x0, history, s, i, order):
-    """Redo the step sigma[i-1] -> sigma[i] from `start`, knowing x0 at both of its ends (and one before, for order 2)."""
+    """Redo the step sigma[i-1] -> sigma[i] from `start`, knowing x0 at both ends (and one earlier, for order 2)."""
     last = history[-1]
     if order == 1:
-        return _exponential_step(start, last + 0.5 * (x0 - last), s[i - 1], s[i])
+        return _step(start, last + 0.5 * (x0 - last), s[i - 1], s[i])
     h = _lambda(s[i]) - _lambda(s[i - 1])
     r = (_lambda(s[i - 2]) - _lambda(s[i - 1])) / h
     E = math.expm1(-h)
-    g1 = E / -h - 1                          # h phi_2, then h^2 phi_3, of the exponential integrator
+    g1 = E / -h - 1
     b1, b2 = g1 / E, 2 * (g1 / -h - 0.5) / E
-    rho1 = (b1 - b2) / (1 - r)               # the 2 x 2 system [1 1; r 1] rho = b
+    rho1 = (b1 - b2) / (1 - r)               # solves rho1 + rho2 = b1, r rho1 + rho2 = b2
     rho2 = b1 - rho1
     data = last + rho1 / r * (history[0] - last) + rho2 * (x0 - last)
-    return _exponential_step(start, data, s[i - 1], s[i])
+    return _step(start, data, s[i - 1], s[i])
 
 
-def _exponential_step(x, x0, s, t):
-    """The exact solution from sigma s to t if the clean latent were x0 throughout: (t/s) x - (1 - t) E x0."""
-    if t == 0:
-        return x0
-    E = t * (1 - s) / (s * (1 - t)) - 1      # expm1(-h) without going through lambda: finite at s = 1 too
-    return (t / s) * x - (1 - t) * E * x0
+def _step(x, x0, s, t):
+    """From noise level s to t along the line through x that ends in x0. Exact if x0 is; at t = 0 it is x0 itself."""
+    return x0 + (t / s) * (x - x0)
+
+
+def _extrapolate(x0, previous, s, i):
+    """x0 half a step ahead of sigma[i], on the line through x0 there and `previous` at sigma[i-1], in lambda."""
+    ratio = (_lambda(s[i + 1]) - _lambda(s[i])) / (_lambda(s[i]) - _lambda(s[i - 1]))
+    return x0 + 0.5 * ratio * (x0 - previous)
 
 
 def _lambda(sigma):
     return math.log1p(-sigma) - math.log(sigma)
 
 
-SOLVERS = {"euler": euler, "unipc": unipc, "unipc_diffusers": unipc, "dpm++": dpm_plus_plus, "euler_diffusers": euler}
+SOLVERS = {"unipc": unipc, "unipc_diffusers": unipc, "dpm++": dpm_plus_plus, "euler": euler, "euler_diffusers": euler}
 
 
 @torch.no_grad()
 def solve(velocity, noise, steps, shift, solver="unipc", callback=None):
     """From noise (sigma = 1) to a clean latent, fp32.
 
-    velocity(x, t): the network's answer at x; t is a 0-d fp32 tensor in 0..1000 on the device of x (`t.expand(len(x))` gives one per sample)
-    noise: standard normal, [b c t h w]; the solvers draw nothing themselves, so equal noise gives equal results
-    callback(step, x, x0): after each step, with the new sample and the clean latent the network believed in: progress, previews, checks
+    velocity(x, t): the network's answer; t is a 0-d fp32 tensor in 0..1000 (per sample: `t.expand(len(x))`)
+    noise: standard normal, b c t h w; the solvers draw nothing themselves, so equal noise gives equal results
+    callback(step, x, x0): after each step, with the new sample and the clean latent that the network expects
     """
     sigmas, timesteps = schedule(solver, steps, shift)
     return SOLVERS[solver](velocity, noise.float(), sigmas, timesteps.to(noise.device), callback)

@@ -2,9 +2,9 @@
 
 A transformer step is a few large matrix products with thin operations in between. The thin ones do almost no
 arithmetic but read and write the whole activation: at 17,600 tokens of width 5120 one fp32 pass over the residual stream
-moves 360 MB in and 360 MB out, and a block makes 20 to 30 such passes. So what counts for them is how often memory is
-touched, and each function here is one unit that a fused kernel can replace. These are the plain forms: short, differentiable,
-right on every device. In fp32 none of them makes a needless copy or cast.
+moves 360 MB in and 360 MB out, and an unfused block makes 20 to 30 such passes. So what counts is how often memory is
+touched, and each function here is one unit that a fused kernel can replace. These are the plain forms: short,
+differentiable, right on every device. In fp32 none of them makes a needless copy or cast.
 
 Precision, for all of them: inputs may be bf16, statistics and sums are fp32, the result is rounded once at the end.
 Shapes: b batch, l tokens, d model width, n heads, c width of one head (d = n c).
@@ -57,7 +57,7 @@ def _rms_norm(x, weight, eps):  # the same, not yet rounded at the end: fp32
 
 
 def rms_norm_rope(x, weight, rope, heads, eps):
-    """RMSNorm over the full width, then split into heads and rotate: x [b l d] -> [b l n c]. q and k take it in every block.
+    """RMSNorm over the full width, split into heads, rotate: x [b l d] -> [b l n c]. For q and k, in every block.
 
     `rope` is complex64 [l, c/2], one unit number e^{i angle} per token and channel pair. Adjacent channels (2p, 2p+1) are
     the real and imaginary part of one complex number and the rotation is one complex product:
@@ -82,7 +82,8 @@ def rms_norm_channels(x, weight, bias, eps=1e-5):
     """x / sqrt(mean_c(x^2) + eps) * weight + bias at every pixel: x [b c t h w] (any trailing axes), weight, bias [c].
 
     The autoencoder's norm. It looks at one position at a time, so neither frames nor tiles see each other through it:
-    streaming and tiled decoding stay exact. Hot because it passes over full-resolution activations; fp32 inside, x's dtype out.
+    streaming and tiled decoding stay exact. Hot because it passes over full-resolution activations. fp32 inside, x's
+    dtype out.
     """
     wide = x.float()
     weight, bias = (p.float().view(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))

@@ -6,18 +6,20 @@ frozen and only two thin matrices are trained, A [r, in] ("down") and B [out, r]
     y = W x + (alpha / r) B A x              merged:  W + (alpha / r) B A
 
 B starts at zero, so step 0 is the base model, bit for bit. AE-Adapt-V trains its last stage this way (paper: end-to-end
-fine-tuning with LoRA): rank 256, alpha 512, on self-attention, feed-forward and time layers; the patch embedder and the head,
-whose shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B that is 183 linear layers and 259.6 M
-LoRA parameters, for 14B 243 and 820.6 M.
+fine-tuning with LoRA): rank 256, alpha 512, on self-attention, feed-forward and time layers. The patch embedder and the
+head, whose shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B that is 183 linear layers and
+259.6 M LoRA parameters, for 14B 243 and 820.6 M.
 
-    lora.wrap(net, rank=256, alpha=512, full=("patch_embedding", "head"))
+    whole = ("patch_embedding", "head")
+    lora.wrap(net, rank=256, alpha=512, full=whole)
     ... train whatever requires_grad ...
-    lora.save(net, "adapter.safetensors", format="peft", full=("patch_embedding", "head"), base="wan2.1-t2v-1.3b", step=40000)
+    lora.save(net, "adapter.safetensors", format="peft", full=whole, base="wan2.1-t2v-1.3b", step=40000)
     lora.merge(net)                          # plain linears again: same speed as the base
     lora.load(other_net, "adapter.safetensors", strength=0.8)
 
-A file written by anybody else reads the same way: one procedure (`load`) covers PEFT, diffusers, ComfyUI, kohya, VideoX-Fun,
-DiffSynth, LyCORIS names and mixtures of them, because names are looked up in a table made from the model itself.
+A file written by anybody else reads the same way. One procedure (`load`) covers PEFT, diffusers, ComfyUI, kohya,
+VideoX-Fun, DiffSynth and LyCORIS names and mixtures of them: names are not parsed, but looked up in a table made from
+the model itself.
 """
 import json
 import math
@@ -29,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import UserError, load_tensors, save_tensors, to_diffusers, to_original
+from checkpoint import UserError, load_tensors, save_tensors, to_diffusers
 
 # What AE-Adapt-V adapts: 6 linears per block and the 3 of the time embedding. Cross-attention, text and image
 # embedders, norms and modulation stay as the base has them: what they learned about prompts is what is inherited.
-TARGETS = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]", r"time_embedding\.[02]", r"time_projection\.1")
+TARGETS = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",
+           r"time_embedding\.[02]", r"time_projection\.1")
 
 
 class LoRALinear(nn.Module):
@@ -70,10 +73,10 @@ def adapters(net):
 
 
 def wrap(net, rank, alpha, targets=TARGETS, full=()):
-    """Freeze `net` and put an adapter on every linear layer whose whole name matches one of `targets` (regular expressions).
+    """Freeze `net` and adapt every linear layer whose whole name matches one of the regular expressions `targets`.
 
-    full: modules that are trained whole instead of by an adapter, e.g. ("patch_embedding", "head"); what belongs to them
-        keeps requires_grad. Returns net; afterwards `requires_grad` marks exactly what is to be trained.
+    full: modules that are trained whole instead, e.g. ("patch_embedding", "head").
+    Returns net; afterwards `requires_grad` marks exactly what is to be trained.
     """
     _plain_only(net)
     names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and any(re.fullmatch(t, n) for t in targets)]
@@ -89,7 +92,7 @@ def wrap(net, rank, alpha, targets=TARGETS, full=()):
 
 @torch.no_grad()
 def merge(net):
-    """Turn every adapter into its plain linear with W + (alpha / rank) B A, computed in fp32, stored in W's own dtype."""
+    """Every adapter becomes a plain linear with W + (alpha / rank) B A, computed in fp32, stored in W's own dtype."""
     for name, adapter in adapters(net):
         _add_(adapter.base.weight, adapter.alpha / adapter.rank, low_rank=(adapter.up, adapter.down))
         _replace(net, name, adapter.base)
@@ -104,12 +107,11 @@ def unwrap(net):
 
 
 def state_dict(net):
-    """Only the adapters' tensors, by their names in the net; `net.load_state_dict(..., strict=False)` puts them back."""
+    """Only the adapters' tensors, by their names in the net; `load_state_dict(..., strict=False)` puts them back."""
     return {f"{name}.{k}": getattr(a, k).detach() for name, a in adapters(net) for k in ("down", "up")}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
+# ---------------------------------------------------------------------------------------------------------------- Files
 
 
 def save(net, path, format="peft", full=(), **metadata):
@@ -120,8 +122,9 @@ def save(net, path, format="peft", full=(), **metadata):
     comfyui   diffusion_model.<name>.lora_down/up        tensor .alpha            ComfyUI
     kohya     lora_unet_<name with _>.lora_down/up       tensor .alpha            musubi-tuner, VideoX-Fun, ComfyUI
 
-    full: modules stored whole, under their own plain tensor names in every format (no other program has a name for that;
-        `load` puts them in place). metadata: anything worth knowing (base=..., step=...); rank and alpha are always added.
+    full: modules stored whole, under their own plain tensor names in every format. `load` puts them in place; other
+        programs have no names for whole tensors in an adapter, and diffusers refuses a file that has any.
+    metadata: whatever is worth knowing (base=..., step=...); rank and alpha are always added.
     """
     found = adapters(net)
     kinds = {(a.rank, a.alpha) for _, a in found}
@@ -131,7 +134,7 @@ def save(net, path, format="peft", full=(), **metadata):
     tensors = {}
     if format == "peft":
         if rank is None:
-            raise UserError("these adapters differ in rank or alpha, which a PEFT header cannot say simply: save as comfyui.")
+            raise UserError("these adapters differ in rank or alpha, which a PEFT header says badly: save as comfyui.")
         for name, a in found:
             stem = f"transformer.{to_diffusers(name)}"
             tensors |= {f"{stem}.lora_A.weight": a.down, f"{stem}.lora_B.weight": a.up}
@@ -151,7 +154,7 @@ def save(net, path, format="peft", full=(), **metadata):
 
 
 class Loaded(NamedTuple):
-    """What `load` did: names of the net's parameters that it changed, and the file's keys that fit nothing in this net."""
+    """What `load` did: the net's parameters that it changed, and the file's keys that fit nothing in this net."""
     applied: list
     skipped: list
 
@@ -164,7 +167,7 @@ def load(net, source, strength=1.0, merge=True):
         W += strength diff                       full deltas: .diff (weight), .diff_b (bias), .diff_m (modulation)
         W  = (1 - strength) W + strength full    whole tensors under plain names (what `save(full=...)` wrote)
 
-    in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers stay live (and trainable) adapters.
+    in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers stay live, trainable adapters.
     Keys of modules this net does not have (an image branch, a text encoder) are skipped and reported. A file for a
     base of another size is refused before anything is changed.
     """
@@ -173,10 +176,11 @@ def load(net, source, strength=1.0, merge=True):
     tensors, config = (source, {}) if isinstance(source, dict) else _read(source)
     parameters = dict(net.named_parameters())
     updates, skipped = _sort(tensors, _spellings(parameters), what)
-    if all(role in ("full", "alpha") for roles in updates.values() for role in roles):
-        raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors is an update of a layer that it has.")
     for name in updates:
         skipped += _check(updates, name, parameters[name].shape, what)
+    if all(role in ("full", "alpha") for roles in updates.values() for role in roles):
+        raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors changes one of the "
+                        "model's layers; use an adapter of the same base model.")
 
     for name, roles in updates.items():
         w = parameters[name]
@@ -213,12 +217,13 @@ def _read(path):
 
 
 # A key is <prefix><module name><what it is>. What it is, and which of the module's parameters it changes:
-KEY = re.compile(r"(?P<name>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha|diff|diff_b|diff_m|dora_scale|lora_magnitude_vector)"
+KEY = re.compile(r"(?P<name>.+?)\.(?P<part>lora_(A|B|down|up|magnitude_vector)|dora_scale|alpha|diff|diff_b|diff_m)"
                  r"(\.default)?(\.(?P<leaf>weight|bias))?")
-ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "dora_scale": "dora", "lora_magnitude_vector": "dora"}
+ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up",
+         "lora_magnitude_vector": "dora", "dora_scale": "dora"}
 CHANGES = {"diff_b": "_bias", "up_bias": "_bias", "diff_m": "_modulation", "full": ""}        # all others: "_weight"
-PREFIX = re.compile("^(base_model_model_|model_diffusion_model_|diffusion_model_|pipe_dit_|transformer_2_|transformer_"
-                    "|lora_unet__|lora_unet_|lycoris_)+")
+PREFIX = re.compile("^(base_model_model_|model_diffusion_model_|diffusion_model_|pipe_dit_|transformer_2_|transformer_|"
+                    "lora_unet__|lora_unet_|lycoris_)+")
 
 
 def _spellings(parameters):
@@ -229,9 +234,9 @@ def _spellings(parameters):
     table = {name.replace(".", "_"): name for name in parameters}
     for name in parameters:
         diffusers = to_diffusers(name)
-        mixed = diffusers.replace("attn1", "self_attn").replace("attn2", "cross_attn")           # LyCORIS: self_attn.to_q
+        mixed = diffusers.replace("attn1", "self_attn").replace("attn2", "cross_attn")    # LyCORIS: self_attn.to_q
         for alias in (diffusers, mixed):
-            table.setdefault(alias.replace(".", "_"), name)          # the net's own spelling wins: norm2, norm3 exist in both
+            table.setdefault(alias.replace(".", "_"), name)          # where both spellings have a name, the net's wins
     return table
 
 
@@ -249,34 +254,34 @@ def _sort(tensors, table, what):
         if name is None:
             skipped.append(key)
         elif role in updates.setdefault(name, {}):
-            raise UserError(f"{what} holds two adapters for {name} (the second: {key}): give a file with one of them.")
+            raise UserError(f"{what} holds two updates of {name} (the second is {key}): give a file with one of them.")
         else:
             updates[name][role] = value
     return updates, skipped
 
 
 def _check(updates, name, shape, what):
-    """Refuse an update that cannot be meant for this net; -> what was dropped from `updates` instead, for the report."""
+    """Refuse an update that cannot be meant for this net -> what was dropped from `updates` instead, for the report."""
     roles, module = updates[name], name.rpartition(".")[0]
     if "dora" in roles:
-        raise UserError(f"{what} is a DoRA (it has magnitude vectors), which is not supported: use the plain LoRA or a merged model.")
-    partner = updates.get(f"{module}.weight", {}) if "up_bias" in roles else roles
-    if ("down" in partner) != ("up" in partner) or "up_bias" in roles and "up" not in partner:
-        raise UserError(f"{what} holds only one of the two matrices for {module}: it is incomplete, download or copy it again.")
-    if "down" in roles:
-        theirs = [len(roles["up"]), roles["down"][0].numel()]
-        ours = [shape[0], math.prod(shape[1:])]
-        if theirs != ours or roles["up"][0].numel() != len(roles["down"]):
-            raise UserError(f"{what} was made for another base: it changes {module} of size {theirs[0]} x {theirs[1]}, this model's is "
-                            f"{ours[0]} x {ours[1]}; use an adapter of the same base model.")
-    for role in roles.keys() & {"diff", "diff_b", "diff_m", "up_bias", "full"}:
-        if roles[role].shape != shape:
-            if role.startswith("diff") and module.split(".")[0] in ("patch_embedding", "head"):
-                # Adapters of the base model carry over to the deep latent space, except where the latent enters and leaves.
-                del roles[role]
-                return [f"{name} ({role})"]
-            raise UserError(f"{what} was made for another base: its {name} has shape {list(roles[role].shape)}, this model's is "
-                            f"{list(shape)}; use an adapter of the same base model.")
+        raise UserError(f"{what} is a DoRA (it has magnitude vectors), which is not supported: use a plain LoRA.")
+    low = updates.get(f"{module}.weight", {}) if "up_bias" in roles else roles
+    if low.keys() & {"down", "up"} or "up_bias" in roles:
+        if not ("down" in low and "up" in low and low["up"][0].numel() == len(low["down"])):
+            raise UserError(f"{what} does not hold both matrices for {module}: it is damaged, get it again.")
+    wrong = None
+    for role in roles.keys() - {"alpha", "up"}:
+        theirs, ours = list(roles[role].shape), list(shape)
+        if role == "down":                   # of a convolution too: its kernel counts as inputs
+            theirs, ours = [len(roles["up"]), roles["down"][0].numel()], [shape[0], math.prod(shape[1:])]
+        if theirs != ours:
+            wrong = f"its {name} is {' x '.join(map(str, theirs))}, this model's is {' x '.join(map(str, ours))}"
+    if wrong and "full" not in roles and module.split(".")[0] in ("patch_embedding", "head"):
+        # An adapter of the base model carries over to the deep latent space, except where the latent enters and leaves.
+        roles.clear()
+        return [f"{name} (made for another latent space)"]
+    if wrong:
+        raise UserError(f"{what} was made for another base: {wrong}; use an adapter of the same base model.")
     return []
 
 

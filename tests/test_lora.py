@@ -1,8 +1,7 @@
 """LoRA: merged == wrapped, step 0 == base, and one adapter in every key layout of the ecosystem gives one result."""
+import dataclasses
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,16 @@ from torch import nn
 import dit
 import lora
 from checkpoint import UserError, to_diffusers
+from conftest import golden
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-TINY = dit.Config(dim=32, ffn_dim=48, heads=2, layers=2, in_channels=12, out_channels=4, patch=(1, 1, 1), text_dim=16, text_len=6, image_dim=10)
+TINY = dit.Config(dim=32, ffn_dim=48, heads=2, layers=2, in_channels=12, out_channels=4, patch=(1, 1, 1),
+                  text_dim=16, text_len=6, image_dim=10)
 FULL = ("patch_embedding", "head")
 
 
 def tiny(seed=0, **changes):
     torch.manual_seed(seed)
-    net = dit.WanDiT(dit.dataclasses.replace(TINY, **changes)).eval()
+    net = dit.WanDiT(dataclasses.replace(TINY, **changes)).eval()
     nn.init.normal_(net.head.head.weight, std=0.1)        # a zero head would hide every difference
     return net
 
@@ -34,7 +34,7 @@ def output(net):
 
 
 def trained(net, rank=4, alpha=8, **more):
-    """A wrapped net whose adapters are not zero any more, as after training; the modules trained whole have moved too."""
+    """A wrapped net whose adapters are not zero any more, as after training; what is trained whole has moved too."""
     lora.wrap(net, rank, alpha, **more)
     for _, a in lora.adapters(net):
         nn.init.normal_(a.up, std=0.1)
@@ -48,7 +48,7 @@ def trained(net, rank=4, alpha=8, **more):
 # ----------------------------------------------------------------------------------------------------- wrap and merge
 
 def test_at_step_0_the_wrapped_net_is_the_base_bit_for_bit():
-    base = tiny().requires_grad_(False)    # frozen alike: torch may choose another matrix product, rounded otherwise, for a trainable weight
+    base = tiny().requires_grad_(False)    # frozen alike: for trainable weights torch may pick another rounding
     wrapped = lora.wrap(tiny(), rank=4, alpha=8)
     assert torch.equal(output(base), output(wrapped))
 
@@ -79,10 +79,10 @@ def test_merge_computes_in_fp32_and_keeps_the_dtype():
     assert torch.equal(net[0].weight, (before.float() + up @ down).bfloat16())
 
 
-@pytest.mark.parametrize("preset, modules, millions", [("dc-wan2.1-t2v-1.3b", 183, 259.6), ("dc-wan2.1-t2v-14b", 243, 820.6),
-                                                       ("dc-wan2.1-i2v-14b", 243, 820.6)])
+@pytest.mark.parametrize("preset, modules, millions", [
+    ("dc-wan2.1-t2v-1.3b", 183, 259.6), ("dc-wan2.1-t2v-14b", 243, 820.6), ("dc-wan2.1-i2v-14b", 243, 820.6)])
 def test_published_trainable_set(preset, modules, millions):
-    """Rank 256 on self-attention, feed-forward and time layers; patch embedder and head whole; everything else frozen."""
+    """Rank 256 on self-attention, feed-forward and time layers; patch embedder and head whole; all else frozen."""
     with torch.device("meta"):
         net = lora.wrap(dit.WanDiT(dit.PRESETS[preset]), rank=256, alpha=512, full=FULL)
     found = lora.adapters(net)
@@ -91,7 +91,8 @@ def test_published_trainable_set(preset, modules, millions):
     assert round(sum(p.numel() for _, a in found for p in (a.down, a.up)) / 1e6, 1) == millions
     assert {re.sub(r"\d+", "i", name, count=1) for name, _ in found if name.startswith("blocks")} == {
         *(f"blocks.i.self_attn.{x}" for x in "qkvo"), "blocks.i.ffn.0", "blocks.i.ffn.2"}
-    assert {name for name, _ in found if not name.startswith("blocks")} == {"time_embedding.0", "time_embedding.2", "time_projection.1"}
+    assert {name for name, _ in found if not name.startswith("blocks")} == {
+        "time_embedding.0", "time_embedding.2", "time_projection.1"}
     trained_names = {n for n, p in net.named_parameters() if p.requires_grad}
     assert trained_names == {f"{n}.{k}" for n, _ in found for k in ("down", "up")} | {
         "patch_embedding.weight", "patch_embedding.bias", "head.head.weight", "head.head.bias", "head.modulation"}
@@ -176,17 +177,16 @@ def test_strength(tmp_path, format):
     assert (output(back) - output(base)).abs().max() < 1e-5
 
 
-# ----------------------------------------------------------------------------------- golden: one adapter, many spellings
+# ---------------------------------------------------------------------------------- golden: one adapter, many spellings
 
 @pytest.fixture(scope="module")
-def golden():
-    files = [GOLDEN / "wan_lora_tiny.safetensors", GOLDEN / "wan_dit_tiny.safetensors"]
-    for f in files:
-        if not f.exists():
-            pytest.skip(f"{f.name} is not in the golden folder")
-    data = {**load_file(files[0]), **{k: v for k, v in load_file(files[1]).items() if k.startswith("i2v/")}}
-    if "i2v/weights/patch_embedding.weight" not in data:
-        pytest.skip("the golden folder has no weights of case i2v")
+def adapters():
+    """A rank-4 adapter of a tiny image-to-video transformer in several layouts, the transformer and merged outputs."""
+    data = load_file(golden("wan_lora_tiny.safetensors"))
+    for key, same in json.loads(golden("wan_lora_tiny.json").read_text()).get("aliases", {}).items():
+        data[key] = data[same]                     # the shipped cut stores equal tensors once
+    if "i2v/in/x" not in data:                     # the full set keeps the transformer in its own file
+        data |= {k: v for k, v in load_file(golden("wan_dit_tiny.safetensors")).items() if k.startswith("i2v/")}
     return data
 
 
@@ -195,36 +195,30 @@ def part(data, prefix):
 
 
 @torch.no_grad()
-def golden_output(data, adapter, strength, merge=True):
+def output_with(adapter, data, strength=1.0, merge=True):
     net = dit.from_state_dict(part(data, "i2v/weights"), heads=2)
-    result = lora.load(net, adapter, strength, merge=merge)
-    given = part(data, "i2v/in")
-    if "x" not in given:
-        pytest.skip("the golden folder has no inputs of case i2v")
-    return net(*(given[k] for k in ("x", "t", "context", "clip_fea"))), result
-
-
-LAYOUTS = ["peft_diffusers", "comfy", "kohya"]
+    result = lora.load(net, adapter, strength, merge)
+    return net(*(data[f"i2v/in/{k}"] for k in ("x", "t", "context", "clip_fea"))), result
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_golden_layouts(golden, layout, merge, strength):
-    y, result = golden_output(golden, part(golden, layout), strength, merge)
-    torch.testing.assert_close(y, golden[f"out/strength_{strength}"], rtol=0, atol=2e-5)
+@pytest.mark.parametrize("layout", ["peft_diffusers", "comfy", "kohya"])
+def test_golden_layouts(adapters, layout, merge, strength):
+    y, result = output_with(part(adapters, layout), adapters, strength, merge)
+    torch.testing.assert_close(y, adapters[f"out/strength_{strength}"], rtol=0, atol=2e-5)
     assert not result.skipped
 
 
-def test_golden_full_deltas(golden):
-    y, result = golden_output(golden, part(golden, "lightx2v"), 1.0)
-    torch.testing.assert_close(y, golden["out/lightx2v_strength_1.0"], rtol=0, atol=2e-5)
+def test_golden_full_deltas(adapters):
+    y, result = output_with(part(adapters, "lightx2v"), adapters)
+    torch.testing.assert_close(y, adapters["out/lightx2v_strength_1.0"], rtol=0, atol=2e-5)
     assert not result.skipped and "blocks.0.modulation" in result.applied
 
 
 RESPELLINGS = {  # how other programs spell blocks.0.self_attn.q (kohya's file is the source)
     "videox-fun": lambda k: k.replace("lora_unet_", "lora_unet__"),
-    "mixed separators": lambda k: re.sub(r"lora_unet_blocks_(\d)_(self|cross)_attn_", r"lora_unet_blocks_\1.\2_attn.", k),
+    "mixed separators": lambda k: re.sub(r"blocks_(\d)_(self|cross)_attn_", r"blocks_\1.\2_attn.", k),
 }
 ORIGINAL = {  # the ComfyUI file is the source: dotted original names
     "diffsynth": lambda n, s: f"{n}.{s.replace('lora_down', 'lora_A.default').replace('lora_up', 'lora_B.default')}",
@@ -234,31 +228,33 @@ ORIGINAL = {  # the ComfyUI file is the source: dotted original names
     "repacked": lambda n, s: f"model.diffusion_model.{n}.{s}",
     "diffusers without prefix": lambda n, s: f"{to_diffusers(n)}.{s}",
     "second expert": lambda n, s: f"transformer_2.{to_diffusers(n)}.{s}",
-    "lycoris": lambda n, s: "lycoris_" + to_diffusers(n).replace("attn1", "self_attn").replace("attn2", "cross_attn").replace(".", "_") + "." + s,
+    "lycoris": lambda n, s: "lycoris_" + re.sub(r"attn(\d)", lambda m: ("self", "cross")[int(m[1]) - 1] + "_attn",
+                                                to_diffusers(n)).replace(".", "_") + "." + s,
 }
 
 
 @pytest.mark.parametrize("spelling", [*RESPELLINGS, *ORIGINAL])
-def test_spellings_seen_in_the_wild(golden, spelling):
+def test_spellings_seen_in_the_wild(adapters, spelling):
     if spelling in RESPELLINGS:
-        adapter = {RESPELLINGS[spelling](k): v for k, v in part(golden, "kohya").items()}
+        adapter = {RESPELLINGS[spelling](k): v for k, v in part(adapters, "kohya").items()}
     else:
         adapter = {}
-        for k, v in part(golden, "comfy").items():
+        for k, v in part(adapters, "comfy").items():
             name, suffix = re.fullmatch(r"diffusion_model\.(.+?)\.(lora_.*|alpha)", k).groups()
             adapter[ORIGINAL[spelling](name, suffix)] = v
-    y, result = golden_output(golden, adapter, 1.0)
-    torch.testing.assert_close(y, golden["out/strength_1.0"], rtol=0, atol=2e-5)
+    y, result = output_with(adapter, adapters)
+    torch.testing.assert_close(y, adapters["out/strength_1.0"], rtol=0, atol=2e-5)
     assert not result.skipped
 
 
-# ------------------------------------------------------------------------------------------------- alpha and other rules
+# ------------------------------------------------------------------------------------------------ alpha and other rules
 
 def one(path, module="transformer.blocks.0.attn1.to_q", rank=4, dim=32, **metadata):
     g = torch.Generator().manual_seed(3)
-    tensors = {f"{module}.lora_A.weight": torch.randn(rank, dim, generator=g), f"{module}.lora_B.weight": torch.randn(dim, rank, generator=g)}
-    save_file(tensors, path, {k: json.dumps(v) for k, v in metadata.items()})
-    return tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+    down, up = torch.randn(rank, dim, generator=g), torch.randn(dim, rank, generator=g)
+    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, path,
+              {k: json.dumps(v) for k, v in metadata.items()})
+    return up @ down
 
 
 def change(path):
@@ -289,7 +285,7 @@ def test_bias_of_the_up_matrix_is_scaled_like_it():
     adapter = {f"{stem}.lora_A.weight": torch.zeros(rank, 32), f"{stem}.lora_B.weight": torch.zeros(32, rank),
                f"{stem}.lora_B.bias": torch.ones(32), f"{stem}.alpha": torch.tensor(6.0)}
     lora.load(net, adapter, strength=0.5)
-    torch.testing.assert_close(net.blocks[0].self_attn.q.bias, torch.full((32,), 1.5) + tiny().blocks[0].self_attn.q.bias)
+    torch.testing.assert_close(net.blocks[0].self_attn.q.bias, tiny().blocks[0].self_attn.q.bias + 0.5 * 6 / 2)
 
 
 def test_norms_keep_apart_original_norm3_is_diffusers_norm2():
@@ -306,17 +302,21 @@ def test_modules_this_net_does_not_have_are_skipped_and_reported(tmp_path):
     adapter = load_file(tmp_path / "a.safetensors") | {"lora_te1_text_model.lora_up.weight": torch.zeros(2, 2)}
     result = lora.load(tiny(image_dim=None), adapter)
     assert len(result.applied) == 2 * 8
-    assert len(result.skipped) == 3 * (2 * 2 + 2) + 1 and all(re.search("_img|img_emb|lora_te1", k) for k in result.skipped)
+    assert len(result.skipped) == 3 * (2 * 2 + 2) + 1
+    assert all(re.search("_img|img_emb|lora_te1", k) for k in result.skipped)
 
 
 def test_an_adapter_of_the_base_fits_the_deep_latent_space_except_at_its_two_ends():
-    """Deltas of patch_embedding and head have the base latent's shape: skipped and reported, the blocks' part is applied."""
-    adapter = {"diffusion_model.patch_embedding.diff": torch.ones(32, 16, 1, 2, 2), "diffusion_model.patch_embedding.diff_b": torch.ones(32),
-               "diffusion_model.head.head.diff": torch.ones(64, 32), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}
+    """Updates of patch_embedding and head have the base latent's shape: skipped and reported, the rest is applied."""
+    adapter = {"diffusion_model.patch_embedding.diff": torch.ones(32, 16, 1, 2, 2),
+               "diffusion_model.patch_embedding.diff_b": torch.ones(32),
+               "diffusion_model.head.head.lora_down.weight": torch.ones(2, 32),
+               "diffusion_model.head.head.lora_up.weight": torch.ones(64, 2),
+               "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}
     net = tiny()
     result = lora.load(net, adapter)
     assert result.applied == ["blocks.0.modulation", "patch_embedding.bias"]
-    assert result.skipped == ["head.head.weight (diff)", "patch_embedding.weight (diff)"]
+    assert result.skipped == [f"{k}.weight (made for another latent space)" for k in ("head.head", "patch_embedding")]
     torch.testing.assert_close(net.blocks[0].modulation, tiny().blocks[0].modulation + 1)
 
 
@@ -325,7 +325,7 @@ def test_an_adapter_of_another_size_is_refused_and_nothing_is_changed(tmp_path, 
     lora.save(trained(tiny()), tmp_path / "small.safetensors", format)
     net = tiny(dim=64, ffn_dim=96)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(UserError, match=r"small.safetensors was made for another base: .* of size \d+ x 32, this model's is \d+ x 64"):
+    with pytest.raises(UserError, match=r"small.safetensors was made for another base.* \d+ x 32, this .* \d+ x 64;"):
         lora.load(net, tmp_path / "small.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -342,13 +342,14 @@ matrices = {f"{q}.lora_A.weight": torch.zeros(2, 32), f"{q}.lora_B.weight": torc
 
 @pytest.mark.parametrize("adapter, says", [
     ({}, "holds no LoRA"),
-    ({"lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.zeros(4, 4)}, "holds no LoRA"),       # another architecture
-    ({"patch_embedding.weight": torch.zeros(32, 12, 1, 1, 1)}, "holds no LoRA"),                         # a whole model, not an adapter
-    ({f"{q}.lora_A.weight": torch.zeros(2, 32)}, "only one of the two"),
-    ({f"{q}.lora_B.bias": torch.zeros(32)}, "only one of the two"),
+    ({"lora_unet_down_blocks_0_attentions_0.lora_up.weight": torch.zeros(4, 4)}, "holds no LoRA"),   # another network
+    ({"patch_embedding.weight": torch.zeros(32, 12, 1, 1, 1)}, "holds no LoRA"),                     # a whole model
+    ({f"{q}.lora_A.weight": torch.zeros(2, 32)}, "both matrices"),
+    ({f"{q}.lora_B.bias": torch.zeros(32)}, "both matrices"),
     (matrices | {f"{q}.dora_scale": torch.ones(32, 1)}, "DoRA"),
-    (matrices | {k.replace("diffusion_model", "transformer"): v for k, v in matrices.items()}, "two adapters"),
-    (matrices | {f"{q}.lora_B.weight": torch.zeros(32, 3)}, "another base")])
+    (matrices | {k.replace("diffusion_model", "transformer"): v for k, v in matrices.items()}, "two updates"),
+    ({"diffusion_model.head.head.diff": torch.zeros(64, 32)}, "holds no LoRA"),                    # only the ends
+    (matrices | {f"{q}.lora_B.weight": torch.zeros(32, 3)}, "both matrices")])
 def test_files_that_cannot_be_applied_are_one_sentence(adapter, says):
     with pytest.raises(UserError, match=says):
         lora.load(tiny(), adapter)
@@ -365,3 +366,43 @@ def test_unknown_format_and_mixed_ranks(tmp_path):
     again = tiny()
     lora.load(again, tmp_path / "a.safetensors")
     assert (output(again) - output(net)).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------- beside diffusers
+
+@pytest.mark.peer
+def test_diffusers_and_we_read_each_others_files(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    config = dict(image_dim=None, in_channels=4, out_channels=4, text_len=512)
+    net = trained(tiny(**config), rank=4, alpha=6)
+    lora.save(net, tmp_path / "ours.safetensors", "peft")
+
+    def peer():
+        p = diffusers.WanTransformer3DModel(
+            patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=256, ffn_dim=48, num_layers=2, eps=1e-6)
+        p.load_state_dict({to_diffusers(k): v for k, v in tiny(**config).state_dict().items()})
+        return p.eval()
+
+    @torch.no_grad()
+    def run(model):
+        g = torch.Generator().manual_seed(7)
+        x, context = torch.randn(1, 4, 2, 3, 3, generator=g), torch.randn(1, 4, 16, generator=g)
+        t = torch.tensor([500.0])
+        if isinstance(model, dit.WanDiT):
+            return model(x, t, context)
+        return model(x, t, torch.nn.functional.pad(context, (0, 0, 0, 508))).sample
+
+    theirs = peer()
+    with safe_open(tmp_path / "ours.safetensors", "pt") as f:      # as their pipelines' load_lora_weights does
+        theirs.load_lora_adapter({k: f.get_tensor(k) for k in f.keys()}, prefix="transformer",
+                                 metadata=json.loads(f.metadata()["lora_adapter_metadata"]))
+    assert (run(theirs) - run(net)).abs().max() < 1e-4 < (run(peer()) - run(net)).abs().max()
+
+    layers = {k.removeprefix("transformer."): v for k, v in load_file(tmp_path / "ours.safetensors").items()}
+    diffusers.WanPipeline.save_lora_weights(
+        tmp_path / "theirs", layers, transformer_lora_adapter_metadata=theirs.peft_config["default_0"].to_dict())
+    ours = tiny(**config)
+    assert not lora.load(ours, tmp_path / "theirs" / "pytorch_lora_weights.safetensors").skipped
+    assert (run(ours) - run(net)).abs().max() < 1e-5

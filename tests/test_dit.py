@@ -1,0 +1,441 @@
+"""The Wan transformer: equal to the reference, named like the published checkpoints, and honest about what it refuses.
+
+Reference tensors come from tests/golden (two of the five cases) or, all of them, from the folder in GOLDEN_DIR.
+"""
+import dataclasses
+import json
+import os
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import kernels
+from checkpoint import UserError, save_tensors
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+CASES = json.loads((GOLDEN / "wan_dit_tiny.json").read_text())["cases"]
+TENSORS = load_file(GOLDEN / "wan_dit_tiny.safetensors")
+TINY = dit.Config(dim=64, ffn_dim=96, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6)
+
+
+def golden(case):
+    """-> (state dict, forward arguments, {name: expected tensor})"""
+    part = {k.removeprefix(f"{case}/"): v for k, v in TENSORS.items() if k.startswith(f"{case}/")}
+    inputs = [part.get(f"in/{name}") for name in ("x", "t", "context", "clip_fea")]
+    weights = {k.removeprefix("weights/"): v for k, v in part.items() if k.startswith("weights/")}
+    return weights, inputs, {k: v for k, v in part.items() if k.startswith(("out", "act/"))}
+
+
+def tiny(seed=0, **changes):
+    """A small transformer with every parameter random, the zero head included, and inputs for a batch of two."""
+    torch.manual_seed(seed)
+    c = dataclasses.replace(TINY, **changes)
+    net = dit.WanDiT(c)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    clip_fea = torch.randn(2, 5, c.image_dim) if c.image_dim else None
+    inputs = torch.randn(2, c.in_channels, 3, 4, 6), torch.tensor([17.0, 940.0]), torch.randn(2, 5, c.text_dim), clip_fea
+    return net, inputs
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------- equal to the reference
+
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_output_equals_reference(case):
+    weights, inputs, expected = golden(case)
+    v = dit.from_state_dict(weights, heads=2)(*inputs)
+    assert (v - expected["out"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_activations_equal_reference(case):
+    """Every intermediate that the reference kept, so that a mistake shows where it is made."""
+    weights, inputs, expected = golden(case)
+    net, seen = dit.from_state_dict(weights, heads=2), {}
+    parts = {"patch": net.patch_embedding, "text_embedding": net.text_embedding, "time_embedding": net.time_embedding,
+             "time_projection": net.time_projection, "head": net.head, "img_emb": getattr(net, "img_emb", None)}
+    for i, block in enumerate(net.blocks):
+        parts |= {f"block{i}": block, f"block{i}.self_attn": block.self_attn, f"block{i}.cross_attn": block.cross_attn}
+    for name, module in parts.items():
+        if module is not None:
+            module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    net(*inputs)
+    for key, value in expected.items():
+        if key.startswith("act/"):
+            ours = seen[key.removeprefix("act/")].flatten(1, -2) if key == "act/patch" else seen[key.removeprefix("act/")]
+            ours = ours[:, : value.shape[1]] if key == "act/text_embedding" else ours.reshape(value.shape)
+            assert (ours - value).abs().max() < 1e-5, key
+
+
+# --------------------------------------------------------------------------------- named and sized like the checkpoints
+
+PARAMETERS = {
+    "wan2.1-t2v-1.3b": 1_418_996_800,
+    "wan2.1-t2v-14b": 14_288_491_584,
+    "wan2.1-i2v-14b": 16_394_878_784,
+    "wan2.1-flf2v-14b": 16_395_536_704,
+    "wan2.2-t2v-a14b": 14_288_491_584,
+    "wan2.2-i2v-a14b": 14_288_901_184,
+    "wan2.2-ti2v-5b": 4_999_787_712,
+    "dc-wan2.1-t2v-1.3b": 1_418_898_464,
+    "dc-wan2.1-t2v-14b": 14_288_163_872,
+    "dc-wan2.1-i2v-14b": 16_394_325_792,
+    "dc-wan2.1-t2v-14b-f64t4c128": 14_289_147_008,
+    "dc-wan2.1-t2v-1.3b-f64t4c128": 1_419_193_472,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_preset_has_the_published_size_and_is_inferred_from_its_shapes(name):
+    with torch.device("meta"):
+        net = dit.WanDiT(dit.PRESETS[name])
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    assert dit.infer_config(net.state_dict()) == dit.PRESETS[name]
+    assert dit.infer_config(dit.original_names(dit.to_diffusers(net.state_dict()))) == dit.PRESETS[name]
+
+
+@pytest.mark.parametrize("name, keys, block", [
+    ("wan2.1-t2v-1.3b", 825, 46_440_704), ("wan2.1-t2v-14b", 1095, 351_394_304), ("wan2.1-i2v-14b", 1303, 403_838_464),
+    ("wan2.1-flf2v-14b", 1304, 403_838_464), ("wan2.2-ti2v-5b", 825, 163_656_704)])
+def test_key_counts_and_block_sizes(name, keys, block):
+    with torch.device("meta"):
+        net = dit.WanDiT(dit.PRESETS[name])
+    assert len(net.state_dict()) == keys
+    assert sum(p.numel() for p in net.blocks[0].parameters()) == block
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_diffusers_names(case):
+    """One renaming table, both ways; the values are the same tensors."""
+    weights, inputs, expected = golden(case)
+    renamed = dit.to_diffusers(weights)
+    for original, diffusers in CASES[case].get("official_to_diffusers", {}).items():
+        assert renamed[diffusers] is weights[original]
+    back = dit.from_diffusers(renamed)
+    assert back.keys() == weights.keys() and all(back[k] is weights[k] for k in weights)
+    with torch.inference_mode():
+        assert torch.equal(dit.from_state_dict(renamed, heads=2)(*inputs), dit.from_state_dict(weights, heads=2)(*inputs))
+
+
+def test_first_and_last_frame_names():
+    net, _ = tiny(image_dim=16, image_positions=10)
+    assert "img_emb.emb_pos" in net.state_dict()
+    assert "condition_embedder.image_embedder.pos_embed" in dit.to_diffusers(net.state_dict())
+    assert dit.from_diffusers(dit.to_diffusers(net.state_dict())).keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize("wrap", [lambda k: k, lambda k: "model.diffusion_model." + k, lambda k: "0." + k])
+def test_repack_prefixes_and_unused_extras(wrap):
+    net, _ = tiny()
+    sd = {wrap(k): v for k, v in net.state_dict().items()} | {wrap("null_embedding"): torch.zeros(6, 8)}
+    assert torch.equal(dit.from_state_dict(sd, heads=2).head.head.weight, net.head.head.weight)
+    sd = dit.to_diffusers(net.state_dict()) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(64)}
+    assert torch.equal(dit.from_state_dict(sd, heads=2).head.head.weight, net.head.head.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------- exactness
+
+@pytest.mark.parametrize("patch, image_dim", [((1, 2, 2), None), ((1, 1, 1), 16), ((3, 2, 1), None)])
+@torch.inference_mode()
+def test_batch_of_two_equals_two_batches_of_one(patch, image_dim):
+    net, inputs = tiny(patch=patch, image_dim=image_dim)
+    both = net(*inputs)
+    assert both.shape == inputs[0].shape
+    for i in range(2):
+        one = net(*(a if a is None else a[i : i + 1] for a in inputs))
+        assert (one - both[i : i + 1]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_time_per_token():
+    """[B, L] with one value everywhere is [B]; another time for the first frame's tokens changes the result."""
+    net, (x, t, context, _) = tiny()
+    per_token = t[:, None].repeat(1, dit.tokens(net.config, x.shape[2:]))
+    assert (net(x, per_token, context) - net(x, t, context)).abs().max() < 1e-5
+    per_token[:, :6] = 0
+    assert relative(net(x, per_token, context), net(x, t, context)) > 1e-3
+
+
+@torch.inference_mode()
+def test_prompt_padding_is_attended():
+    """A short prompt is a prompt with zero rows up to text_len, and those rows count: without them the result differs."""
+    net, (x, t, context, _) = tiny()
+    padded = F.pad(context, (0, 0, 0, 1))
+    assert torch.equal(net(x, t, context), net(x, t, padded))
+    short = dit.from_state_dict(net.state_dict(), config=dataclasses.replace(net.config, text_len=5))
+    assert relative(short(x, t, context), net(x, t, padded)) > 1e-4
+
+
+@torch.inference_mode()
+def test_two_images_as_pairs_or_joined():
+    net, (x, t, context, _) = tiny(image_dim=16, image_positions=10)
+    clip_fea = torch.randn(2, 10, 16)
+    assert torch.equal(net(x, t, context, clip_fea), net(x, t, context, clip_fea.reshape(4, 5, 16)))
+
+
+def test_untrained_network_predicts_zero():
+    net = dit.WanDiT(dit.PRESETS["toy-dc"])
+    x = torch.randn(1, 64, 2, 2, 2)
+    assert not net(x, torch.tensor([500.0]), torch.randn(1, 4, 32)).any()
+
+
+def test_patches():
+    """Embedding patches by one matrix product is the strided convolution; unpatchify has channels fastest."""
+    net, (x, *_) = tiny(patch=(1, 2, 2))
+    conv = F.conv3d(x, net.patch_embedding.weight, net.patch_embedding.bias, stride=(1, 2, 2))
+    assert (net.embed_patches(x).permute(0, 4, 1, 2, 3) - conv).abs().max() < 1e-5
+    y = torch.arange(2 * 3 * 16.0).view(1, 6, 16)  # grid 1 x 2 x 3, 16 = (1 2 2 c)
+    video = net.unpatchify(y, (1, 2, 3))
+    assert video.shape == (1, 4, 1, 4, 6)
+    assert torch.equal(video[0, :, 0, 2, 5], y[0, 5, 4:8])  # token (1, 2), inside it row 0, column 1
+
+
+def test_rope_depends_on_distance_only():
+    """Rotated q . k is the same for every pair of tokens with the same offset, on all three axes."""
+    rope = dit.rope_table((4, 5, 6), 128, torch.device("cpu")).view(4, 5, 6, 64)
+    assert torch.equal(rope[0, 0, 0], torch.ones(64, dtype=torch.complex64))
+    turned = rope[1:, 1:, 1:] * rope[:-1, :-1, :-1].conj()
+    assert (turned - turned[0, 0, 0]).abs().max() < 1e-6
+    for axis, pairs in enumerate((slice(0, 22), slice(22, 43), slice(43, 64))):  # 22 time, 21 height, 21 width
+        move = [0, 0, 0]
+        move[axis] = 1
+        changed = (rope[tuple(move)] != 1).nonzero().flatten()
+        assert changed.tolist() == list(range(64))[pairs]
+
+
+def test_features_by_depth():
+    net, inputs = tiny()
+    v, features = net(*inputs, return_features=(0, 1))
+    assert torch.equal(v, net(*inputs))
+    assert features[0].shape == (2, 3, 2, 3, 64)  # b f h w d
+    e, _ = net.embed_time(inputs[1])
+    assert torch.equal(net.unpatchify(net.head(features[1].flatten(1, 3), e), (3, 2, 3)), v)
+
+
+# ----------------------------------------------------------------------------------------------- precision and training
+
+def test_bf16():
+    """Autocast over fp32 masters and stored bf16 matrices are the same computation, within a percent of fp32; what must
+    stay fp32 does."""
+    weights, inputs, _ = golden("dc_i2v")
+    net, stored = (dit.from_state_dict(weights, heads=2, dtype=d) for d in (torch.float32, torch.bfloat16))
+    with torch.inference_mode():
+        exact, cast = net(*inputs), stored(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast, features = net(*inputs, return_features=(0, 1))
+    assert torch.equal(cast, autocast)
+    assert 1e-4 < relative(cast, exact) < 1e-2
+    assert cast.dtype == autocast.dtype == features[1].dtype == torch.float32
+    for name, p in stored.named_parameters():
+        fp32 = any(part in name for part in ("norm", "modulation", "time_", "head.", "img_emb.proj.0", "img_emb.proj.4"))
+        assert p.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+    with pytest.raises(ValueError, match="cast_weights"):
+        tiny()[0].to(torch.bfloat16)(*tiny()[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_reach_everything_and_checkpointing_changes_none(autocast):
+    net, inputs = tiny(image_dim=16)
+    gradients = []
+    for net.checkpointing in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            net(*inputs).square().mean().backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all() and gradient.any(), name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_a_table_made_while_sampling_serves_training():
+    net, inputs = tiny()
+    dit.rope_table.cache_clear()
+    with torch.inference_mode():
+        net(*inputs)
+    net(*inputs).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("keys", [8, 100, 300])
+def test_attention_twins_agree(dtype, tolerance, keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 32) for n in (40, keys, keys))
+    exact = kernels.attention_explicit(q, k, v)
+    for f in (kernels.attention, kernels.attention_explicit):
+        assert (f(q.to(dtype), k.to(dtype), v.to(dtype)) - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_norms(dtype, tolerance):
+    """Against the textbook formula in float64; the result keeps the input's dtype."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 12, 24).to(dtype), torch.randn(24), torch.randn(24)
+    d = x.double()
+    rms = d / (d.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    y = kernels.rms_norm(x, weight, 1e-6)
+    assert y.dtype == dtype and (y - rms).abs().max() < tolerance
+
+    rope = dit.rope_table((2, 2, 3), 12, torch.device("cpu"))  # two heads of 12
+    a, b = rms.view(2, 12, 2, 6, 2).unbind(-1)
+    cos, sin = rope.real[:, None], rope.imag[:, None]
+    rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3)
+    y = kernels.rms_norm_rope(x, weight, rope, 2, 1e-6)
+    assert y.dtype == dtype and (y - rotated).abs().max() < tolerance
+
+    video = x.view(2, 24, 2, 2, 3)
+    d = video.double()
+    by_channel = d / (d.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.view(24, 1, 1, 1) + bias.view(24, 1, 1, 1)
+    y = kernels.rms_norm_channels(video, weight, bias)
+    assert y.dtype == dtype and (y - by_channel).abs().max() < tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+@pytest.mark.parametrize("name, latent, tokens, linear, attention", [
+    ("wan2.1-t2v-1.3b", (21, 60, 104), 32_760, 82.1, 200.9),
+    ("wan2.1-t2v-1.3b", (21, 90, 160), 75_600, 189.2, 1060.6),
+    ("wan2.1-t2v-1.3b", (21, 270, 480), 680_400, 1702.0, 85394.1),
+    ("dc-wan2.1-t2v-1.3b", (20, 22, 40), 17_600, 44.2, 58.8),
+    ("dc-wan2.1-t2v-1.3b-f64t4c128", (20, 11, 20), 4_400, 11.2, 4.0),
+    ("wan2.1-t2v-14b", (21, 90, 160), 75_600, 1809.7, 4713.7),
+    ("dc-wan2.1-t2v-14b", (20, 22, 40), 17_600, 423.0, 261.1),
+    ("dc-wan2.1-t2v-14b", (20, 68, 120), 163_200, 3904.0, 21887.2),
+    ("dc-wan2.1-t2v-14b-f64t4c128", (20, 11, 20), 4_400, 107.4, 17.7),
+    ("wan2.1-i2v-14b", (21, 90, 160), 75_600, 1810.8, 4729.6),
+    ("dc-wan2.1-i2v-14b", (20, 22, 40), 17_600, 424.1, 264.8),
+    ("wan2.2-ti2v-5b", (31, 44, 80), 27_280, 237.5, 279.5),
+])
+def test_flops_table(name, latent, tokens, linear, attention):
+    """TFLOP of one forward at the published sizes."""
+    config = dit.PRESETS[name]
+    cost = dit.flops(config, latent)
+    assert dit.tokens(config, latent) == tokens
+    assert cost.linear / 1e12 == pytest.approx(linear, abs=0.06)
+    assert cost.attention / 1e12 == pytest.approx(attention, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["dc-wan2.1-t2v-1.3b", "dc-wan2.1-i2v-14b"])
+def test_flops_are_what_the_network_does(name):
+    """The formula against torch's own counter, on the meta device, where nothing is computed."""
+    config = dataclasses.replace(dit.PRESETS[name], layers=2)
+    latent = (20, 22, 40)
+    with torch.device("meta"), torch.no_grad():
+        net = dit.WanDiT(config)
+        clip_fea = torch.empty(1, 257, 1280) if config.image_dim else None
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, config.in_channels, *latent), torch.empty(1), torch.empty(1, 512, 4096), clip_fea)
+    assert counter.get_total_flops() == pytest.approx(dit.flops(config, latent).total, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+def test_save_and_load(tmp_path):
+    """Our own file carries its config: heads, text_len and the rest come back without being told."""
+    net, inputs = tiny()
+    dit.save(net, tmp_path / "net.safetensors", {"step": 7})
+    again = dit.load(tmp_path / "net.safetensors")
+    assert again.config == net.config
+    assert torch.equal(again(*inputs), net(*inputs))
+    dit.save(net, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "net.safetensors").stat().st_size
+    assert relative(dit.load(tmp_path / "half.safetensors")(*inputs), net(*inputs)) < 1e-2
+
+
+@pytest.mark.parametrize("spelling, config", [
+    (lambda sd: sd, {"num_heads": 2, "text_len": 6}), (dit.to_diffusers, {"num_attention_heads": 2, "eps": 1e-6})])
+def test_load_sharded_folder(tmp_path, spelling, config):
+    net, inputs = tiny()
+    names = sorted(sd := spelling(net.state_dict()))
+    where = {name: f"part-{i % 2 + 1}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({k: sd[k].contiguous() for k in names if where[k] == file}, tmp_path / file)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = dit.load(tmp_path)
+    again.config = dataclasses.replace(again.config, text_len=6)  # diffusers does not store it
+    assert torch.equal(again(*inputs), net(*inputs))
+    (tmp_path / "part-2.safetensors").unlink()
+    with pytest.raises(UserError, match="part-2.safetensors does not exist"):
+        dit.load(tmp_path)
+
+
+def test_load_training_container(tmp_path):
+    net, inputs = tiny()
+    torch.save({"ema_model_state_dict": {0.999: net.state_dict()}, "model_state_dict": {}}, tmp_path / "step.pt")
+    with torch.inference_mode():
+        short = dit.load(tmp_path / "step.pt", heads=2, dtype=torch.bfloat16)
+    assert short.config.text_len == 512 and short.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+
+
+def drop(sd):
+    del sd["blocks.1.ffn.0.bias"]
+
+
+def add(sd):
+    sd["blocks.0.surprise.weight"] = torch.zeros(3)
+
+
+def reshape(sd):
+    sd["blocks.1.norm3.weight"] = torch.zeros(63)
+
+
+def other_model(sd):
+    sd.clear()
+    sd["encoder.weight"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (drop, "missing .first: blocks.1.ffn.0.bias"), (add, "unexpected .first: blocks.0.surprise.weight"),
+    (reshape, r"blocks.1.norm3.weight has shape \[63\], expected \[64\]"),
+    (other_model, "patch_embedding.weight is missing")])
+def test_wrong_weights_are_named(damage, sentence):
+    sd = tiny()[0].state_dict()
+    damage(sd)
+    with pytest.raises(UserError, match=sentence):
+        dit.from_state_dict(sd, heads=2)
+
+
+def test_unreadable_files(tmp_path):
+    net, _ = tiny()
+    dit.save(net, tmp_path / "net.safetensors")
+    data = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        dit.load(tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="2 .safetensors files and no index"):
+        dit.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        dit.load(tmp_path / "nothing.safetensors")
+    save_tensors(tmp_path / "bare.safetensors", net.state_dict())
+    with pytest.raises(UserError, match="heads"):  # width 64 is no multiple of 128
+        dit.load(tmp_path / "bare.safetensors")
+
+
+def test_inputs_that_do_not_fit():
+    net, (x, t, context, _) = tiny()
+    with pytest.raises(UserError, match="3x5x6.*cannot be cut into patches of 1x2x2"):
+        net(torch.randn(2, 4, 3, 5, 6), t, context)
+    with pytest.raises(UserError, match=r"takes \[batch, 4"):
+        net(torch.randn(2, 8, 3, 4, 6), t, context)
+    with pytest.raises(UserError, match="text encoder"):
+        net(x, t, torch.randn(2, 7, 8))
+    with pytest.raises(UserError, match="no image branch"):
+        net(x, t, context, torch.randn(2, 5, 16))
+    with pytest.raises(UserError, match="give clip_fea"):
+        tiny(image_dim=16)[0](x, t, context)
+    with pytest.raises(UserError, match="heads"):
+        dit.WanDiT(dataclasses.replace(TINY, heads=5))
