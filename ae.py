@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow
 
 import argparse
 import dataclasses
+import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -312,7 +313,7 @@ class DCAEV(nn.Module):
     def encode_stream(self, clips, compat=False):
         """An iterable of clips [b, 3, any T, H, W] in order -> raw latents, one chunk at a time.
 
-        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, the result is that of `encode`.
+        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, this is `encode`.
         """
         state = None
         for x in self._rechunk(clips, 3, self.config.chunk):
@@ -375,19 +376,21 @@ def infer_config(tensors, name=""):
             own = DCAEV(config).state_dict()
         if own.keys() == tensors.keys() and all(own[k].shape == tensors[k].shape for k in own):
             return config
-    raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset ({', '.join(PRESETS)}): give its Config, or another file.")
+    raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset ({', '.join(PRESETS)}): give another file, or in Python "
+                    "its Config.")
 
 
 def load(path, config=None):
     """Weights of a DC-AE-V -> DCAEV in eval mode, fp32 (bf16 files are widened).
 
-    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`), or our own .safetensors, which carries its config.
-    The preset is inferred from the shapes where no config is given.
+    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`), or our own .safetensors, which carries
+    its config. The preset is inferred from the shapes where no config is given.
     """
     tensors, metadata = checkpoint.load_tensors(path)
     if config is None:
         own, names = metadata.get("config"), {f.name for f in dataclasses.fields(Config)}
-        config = Config(**own) if isinstance(own, dict) and own.keys() <= names else infer_config(tensors, path)
+        ours = isinstance(own, dict) and {"widths", "depths"} <= own.keys() <= names
+        config = Config(**own) if ours else infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
     return checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
@@ -478,12 +481,12 @@ def train(preset, out, steps=2600, batch=8, frames=16, lr=2e-3, noise=0.1, seed=
 def reconstruct(net, clip, out, frames=None, size=None, compat=False):
     """A video file through the autoencoder, chunk by chunk, so that length costs no memory -> dict of the results.
 
-    Writes OUT/<clip>_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames of both), .json (the results; PSNR and SSIM as
-    in spec 8.2).
+    Writes OUT/<clip>_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames of both), .json (the results; PSNR
+    and SSIM as in spec 8.2).
     """
     c, like, info = net.config, next(net.parameters()), data.clip_info(clip)
-    psnr, ssim, shown, shapes, seconds = [], [], [], [], dict(encode=0.0, decode=0.0)
-    step = max(1, (frames or int(info.seconds * info.fps)) // 8)  # between the frames of the contact sheet
+    psnr, ssim, shown, latent, seconds = [], [], [], [], dict(encode=0.0, decode=0.0)
+    step = max(1, (frames or int(info.seconds * info.fps) or 8 * c.chunk) // 8)  # between the frames of the contact sheet
 
     def now():
         if like.is_cuda:
@@ -500,10 +503,11 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
             seconds["encode"] += middle - start
             seconds["decode"] += now() - middle
             y = y[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x)
-            shown.append(torch.cat([x, y])[:, :, -len(psnr) % step :: step])
-            psnr.extend(metrics.psnr_frames(y, x)[0])
-            ssim.extend(metrics.ssim_frames(y, x)[0])
-            shapes.append(z.shape[1:])
+            if -len(psnr) % step < x.shape[2]:
+                shown.append(torch.cat([x, y])[:, :, -len(psnr) % step :: step].clone())
+            psnr.extend(metrics.psnr_frames(y, x)[0].tolist())
+            ssim.extend(metrics.ssim_frames(y, x)[0].tolist())
+            latent.append(z.shape[2])
             yield torch.cat([x, y], dim=4)[0]
 
     h, w = size or (info.height, info.width)
@@ -511,10 +515,12 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
     data.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
     data.contact_sheet(f"{path}.png", torch.cat(shown, dim=2), labels=["original", "reconstruction"], scale=min(2, 200 / h))
     result = dict(
-        clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps, psnr=round(metrics.finite_mean(torch.stack(psnr)), 3),
-        ssim=round(torch.stack(ssim).mean().item(), 4), latent=[c.latent_channels, sum(s[1] for s in shapes), *shapes[0][2:]],
-        compression=3 * c.spatial_factor**2 * c.temporal_factor / c.latent_channels, seconds={k: round(v, 3) for k, v in seconds.items()},
-        chunk=c.chunk, compat=compat, dtype=str(like.dtype), device=str(like.device), threads=torch.get_num_threads(), torch=torch.__version__)
+        clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps,
+        psnr=round(metrics.finite_mean(torch.tensor(psnr)), 3), ssim=round(sum(ssim) / len(ssim), 4),
+        latent=[c.latent_channels, sum(latent), *net.latent_shape(1, h, w)[1:]],
+        compression=3 * c.spatial_factor**2 * c.temporal_factor / c.latent_channels, chunk=c.chunk, compat=compat,
+        seconds={k: round(v, 3) for k, v in seconds.items()},
+        dtype=str(like.dtype), device=str(like.device), threads=torch.get_num_threads(), torch=torch.__version__)
     checkpoint.write_json(f"{path}.json", result)
     return result
 
@@ -527,23 +533,22 @@ def main(argv=None):
     commands = p.add_subparsers(dest="command", required=True)
     r = commands.add_parser("reconstruct", help="a video file through the autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM")
     r.add_argument("clip", help="video file")
-    r.add_argument("--weights", default=Path(__file__).parent / "weights" / "toy.safetensors", help="official .pt, or .safetensors (default: the toy's)")
+    toy = Path(__file__).parent / "weights" / "toy.safetensors"
+    r.add_argument("--weights", default=toy, help="official .pt, or .safetensors (default: the toy's)")
     r.add_argument("--out", default="out/reconstruct", help="folder for the results (default: %(default)s)")
     r.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
-    r.add_argument("--size", type=data.size_arg, metavar="HxW", help="scale and crop the clip, 180x320 gives 180 rows (default: as it is)")
+    r.add_argument("--size", type=data.size_arg, metavar="HxW", help="scale and crop; 180x320 gives 180 rows (default: as it is)")
     r.add_argument("--compat", action="store_true", help="treat the end of the clip as the released code does: no padding")
     r.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     r.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on the CPU")
     t = commands.add_parser("train", help="train a toy autoencoder from nothing on the toy world of data.py",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    t.add_argument("--preset", choices=("toy", "toy-base"), default="toy", help="the deep autoencoder, or the moderate one of the base model")
-    t.add_argument("--out", default="out/ae", help="folder for weights and plots; the same folder resumes an interrupted run")
-    t.add_argument("--steps", type=int, default=4000)
-    t.add_argument("--batch", type=int, default=4, help="clips per step")
-    t.add_argument("--frames", type=int, default=32, help="frames per clip, a multiple of the chunk, two chunks at least")
-    t.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
-    t.add_argument("--seed", type=int, default=0)
-    t.add_argument("--threads", type=int, help="CPU threads; one each where two trainings share a machine")
+    t.add_argument("--preset", choices=("toy", "toy-base"), default="toy", help="the deep one, or the moderate one of the base model")
+    t.add_argument("--out", default="out/ae", help="folder for weights and plots; the same one resumes an interrupted run")
+    known = inspect.signature(train).parameters  # whose defaults are those of the command line
+    for name, what in dict(steps="optimiser steps", batch="clips per step", frames="frames per clip: two chunks or more, whole ones",
+                           lr="peak learning rate", seed="of weights and clips", threads="CPU threads").items():
+        t.add_argument(f"--{name}", type=float if name == "lr" else int, default=known[name].default, help=what)
     args = vars(p.parse_args(argv))
 
     if args.pop("command") == "train":

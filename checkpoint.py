@@ -12,11 +12,14 @@ It also holds the two spellings of a Wan transformer's tensor names (`to_diffuse
 print it without a traceback and exit with status 1 (`user_errors`).
 """
 import contextlib
+import datetime
 import errno
 import json
 import os
 import pickle
+import platform
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -83,6 +86,21 @@ def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def provenance():
+    """Where a measured number comes from: date, commit, hardware, versions. Part of every file in results/."""
+    root = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    return dict(date=datetime.date.today().isoformat(), commit=git.stdout.strip() or "unknown", torch=torch.__version__,
+                python=platform.python_version(), cpu=f"{cpu}, {os.cpu_count()} cores", threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+def _cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def save_tensors(path, tensors, metadata=None):

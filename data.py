@@ -12,14 +12,14 @@ clips are equal and nothing can be memorised. Direction exists only in time. `me
     random_scene(rng), caption(...)  draw attributes, say them
     toy_batch(seed, n, ...)          n clips as a tensor [n, 3, t, h, w] in [-1, 1], with their scenes
 
-**Files**: every video goes through the ffmpeg that imageio-ffmpeg carries, one piece at a time, so length costs no memory.
+**Files**: every video goes through the ffmpeg that imageio brings along, one piece at a time, so length costs no memory.
 
     iter_clip(path, ...)             pieces of a clip, [3, t, h, w];  read_clip: the whole;  clip_info: frame rate, size, length
     write_video(path, pieces, fps)   H.264 mp4 from a tensor or from pieces as they come
     read_image, contact_sheet        stills
 
-Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. What is wrong with a file is told in one sentence (UserError), and
-a file that could not be finished is not left behind.
+Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. What is wrong with a file is told in one sentence
+(UserError), and a file that could not be finished is not left behind.
 
     python data.py --out out/toy     a contact sheet and an mp4 of the toy world (three seconds)
 """
@@ -205,7 +205,7 @@ class ClipInfo:
 
 @contextlib.contextmanager
 def _ffmpeg(*args, **pipes):
-    """Run ffmpeg for the length of a `with`: yields the process, and a function that waits for its end -> (exit status, its complaints)."""
+    """Run ffmpeg for the length of a `with`: yields the process, and a function that waits for its end -> (status, complaints)."""
     with tempfile.TemporaryFile() as log:  # a file, not a pipe: a damaged clip brings more complaints than a pipe holds
         process = subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *args], stderr=log, **pipes)
 
@@ -257,9 +257,9 @@ def clip_info(path):
 def iter_clip(path, frames=None, size=None, start=0, piece=16):
     """The frames of a video file in pieces [3, up to `piece`, h, w], float in [-1, 1]; memory holds one piece.
 
-    Every stored frame comes exactly once, upright (the file's rotation is applied). `start`: frames to skip; `frames`: how many to read, all by
-    default. `size=(h, w)`: scaled (bicubic) to cover that size, then cropped in the middle. Raises UserError if the file is
-    unreadable, damaged or cut off before the last frame asked for, or has fewer than `frames`.
+    Every stored frame comes exactly once, upright (the file's rotation is applied). `start`: frames to skip; `frames`: how many to
+    read, all by default. `size=(h, w)`: scaled (bicubic) to cover that size, then cropped in the middle. Raises UserError if the
+    file is unreadable, damaged or cut off before the last frame asked for, or has fewer than `frames`.
     """
     if frames is not None and frames < 1 or start < 0:
         raise UserError(f"there are no {frames} frames from number {start} on: --frames counts from 1.")
@@ -269,7 +269,8 @@ def iter_clip(path, frames=None, size=None, start=0, piece=16):
         filters.append(f"scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}")
     limit = ["-frames:v", str(frames)] if frames else []
     # A row of PPM pictures: each says its own size, which ffmpeg alone knows after rotation and scaling.
-    args = [*_source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    args = [*_source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit,
+            "-f", "image2pipe", "-c:v", "ppm", "-"]
     held, count = [], 0
     with _ffmpeg("-v", "error", *args, stdout=subprocess.PIPE) as (process, end):
         while process.stdout.readline() == b"P6\n":
@@ -302,21 +303,21 @@ def write_video(path, x, fps, scale=1):
     """Write an mp4 that every player shows (H.264, yuv420p, BT.709): x is [3, t, h, w] in [-1, 1], or an iterable of such pieces,
     written as they come. `scale`: nearest-neighbour enlargement, since yuv420p halves the resolution of colour (toy clips: 4).
 
-    Odd sizes are padded by repeating the last row or column (H.264 needs even ones). The file appears when it is complete. Raises UserError for
-    NaN or no frames, OSError where the folder is read-only or the disk full.
+    Odd sizes are padded by repeating the last row or column (H.264 needs even ones). The file appears when it is complete. Raises
+    UserError for NaN or no frames, OSError where the folder is read-only or the disk full.
     """
-    pieces = iter([x] if isinstance(x, torch.Tensor) else x)
+    pieces = map(to_uint8, [x] if isinstance(x, torch.Tensor) else x)
     first = next(pieces, None)  # what is wrong with the source comes to light before the folder is touched
-    if first is None or first.shape[1] == 0:
+    if first is None or len(first) == 0:
         raise UserError(f"there are no frames to write to {path}: ask for at least one.")
-    height, width = ((n * scale + 1) // 2 * 2 for n in first.shape[2:])
+    height, width = ((n * scale + 1) // 2 * 2 for n in first.shape[1:3])
     args = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-            "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
-            "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
-    with checkpoint.atomic_path(path) as tmp, _ffmpeg("-v", "error", "-y", *args, str(tmp), stdin=subprocess.PIPE) as (process, end):
+            "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
+            "-color_trc", "bt709", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
+    with checkpoint.atomic_path(path) as tmp, _ffmpeg("-v", "error", "-y", *args, tmp, stdin=subprocess.PIPE) as (process, end):
         with contextlib.suppress(BrokenPipeError):  # ffmpeg has given up; `end` says why
-            for part in itertools.chain([first], pieces):
-                frames = to_uint8(part).repeat(scale, axis=1).repeat(scale, axis=2)
+            for frames in itertools.chain([first], pieces):
+                frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
                 rest = ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
                 process.stdin.write(np.pad(frames, rest, mode="edge").tobytes())
             process.stdin.close()
@@ -344,11 +345,14 @@ def read_image(path, size=None):
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if size:
         image = ImageOps.fit(image, size[::-1], Image.BICUBIC)
-    return to_tensor(np.asarray(image)[None])[:, 0]
+    return to_tensor(np.array(image)[None])[:, 0]
 
 
-def contact_sheet(path, videos, columns=8, labels=None, scale=2):
-    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as a PNG, enlarged or reduced by `scale`."""
+def contact_sheet(path, videos, columns=8, labels=None, heads=None, scale=2):
+    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as a PNG, enlarged or reduced by `scale`.
+
+    `labels` are written into the rows, `heads` above equally wide groups of columns.
+    """
     rows = []
     for x in videos:
         frames = to_uint8(x[:, np.linspace(0, x.shape[1] - 1, columns).round().astype(int)])
@@ -362,12 +366,17 @@ def contact_sheet(path, videos, columns=8, labels=None, scale=2):
         for row, label in zip(rows, labels):
             draw.text((5, y + 3), label, fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0))
             y += row.shape[0] * scale
+    if heads:
+        sheet = ImageOps.expand(sheet, (0, 16, 0, 0), fill=(255, 255, 255))
+        for i, head in enumerate(heads):
+            ImageDraw.Draw(sheet).text((sheet.width * i / len(heads) + 5, 3), head, fill=(0, 0, 0))
     with checkpoint.atomic_path(path) as tmp:
         sheet.save(tmp)
 
 
 def main():
-    p = argparse.ArgumentParser(description="Show the toy world: a contact sheet and an mp4.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Show the toy world: a contact sheet and an mp4.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/toy", help="folder for the results")
     p.add_argument("--clips", type=int, default=12, help="how many clips")
     p.add_argument("--frames", type=int, default=32, help="frames per clip")

@@ -65,7 +65,7 @@ class Config:
 _1B = dict(dim=1536, ffn_dim=8960, heads=12, layers=30)
 _5B = dict(dim=3072, ffn_dim=14336, heads=24, layers=30)
 _14B = dict(dim=5120, ffn_dim=13824, heads=40, layers=40)
-_TOY = dict(dim=192, ffn_dim=768, heads=6, layers=6, text_dim=32, text_len=8)
+_TOY = dict(dim=160, ffn_dim=640, heads=5, layers=6, text_dim=32, text_len=8)
 
 PRESETS = {
     "wan2.1-t2v-1.3b": Config(**_1B, in_channels=16, out_channels=16),
@@ -80,8 +80,9 @@ PRESETS = {
     "dc-wan2.1-i2v-14b": Config(**_14B, in_channels=68, out_channels=32, patch=(1, 1, 1), image_dim=1280),
     "dc-wan2.1-t2v-14b-f64t4c128": Config(**_14B, in_channels=128, out_channels=128, patch=(1, 1, 1)),
     "dc-wan2.1-t2v-1.3b-f64t4c128": Config(**_1B, in_channels=128, out_channels=128, patch=(1, 1, 1)),
-    "toy-base": Config(**_TOY, in_channels=16, out_channels=16),
-    "toy-dc": Config(**_TOY, in_channels=64, out_channels=64, patch=(1, 1, 1)),
+    # One toy does text- and image-to-video: without an image, mask and condition channels are zero.
+    "toy-base": Config(**_TOY, in_channels=36, out_channels=16),
+    "toy-dc": Config(**_TOY, in_channels=68, out_channels=32, patch=(1, 1, 1)),
 }
 
 
@@ -124,7 +125,8 @@ class PatchEmbedder(nn.Conv3d):
     def forward(self, x):  # b c f h w -> b f/pt h/ph w/pw d
         pt, ph, pw = self.kernel_size
         patches = rearrange(x, "b c (f pt) (h ph) (w pw) -> b f h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        # contiguous: else the product chosen, and so the last bit, would depend on whether the weight is being trained
+        return F.linear(patches.contiguous().to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -458,6 +460,20 @@ def infer_config(sd, heads=None):
         raise UserError(f"these are not the weights of a Wan transformer: the tensor {e.args[0]} is missing.") from e
 
 
+@torch.no_grad()
+def inherit(base, config):
+    """A transformer for another latent space with everything it can take from `base`: all tensors but patch embedder and head
+    matrix. The head matrix is zero, so it predicts exactly 0; the patch embedder is Xavier with a small random bias
+    (spec ae-adapt-v 3.3 and 4)."""
+    net = WanDiT(config)
+    fresh = ("patch_embedding.", "head.head.")
+    taken = {k: v for k, v in base.state_dict().items() if not k.startswith(fresh)}
+    load_strict(net, {**taken, **{k: v for k, v in net.state_dict().items() if k.startswith(fresh)}}, "the base transformer")
+    bound = (config.out_channels * prod(config.patch)) ** -0.5
+    nn.init.uniform_(net.patch_embedding.bias, -bound, bound)
+    return net
+
+
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32):
     """State dict in either naming -> WanDiT in eval mode. With `dtype` bf16 the large matrices are stored in it."""
     sd = original_names(sd)
@@ -503,8 +519,8 @@ def save(net, path, metadata=None, dtype=None):
     save_tensors(path, sd, {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)})
 
 
-# 720p for the autoencoder that has so many latent channels: Wan 2.1 81 frames, Wan 2.2 121, DC-AE-V 80; toys 32 of 64x64
-EXAMPLE_LATENTS = {16: (21, 90, 160), 48: (31, 44, 80), 32: (20, 22, 40), 128: (20, 11, 20), 64: (8, 2, 2)}
+# 720p for the autoencoder that has so many latent channels: Wan 2.1 81 frames, Wan 2.2 121, DC-AE-V 80
+EXAMPLE_LATENTS = {16: (21, 90, 160), 48: (31, 44, 80), 32: (20, 22, 40), 128: (20, 11, 20)}
 
 
 def main():
@@ -515,7 +531,7 @@ def main():
         raise UserError(f"--latent {args.latent} is not frames x height x width: write for example --latent 20x22x40.")
     print(f"{'preset':30s} {'parameters':>15s} {'latent':>10s} {'tokens':>7s} {'TFLOP':>10s} {'attention':>9s}")
     for name, config in PRESETS.items():
-        latent = (8, 8, 8) if name == "toy-base" else EXAMPLE_LATENTS[config.out_channels]
+        latent = {"toy-base": (8, 8, 8), "toy-dc": (8, 2, 2)}.get(name) or EXAMPLE_LATENTS[config.out_channels]
         latent = tuple(map(int, args.latent.split("x"))) if args.latent else latent
         with torch.device("meta"):
             parameters = sum(p.numel() for p in WanDiT(config).parameters())

@@ -114,7 +114,7 @@ def state_dict(net):
 # ---------------------------------------------------------------------------------------------------------------- Files
 
 
-def save(net, path, format="peft", full=(), **metadata):
+def save(net, path, format="peft", full=(), dtype=None, **metadata):
     """Write the adapters of `net` as one safetensors file that other programs read.
 
     format    names                                      alpha                    read by
@@ -150,6 +150,8 @@ def save(net, path, format="peft", full=(), **metadata):
         raise UserError(f'LoRA format "{format}" is unknown: use peft, comfyui or kohya.')
     for module in full:
         tensors |= {f"{module}.{k}": v for k, v in net.get_submodule(module).state_dict().items()}
+    if dtype is not None:
+        tensors = {k: v.to(dtype) for k, v in tensors.items()}
     save_tensors(path, tensors, {"format": "pt", "rank": rank, "alpha": alpha, **metadata})
 
 

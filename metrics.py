@@ -9,7 +9,7 @@ import data
 
 # ---------------------------------------------------------------------------------------------------- distance to the original
 #
-# y is compared with x, both [b, c, t, h, w] in [-1, 1], frame by frame on 8-bit values, as the files that people look at hold (spec dc-ae-v 8.2).
+# y is compared with x, both [b, c, t, h, w] in [-1, 1], frame by frame on 8-bit values, as files hold them (spec dc-ae-v 8.2).
 
 
 def psnr(y, x):
@@ -33,7 +33,7 @@ def ssim(y, x):
 
 
 def ssim_frames(y, x):
-    """Structural similarity of every frame, [b, t]: 11x11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, mean over the reflect-padded map.
+    """Structural similarity of every frame, [b, t]: 11x11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, reflected at the border.
 
     ssim = (2 m_x m_y + c1) (2 cov_xy + c2) / ((m_x^2 + m_y^2 + c1) (var_x + var_y + c2)), all of them local means under the window.
     One frame at a time, since the maps take five times the memory of what they compare.

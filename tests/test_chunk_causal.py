@@ -150,7 +150,7 @@ def test_two_streams_do_not_meet():
 
 
 def test_isolated_clips():
-    """A clip shorter than a chunk (an image, a tail in the released code) stands alone: zeros at both ends, state neither read nor written."""
+    """A clip shorter than a chunk (an image, a tail in the released code) stands alone: zeros at both ends, no state read or written."""
     for temporal in TEMPORAL:
         conv, x = Conv3d(3, 3, CHUNK, temporal), clip(3)
         y, state = conv(x, ISOLATED)
@@ -188,6 +188,17 @@ def test_gradients_of_a_stream_are_those_of_the_clip():
     whole = torch.autograd.grad((run_layers(layers, x)[0] * target).sum(), weights)
     pieces = torch.autograd.grad((stream(layers, x, [4, 4, 4]) * target).sum(), weights)
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(whole, pieces))
+
+
+def test_the_gradient_in_bf16_is_that_of_fp32():
+    """Also at two frames, where the CPU's own bf16 gradient was found to be garbage."""
+    for frames in (2, 4, 8):
+        conv, x = Conv3d(8, 8, frames), clip(frames, channels=8)
+        exact, = torch.autograd.grad(conv(x)[0].square().sum(), conv.weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)[0]
+        half, = torch.autograd.grad(y.float().square().sum(), conv.weight)
+        assert y.dtype == torch.bfloat16 and (half - exact).norm() / exact.norm() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------- 5. space-time to depth
