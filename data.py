@@ -277,6 +277,8 @@ def iter_clip(path, frames=None, size=None, start=0, piece=16):
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # 255
             pixels = process.stdout.read(3 * height * width)
+            if len(pixels) < 3 * height * width:  # ffmpeg died
+                break
             held.append(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
             count += 1
             if len(held) == piece:

@@ -34,16 +34,16 @@ class ToyText:
         self.column = {key: i for i, key in enumerate(words)}
 
     def parse(self, prompt):
-        """Prompt -> ({attribute: word}, [words the toy does not know]). A colour right before "background" is the background's."""
+        """Prompt -> ({attribute: word}, [words left out]). A colour right before "background" is the background's. Left out is what the
+        toy does not know, and a second word for the same attribute: there is one object."""
         words = [SYNONYMS.get(w, w) for w in re.findall(r"[^\W\d_]+", prompt.lower())]
         found, unknown = {}, []
         for word, following in zip(words, words[1:] + [""]):
             slots = ["background"] if following == "background" else [name for name in WORLD if name != "background"]
             slot = next((name for name in slots if word in WORLD[name]), None)
-            if slot and slot not in found:
-                found[slot] = word
-            elif word not in FILLERS:
-                unknown.append(word)
+            if slot and found.setdefault(slot, word) == word or word in FILLERS:
+                continue
+            unknown.append(word)
         return found, unknown
 
     def encode(self, attributes):
@@ -62,7 +62,7 @@ class ToyText:
             if not found:
                 raise UserError(f"the toy model knows no word of {prompt!r}. {self.vocabulary()}")
             if unknown:
-                warnings.warn(f"the toy model does not know {', '.join(map(repr, dict.fromkeys(unknown)))}, and leaves it out. {self.vocabulary()}")
+                warnings.warn(f"the toy model leaves out {', '.join(map(repr, dict.fromkeys(unknown)))}. {self.vocabulary()}")
             attributes.append(found)
         return self.encode(attributes)
 

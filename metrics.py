@@ -103,9 +103,9 @@ def read_attributes(x):
     distance = (chroma(rgb) - chroma(ground)[:, None, None, None]).norm(dim=0)  # t h w
     distance = F.avg_pool2d(distance, 3, stride=1, padding=1, count_include_pad=False)  # single noisy pixels do not count
     peak = distance.flatten().kthvalue(max(1, int(0.98 * distance.numel()))).values
-    if peak < 0.15:
-        return found
     mask = (distance > peak / 2).float()
+    if peak < 0.15 or mask.mean() > 0.4:  # nothing stands out, or nearly everything does: the largest object fills 0.15 of a frame
+        return found
     area = mask.sum(dim=(1, 2))
     seen = area > 0.5 * area.median().clamp(min=12)
     if seen.sum() < 4:

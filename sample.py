@@ -19,6 +19,7 @@ import argparse
 import re
 import resource
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for flag, low in (("frames", 1), ("steps", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag} must be at least {low}, got {getattr(args, flag)}.")
@@ -211,12 +213,20 @@ def main(argv=None):
     checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
 
     started = time.perf_counter()
+    shown, kept, count = {round(i * (frames - 1) / 7) for i in range(8)}, [], 0
+
+    def pieces():  # written as they are decoded; only the frames of the contact sheet stay in memory
+        nonlocal count
+        for piece in model.decode(z, frames, size):
+            piece = piece[0].float().cpu()
+            kept.extend(piece[:, i] for i in range(piece.shape[1]) if count + i in shown)
+            count += piece.shape[1]
+            yield piece
+
     with torch.no_grad():
-        pieces = [piece[0].float().cpu() for piece in model.decode(z, frames, size)]
+        data.write_video(file(".mp4"), pieces(), model.fps, scale=model.upscale)
     timed("decode", started)
-    video = torch.cat(pieces, dim=1)
-    data.write_video(file(".mp4"), video, model.fps, scale=model.upscale)
-    data.contact_sheet(file(".png"), [video], scale=model.upscale // 2)
+    data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=model.upscale // 2)
 
     steps, passes = args.steps or model.steps, 1 if args.guidance == 1 else 2
     cost = passes * steps * dit.flops(model.net.config, z.shape[2:]).total

@@ -1,0 +1,86 @@
+"""Muon: every direction of a matrix moves equally fast, vectors get Adam, and a resumed run is the uninterrupted one."""
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_out_the_values(shape):
+    m = torch.randn(shape)
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    seen = u.T @ orthogonalise(m) @ vh.T  # in the coordinates of m's singular vectors: diagonal
+    values = seen.diagonal()
+    assert (seen - values.diag()).abs().max() < 1e-3
+    clear = s > 0.02 * s.norm()  # five steps do not lift what is nearly zero
+    assert clear.sum() > 10 and 0.6 < values[clear].min() and values[clear].max() < 1.3
+
+
+def test_the_step_does_not_depend_on_the_size_of_the_gradient():
+    steps = []
+    for factor in (1, 1000):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 4)
+        before, opt = net.weight.detach().clone(), Muon(net, lr=0.1)
+        (factor * net(torch.randn(8, 6)).square().sum()).backward()
+        opt.step()
+        steps.append(net.weight.detach() - before)
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-5)
+    # of Adam's size: 0.2 sqrt(max(rows, columns)) x an orthogonal matrix has entries of about 0.2 lr
+    assert 0.1 < steps[0].square().mean().sqrt() / (0.2 * 0.1) < 1.3
+
+
+def test_kernels_are_matrices_vectors_and_named_tables_get_adam():
+    net = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Linear(4, 5), nn.RMSNorm(5), nn.Linear(5, 3), nn.Linear(3, 1))
+    net[2].requires_grad_(False)  # not trained: in no group
+    matrices, rest = Muon(net, 0.1, adam=(r"3\..*",)).param_groups
+    names = {id(p): n for n, p in net.named_parameters()}
+    assert [names[id(p)] for p in matrices["params"]] == ["0.weight", "1.weight"]
+    assert [names[id(p)] for p in rest["params"]] == ["0.bias", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"]
+
+
+def test_vectors_move_as_under_adam():
+    torch.manual_seed(0)
+    ours, theirs = nn.RMSNorm(6), nn.RMSNorm(6)
+    pair = Muon(ours, 0.01, betas=(0.9, 0.95)), torch.optim.Adam(theirs.parameters(), 0.01, (0.9, 0.95))
+    for _ in range(5):
+        x = torch.randn(4, 6)
+        for net, opt in zip((ours, theirs), pair):
+            opt.zero_grad()
+            (net(x) - x.abs()).square().sum().backward()
+            opt.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def regression(steps, saved=None):
+    """Fit y = tanh(x W) -> (net, last loss, state after it). Goes on from `saved`."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = torch.tanh(x @ torch.randn(8, 4))
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+    opt, first = Muon(net, 0.02), 0
+    if saved:
+        saved = torch.load(io.BytesIO(saved), weights_only=True)
+        net.load_state_dict(saved["net"])
+        opt.load_state_dict(saved["opt"])
+        first = saved["step"]
+    for _ in range(first, steps):
+        loss = (net(x) - y).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    file = io.BytesIO()
+    torch.save(dict(net=net.state_dict(), opt=opt.state_dict(), step=steps), file)
+    return net, loss.item(), file.getvalue()
+
+
+def test_it_fits_a_small_regression():
+    assert regression(1)[1] > 0.3 and regression(150)[1] < 0.01
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit():
+    whole, resumed = regression(12)[0], regression(12, saved=regression(5)[2])[0]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
