@@ -256,8 +256,8 @@ def fit(net, latents, text, opt, lr, steps, batch, state_file, settings, desc, b
                 running.clear()
                 bar.set_postfix(loss=f"{log[-1][1]:.4f}")
                 state = dict(trained={k: p.detach() for k, p in trained.items()}, opt=opt.state_dict(), step=step, log=log, settings=settings)
-                with checkpoint.atomic_path(state_file) as tmp:
-                    torch.save(state, tmp)
+                with checkpoint.atomic_path(state_file) as tmp, open(tmp, "wb") as f:  # a full disk is an OSError only this way
+                    torch.save(state, f)
     net.eval()
     return log
 
@@ -314,9 +314,9 @@ class Journal:
         words = "  ".join(f"{k} {v:.2f}" for k, v in fit_.items())
         extra = "  ".join(f"{k} {v:.3f}" for k, v in numbers.items())
         tqdm.write(f"{name:24s} {seconds:5.0f} s   loss {loss:.4f}   prompt fit: {words}   {extra}")
-        self.strips.append([x[:, [0, 15, 31]] for x in sample.videos(model, PROMPTS)])
+        self.strips.append([x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in sample.videos(model, PROMPTS)])
         data.contact_sheet(self.out / "stages.png", [torch.cat(row, dim=1) for row in zip(*self.strips)], columns=3 * len(self.strips),
-                           labels=PROMPTS, heads=[row["stage"] for row in self.rows])
+                           labels=PROMPTS, heads=[row["stage"] for row in self.rows if "prompt_fit" in row])
         checkpoint.write_json(self.out / "report.json", dict(**checkpoint.provenance(), prompts=len(self.prompts), stages=self.rows))
 
 
@@ -388,9 +388,9 @@ def adapt_toy(args):
           f"  python sample.py --model {out} --prompt \"{PROMPTS[0]}\"")
 
 
-def split(latents, held=SHARD):
-    """(training part, held-out part)."""
-    cut = len(latents.z) - held
+def split(latents):
+    """(training part, held-out part: the last shard)."""
+    cut = len(latents.z) - SHARD
     take = lambda a, b: Latents(latents.z[a:b], latents.condition[a:b], latents.with_image[(latents.with_image >= a) & (latents.with_image < b)] - a,
                                 latents.attributes[a:b])
     return take(0, cut), take(cut, len(latents.z))

@@ -7,7 +7,7 @@ becomes a latent [b, Z, T/4, H/32, W/32] (H/64 for f64). `fXtYcZ` names spatial 
     decoder:  conv | stage | up(t=4) | stage | ... | up(2) | stage | norm, SiLU, conv + shuffle(2)
 
 A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up blocks have parameter-free shortcuts (channel
-averaging and duplicating, from the image DC-AE), so that the network starts as an exact space-to-channel rearrangement and only learns the rest.
+averaging and duplicating, from the image DC-AE): they rearrange space into channels, and the convolution only learns what that misses.
 The temporal resampling is the innermost one. Every convolution is chunk-causal (`chunk_causal.py`): one pass over a clip, or
 chunk after chunk with the state handed on, give the same latent.
 

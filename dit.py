@@ -42,6 +42,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import UserError, load_strict, load_tensors, save_tensors, user_errors
+from checkpoint import to_diffusers as diffusers_name, to_original as original_name
 from kernels import attention, gate_residual, layer_norm_modulate, rms_norm, rms_norm_rope
 
 
@@ -386,51 +387,14 @@ def flops(config, latent, image_tokens=257):
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-OUTER_NAMES = {  # original: diffusers
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-}
-BLOCK_NAMES = {  # beware: the cross-attention norm is norm3 in the original, norm2 in diffusers
-    "modulation": "scale_shift_table",
-    "norm3": "norm2",
-    **{f"self_attn.{p}": f"attn1.to_{p}" for p in "qkv"}, "self_attn.o": "attn1.to_out.0",
-    **{f"self_attn.norm_{p}": f"attn1.norm_{p}" for p in "qk"},
-    **{f"cross_attn.{p}": f"attn2.to_{p}" for p in "qkv"}, "cross_attn.o": "attn2.to_out.0",
-    **{f"cross_attn.norm_{p}": f"attn2.norm_{p}" for p in "qk"},
-    **{f"cross_attn.{p}_img": f"attn2.add_{p}_proj" for p in "kv"}, "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-
-
-def rename(key, outer, block):
-    """One key by the tables; a key that no table knows comes back unchanged, so that strict loading can name it."""
-    prefix, rest = re.match(r"(blocks\.\d+\.)?(.*)", key).groups()
-    module, dot, leaf = rest.rpartition(".")
-    table = block if prefix else outer
-    if rest in table:
-        return (prefix or "") + table[rest]
-    return (prefix or "") + table.get(module, module) + dot + leaf
-
-
 def to_diffusers(sd):
-    return {rename(k, OUTER_NAMES, BLOCK_NAMES): v for k, v in sd.items()}
+    """State dict with diffusers' names, the same tensors."""
+    return {diffusers_name(k): v for k, v in sd.items()}
 
 
 def from_diffusers(sd):
-    outer, block = ({d: o for o, d in table.items()} for table in (OUTER_NAMES, BLOCK_NAMES))
-    return {rename(k, outer, block): v for k, v in sd.items()}
+    """State dict with the original names, the same tensors."""
+    return {original_name(k): v for k, v in sd.items()}
 
 
 def original_names(sd):

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow
 import argparse
 import re
 import resource
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -96,10 +97,10 @@ class Model:
         return y
 
 
-def load_model(name="dc", weights=WEIGHTS):
-    """"base" and "dc" are the embedded toy models; a folder written by adapt.py is its merged model, and a LoRA file of such a
-    folder is put on the embedded base."""
-    path = Path(name)
+def load_model(name="dc", weights=None):
+    """"base" and "dc" are the embedded toy models (or those in the folder `weights`); a folder written by adapt.py is its merged
+    model, and a LoRA file of such a folder is put on the embedded base."""
+    path, weights = Path(name), Path(weights or WEIGHTS)
     base_file = weights / "toy-base-dit.safetensors"
     if name == "base":
         return Model("toy base", dit.load(base_file), ae.load(weights / "toy-base.safetensors"), encoders.ToyText())
@@ -142,7 +143,7 @@ def generate(model, context, image=None, frames=None, size=None, steps=None, gui
                 raise UserError(f"the latent became NaN at step {step + 1} of {steps}: use --dtype fp32, or other weights.")
             bar.update()
 
-        return flow.solve(velocity, noise.to(device), steps, shift or model.shift, solver or model.solver, callback)
+        return flow.solve(velocity, noise.to(device), steps, model.shift if shift is None else shift, solver or model.solver, callback)
 
 
 @torch.no_grad()
@@ -189,10 +190,11 @@ def main(argv=None):
     model.ae.to(args.device)
     if args.dtype == "bf16":
         model.net.cast_weights(torch.bfloat16)
-    frames, size = args.frames or model.frames, args.size or model.size
+    for name in ("frames", "size", "steps", "solver", "guidance", "shift"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(model, name))
     slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
     base = Path(args.out) / (args.name or f"{Path(args.model).stem}-{slug}-{args.seed}")
-    base.parent.mkdir(parents=True, exist_ok=True)
     file = lambda suffix: base.with_name(base.name + suffix)
     seconds = {"load": time.perf_counter() - started}
 
@@ -203,23 +205,25 @@ def main(argv=None):
 
     started = time.perf_counter()
     context = model.text([args.prompt])
-    image = None if args.image is None else data.read_image(args.image, size)[None]
+    image = None if args.image is None else data.read_image(args.image, args.size)[None]
     timed("text", started)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=base.parent).close()  # a folder that cannot be written is told now, not after the work
 
     started = time.perf_counter()
-    z = generate(model, context, image, frames, size, args.steps, args.guidance, args.shift, args.solver, args.seed, progress=True)
+    z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, progress=True)
     timed("transformer", started)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
     checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
 
     started = time.perf_counter()
-    shown, kept, count = {round(i * (frames - 1) / 7) for i in range(8)}, [], 0
+    shown, kept, count = {round(i * (args.frames - 1) / 7) for i in range(8)}, [], 0
 
     def pieces():  # written as they are decoded; only the frames of the contact sheet stay in memory
         nonlocal count
-        for piece in model.decode(z, frames, size):
+        for piece in model.decode(z, args.frames, args.size):
             piece = piece[0].float().cpu()
-            kept.extend(piece[:, i] for i in range(piece.shape[1]) if count + i in shown)
+            kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)
             count += piece.shape[1]
             yield piece
 
@@ -228,14 +232,14 @@ def main(argv=None):
     timed("decode", started)
     data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=model.upscale // 2)
 
-    steps, passes = args.steps or model.steps, 1 if args.guidance == 1 else 2
-    cost = passes * steps * dit.flops(model.net.config, z.shape[2:]).total
+    passes = 1 if args.guidance == 1 else 2
+    cost = passes * args.steps * dit.flops(model.net.config, z.shape[2:]).total
     memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report = dict(model=model.name, prompt=args.prompt, frames=frames, size=size, steps=steps, passes=passes,
+    report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
                   tokens=dit.tokens(model.net.config, z.shape[2:]), seconds={k: round(v, 3) for k, v in seconds.items()},
                   tflops_per_second=cost / seconds["transformer"] / 1e12, peak_memory_gib=memory / 2**30)
     checkpoint.write_json(file(".json"), {**report, "settings": settings})
-    print(f"{model.name}: {frames} frames of {size[0]}x{size[1]}, {report['tokens']} tokens, {steps} steps x {passes} passes")
+    print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes")
     print("  " + ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
           + f"; {report['tflops_per_second']:.3f} TFLOP/s, peak memory {report['peak_memory_gib']:.2f} GiB")
     print(f"  {file('.mp4')}   {file('.png')}")

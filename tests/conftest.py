@@ -23,3 +23,33 @@ def golden(name):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_toy(tmp_path, monkeypatch):
+    """Random models a thousandth the size take the place of the embedded ones: same files, ratios and code path -> their folder.
+
+    The base's head is not zero, as if it had been trained; the adapter has moved every adapted layer and the ends.
+    """
+    import ae
+    import dit
+    import lora
+    import sample
+
+    folder = tmp_path / "weights"
+    size = dict(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=32, text_len=8)
+    monkeypatch.setitem(dit.PRESETS, "toy-base", dit.Config(**size, in_channels=12, out_channels=4))
+    monkeypatch.setitem(dit.PRESETS, "toy-dc", dit.Config(**size, in_channels=20, out_channels=8, patch=(1, 1, 1)))
+    monkeypatch.setattr(sample, "WEIGHTS", folder)
+
+    ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)), folder / "toy-base.safetensors")
+    ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8, 8, 8), (0, 1, 1, 1, 1, 1, 1), 8, chunk=8)), folder / "toy.safetensors")
+    base = dit.WanDiT(dit.PRESETS["toy-base"])
+    torch.nn.init.normal_(base.head.head.weight, std=0.2)
+    dit.save(base, folder / "toy-base-dit.safetensors")
+    deep = lora.wrap(dit.inherit(base, dit.PRESETS["toy-dc"]), rank=2, alpha=4, full=("patch_embedding", "head"))
+    for p in deep.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    lora.save(deep, folder / "toy-dc-lora.safetensors", "comfyui", full=("patch_embedding", "head"))
+    return folder

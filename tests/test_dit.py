@@ -187,7 +187,7 @@ def test_two_images_as_pairs_or_joined():
 
 def test_untrained_network_predicts_zero():
     net = dit.WanDiT(dit.PRESETS["toy-dc"])
-    x = torch.randn(1, 64, 2, 2, 2)
+    x = torch.randn(1, 68, 2, 2, 2)
     assert not net(x, torch.tensor([500.0]), torch.randn(1, 4, 32)).any()
 
 
