@@ -70,17 +70,22 @@ class Latents:
         return torch.cat([self.z[index], self.condition[index]], dim=1).float()
 
 
+def hash_of(net):
+    """A fingerprint of a network's config and weights: caches and checkpoints made with others are not taken for its own."""
+    digest = hashlib.sha256(repr(net.config).encode())
+    for value in net.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @torch.no_grad()
 def cache_latents(model, shards, folder, seed=1):
     """Encode `shards` x SHARD toy clips with the model's autoencoder, shard by shard, into `folder` -> Latents.
 
     A shard that is there already, made by the same autoencoder from the same clips, is read instead; one that is damaged is made again.
     """
-    fingerprint = hashlib.sha256(repr(model.ae.config).encode())
-    for value in model.ae.state_dict().values():
-        fingerprint.update(value.cpu().numpy().tobytes())
-    fingerprint = fingerprint.hexdigest()[:16]
     shape, parts, attributes = model.latent_shape(model.frames, model.size), [], []
+    fingerprint = hash_of(model.ae)
     for shard in tqdm(range(shards), desc=f"cache latents of {model.name}", unit="shard"):
         file = Path(folder) / fingerprint / f"seed{seed}-{shard:04d}.safetensors"
         tensors = None
@@ -92,10 +97,10 @@ def cache_latents(model, shards, folder, seed=1):
         rng = np.random.default_rng((seed, shard))
         if tensors is None:
             clips, scenes = data.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16):
                 z = torch.cat([model.encode(x) for x in clips.split(16)])
                 condition = torch.cat([model.condition(len(x), shape, x) for x in clips[:WITH_IMAGE, :, 0].split(16)])
-            tensors = {"z": z.half(), "condition": condition.half()}
+            tensors = {"z": z.half().cpu(), "condition": condition.half().cpu()}
             checkpoint.save_tensors(file, tensors)
         attributes += [data.random_scene(rng).attributes() for _ in range(SHARD)]
         condition = torch.zeros(SHARD, *tensors["condition"].shape[1:], dtype=torch.half)
@@ -156,19 +161,19 @@ def solve_embedding(x, u, teacher, ridge=1e-5, init=None):
     with S the covariances over all tokens. W_0 is zero, or `init`: shrinking towards a Xavier initialisation keeps latent directions of low
     variance open, which noised inputs need and clean latents do not show.
     """
-    weight, bias = teacher.weight.detach().flatten(1).double(), teacher.bias.detach().double()
+    weight, bias = teacher.weight.detach().cpu().flatten(1).double(), teacher.bias.detach().cpu().double()
     mean_x, mean_u = x.mean(0), u.mean(0)
     x, u = x - mean_x, u - mean_u
     cov_uu, cov_yu = u.T @ u / len(u), weight @ (x.T @ u) / len(u)
     l = ridge * cov_uu.diagonal().mean()
-    start = torch.zeros_like(cov_yu) if init is None else init.detach().flatten(1).double()
+    start = torch.zeros_like(cov_yu) if init is None else init.detach().cpu().flatten(1).double()
     solved = torch.linalg.solve(cov_uu + l * torch.eye(len(cov_uu), dtype=torch.float64), (cov_yu + l * start).T).T
     return solved.float(), (weight @ mean_x + bias - solved @ mean_u).float()
 
 
 def sgd_embedding(x, u, teacher, weight, bias, steps=2000, batch=512, lr=2e-3, seed=0):
     """Stage 1a as published (spec 3.3): AdamW, betas (0.9, 0.9), on MSE -> (weight, bias). Batches are of tokens."""
-    target = F.linear(x.float(), teacher.weight.detach().flatten(1), teacher.bias.detach())
+    target = F.linear(x.float(), teacher.weight.detach().cpu().flatten(1), teacher.bias.detach().cpu())
     weight, bias = (p.detach().clone().requires_grad_() for p in (weight, bias))
     opt = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.9), weight_decay=0)
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +190,7 @@ def sgd_embedding(x, u, teacher, weight, bias, steps=2000, batch=512, lr=2e-3, s
 
 def r_squared(x, u, teacher, weight, bias):
     """(R^2, MSE) of an embedder on held-out pairs: R^2 = 1 - MSE / Var(y). MSE alone proves nothing (spec 9.8)."""
-    y = F.linear(x, teacher.weight.detach().flatten(1).double(), teacher.bias.detach().double())
+    y = F.linear(x, teacher.weight.detach().cpu().flatten(1).double(), teacher.bias.detach().cpu().double())
     mse = (y - F.linear(u, weight.double(), bias.double())).square().mean()
     return (1 - mse / (y - y.mean(0)).square().mean()).item(), mse.item()
 
@@ -205,7 +210,8 @@ def batch_of(latents, text, n, rng, null=0.1, drop=0.1, image=0.2):
 
 
 def flow_loss(net, z, condition, context, generator):
-    """Flow-matching loss of a batch -> (loss, per-sample mse, sigma)."""
+    """Flow-matching loss of a batch -> (loss, per-sample mse, sigma). Noise is drawn on the CPU: the same on every device."""
+    z, condition, context = (a.to(next(net.parameters()).device) for a in (z, condition, context))
     return flow.loss(lambda x, t: net(torch.cat([x, condition], dim=1), t, context), z, "shifted", SHIFT, generator)
 
 
@@ -240,7 +246,7 @@ def fit(net, latents, text, opt, lr, steps, batch, state_file, settings, desc, b
             rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed * 1_000_003 + step)
             for group in opt.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, 1 - step / steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=bf16):
                 loss, *_ = flow_loss(net, *batch_of(latents, text, batch, rng), generator)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} at step {step} of '{desc}': lower its learning rate; {state_file} holds the last good state.")
@@ -277,10 +283,11 @@ def solve_head(net, latents, text, batches=48, batch=64, ridge=1e-4, seed=7):
         z, condition, context = batch_of(latents, text, batch, rng)
         sigma, t, _ = flow.sample_times(batch, "shifted", SHIFT, generator)
         noise = torch.randn(z.shape, generator=generator)
-        net(torch.cat([flow.add_noise(z, noise, sigma), condition], dim=1), t, context)
+        inputs = torch.cat([flow.add_noise(z, noise, sigma), condition], dim=1), t, context
+        net(*(a.to(net.head.head.weight.device) for a in inputs))
         v = rearrange(flow.velocity_target(z, noise), "b c (f p) (h q) (w r) -> (b f h w) (p q r c)",
                       **dict(zip("pqr", net.config.patch))).double()
-        u = F.pad(features.pop().flatten(0, 1).double(), (0, 1), value=1.0)
+        u = F.pad(features.pop().flatten(0, 1).double().cpu(), (0, 1), value=1.0)
         uu += u.T @ u
         uv += u.T @ v
     hook.remove()
@@ -325,7 +332,8 @@ def adapt_toy(args):
     out, started = Path(args.out), time.perf_counter()
     base = sample.load_model("base")
     deep = sample.Model("toy DC-VideoGen", dit.inherit(base.net, dit.PRESETS["toy-dc"]), ae.load(sample.WEIGHTS / "toy.safetensors"), base.text)
-    settings = dict(align=args.align, head=args.head)
+    base.to(args.device), deep.to(args.device)
+    settings = dict(align=args.align, head=args.head, base=hash_of(base.net), autoencoder=hash_of(deep.ae))
     clock = lambda: time.perf_counter() - started
 
     # cache: the same clips in both latent spaces; the last shard is held out
@@ -339,10 +347,10 @@ def adapt_toy(args):
     patches = base.net.config.patch, deep.net.config.patch
     x, u = paired_tokens(teacher, student, *patches)
     held = paired_tokens(teacher_held, student_held, *patches)
-    W_0 = E_S.weight.detach().clone()
+    W_0, b_0 = E_S.weight.detach().cpu().clone(), E_S.bias.detach().cpu().clone()
     solutions = {}
-    for method, solve in {"random": lambda: (W_0.flatten(1), E_S.bias.detach()),
-                          "sgd": lambda: sgd_embedding(x, u, E_T, W_0.flatten(1), E_S.bias),
+    for method, solve in {"random": lambda: (W_0.flatten(1), b_0),
+                          "sgd": lambda: sgd_embedding(x, u, E_T, W_0.flatten(1), b_0),
                           "closed_form": lambda: solve_embedding(x, u, E_T),
                           "ridge_to_init": lambda: solve_embedding(x, u, E_T, 3e-2, W_0)}.items():
         t = time.perf_counter()
@@ -400,14 +408,14 @@ def norm_ratio(weight, teacher, teacher_latents, student_latents, patches):
     """How strongly the new embedder answers to noise, against the base: |W_S|^2 / (|W_T|^2 / s^2), where s^2 base tokens are averaged
     into one deep token (spec 8, row 3). Far below 1: the blocks will see noise too faintly."""
     area = [math.prod(tokens_of(l.z[:1], p).shape[1:4]) for l, p in zip((teacher_latents, student_latents), patches)]
-    return (weight.square().sum() / teacher.weight.detach().square().sum() * area[0] / area[1]).item()
+    return weight.square().sum().item() / teacher.weight.detach().square().sum().item() * area[0] / area[1]
 
 
 def pretrain_toy(args):
     """Train the toy base transformer from nothing on the base autoencoder's latents -> out/toy-base-dit.safetensors."""
     out = Path(args.out)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
-    base = sample.Model("toy base", net, ae.load(sample.WEIGHTS / "toy-base.safetensors"), encoders.ToyText())
+    base = sample.Model("toy base", net, ae.load(sample.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
     log = fit(net, latents, base.text, opt, args.lr, args.steps, args.batch, out / "pretrain.pt", {}, "pretrain toy base", seed=args.seed)
@@ -424,16 +432,16 @@ def score_toy(args):
     clips = torch.stack([data.to_tensor(data.render(s)) for s in scenes])
     rows = {"chance": {name: metrics.chance(name) for name in (*data.WORLD, "mean")}, "clips": metrics.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
-        model = sample.load_model(name)
+        model = sample.load_model(name).to(args.device)
         with torch.no_grad():
-            y = torch.cat([model.ae(x) for x in clips.split(16)])
+            y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
         rows[f"{name}: reconstruction"] = {**metrics.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}
         rows[f"{name}: prompts"] = metrics.prompt_fit(sample.videos(model, prompts, progress=True), prompts)
         images = clips[:64, :, 0]
         made = []
         for i in range(0, 64, 32):
             z = sample.generate(model, model.text.encode(prompts[i : i + 32]), images[i : i + 32], seed=i)
-            made += torch.cat(list(model.decode(z, 32, (64, 64))), 2).unbind()
+            made += torch.cat(list(model.decode(z, 32, (64, 64))), 2).cpu().unbind()
         first = metrics.psnr(torch.stack(made)[:, :, :1], images[:, :, None])
         rows[f"{name}: image and prompt"] = {**metrics.prompt_fit(made, prompts[:64]), "psnr": first}
     print(f"{'':26s}" + "".join(f"{k:>12s}" for k in (*data.WORLD, "mean", "psnr")))
@@ -461,6 +469,7 @@ def main(argv=None):
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts to score with")
     parser.add_argument("--results", default="results/toy.json", help="where --score writes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args(argv)
     if args.threads:

@@ -57,15 +57,30 @@ class Model:
     solver: str = "unipc"
     upscale: int = 4  # of the mp4: yuv420 halves the colour resolution, which 64x64 cannot afford
 
+    def __post_init__(self):
+        ours, theirs = self.net.config.out_channels, self.ae.config.latent_channels
+        if ours != theirs:
+            raise UserError(f"the transformer of {self.name} makes latents of {ours} channels, but its autoencoder reads {theirs}: "
+                            "they do not belong together.")
+
     def latent_shape(self, frames, size):
         """(t, h, w) of the latent that covers `frames` frames of `size` pixels and that the patches divide."""
         c, (pt, ph, pw) = self.ae.config, self.net.config.patch
         up = lambda n, cell, patch: -(-n // (cell * patch)) * patch
         return up(frames, c.temporal_factor, pt), up(size[0], c.spatial_factor, ph), up(size[1], c.spatial_factor, pw)
 
+    @property
+    def device(self):
+        return next(self.net.parameters()).device
+
+    def to(self, device):
+        self.net.to(device)
+        self.ae.to(device)
+        return self
+
     def encode(self, x):
         """Pixels -> the latent the transformer sees (scaled, about unit RMS)."""
-        return self.ae.encode(x) * self.ae.config.scale
+        return self.ae.encode(x.to(self.device)) * self.ae.config.scale
 
     def decode(self, z, frames, size):
         """The transformer's latent -> pieces [b, 3, t, *size] of a video of `frames` frames, chunk by chunk."""
@@ -86,7 +101,7 @@ class Model:
             if image is not None:
                 raise UserError(f"{self.name} is a text-to-video model: leave --image away.")
             return None
-        y = torch.zeros(n, c.in_channels - c.out_channels, *shape)
+        y = torch.zeros(n, c.in_channels - c.out_channels, *shape, device=self.device)
         if image is not None:
             t, s = self.ae.config.temporal_factor, self.ae.config.spatial_factor
             image = F.pad(image, (0, shape[2] * s - image.shape[3], 0, shape[1] * s - image.shape[2]), mode="replicate")
@@ -121,14 +136,13 @@ def generate(model, context, image=None, frames=None, size=None, steps=None, gui
     `context`: prompt states [b, m, d]. `image`: [b, 3, *size] in [-1, 1] or None. The rest defaults to the model's own settings. The noise
     of sample i depends on `seed + i` and the shape only, so a batch gives what single runs give. NaN in the latent is a UserError.
     """
-    n, device = len(context), next(model.net.parameters()).device
+    n, device = len(context), model.device
     frames, size = frames or model.frames, size or model.size
     shape = model.latent_shape(frames, size)
     if noise is None:
         draw = lambda s: torch.randn(model.net.config.out_channels, *shape, generator=torch.Generator().manual_seed(s))
         noise = torch.stack([draw(seed + i) for i in range(n)])
     condition = model.condition(n, shape, image)
-    condition = None if condition is None else condition.to(device)
 
     def net(x, t, context):
         x = x if condition is None else torch.cat([x, condition], dim=1)
@@ -185,9 +199,7 @@ def main(argv=None):
             raise UserError(f"--{flag} must be at least {low}, got {getattr(args, flag)}.")
 
     started = time.perf_counter()
-    model = load_model(args.model)
-    model.net.to(args.device)
-    model.ae.to(args.device)
+    model = load_model(args.model).to(args.device)
     if args.dtype == "bf16":
         model.net.cast_weights(torch.bfloat16)
     for name in ("frames", "size", "steps", "solver", "guidance", "shift"):
@@ -199,7 +211,7 @@ def main(argv=None):
     seconds = {"load": time.perf_counter() - started}
 
     def timed(what, started):
-        if args.device == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds[what] = time.perf_counter() - started
 
@@ -234,7 +246,7 @@ def main(argv=None):
 
     passes = 1 if args.guidance == 1 else 2
     cost = passes * args.steps * dit.flops(model.net.config, z.shape[2:]).total
-    memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
                   tokens=dit.tokens(model.net.config, z.shape[2:]), seconds={k: round(v, 3) for k, v in seconds.items()},
                   tflops_per_second=cost / seconds["transformer"] / 1e12, peak_memory_gib=memory / 2**30)
