@@ -348,33 +348,39 @@ def adapt_toy(args):
     x, u = paired_tokens(teacher, student, *patches)
     held = paired_tokens(teacher_held, student_held, *patches)
     W_0, b_0 = E_S.weight.detach().cpu().clone(), E_S.bias.detach().cpu().clone()
-    solutions = {}
-    for method, solve in {"random": lambda: (W_0.flatten(1), b_0),
-                          "sgd": lambda: sgd_embedding(x, u, E_T, W_0.flatten(1), b_0),
-                          "closed_form": lambda: solve_embedding(x, u, E_T),
-                          "ridge_to_init": lambda: solve_embedding(x, u, E_T, 3e-2, W_0)}.items():
-        t = time.perf_counter()
-        weight, bias = solutions[method] = solve()
+
+    def embedding(weight, bias):
+        """How well an embedder imitates the base's, and how strongly it answers to noise."""
         r2, mse = r_squared(*held, E_T, weight, bias)
-        ratio = norm_ratio(weight, E_T, teacher, student, patches)
-        journal.rows.append(dict(stage=f"1a {method}", seconds=round(time.perf_counter() - t, 2), r2=r2, mse=mse, norm_ratio=ratio))
-        tqdm.write(f"1a {method:14s} R2 {r2:7.4f}   MSE {mse:.5f}   norm ratio {ratio:.3f}   {time.perf_counter() - t:.2f} s")
+        return dict(r2=r2, mse=mse, norm_ratio=norm_ratio(weight, E_T, teacher, student, patches))
+
+    now = lambda: embedding(E_S.weight.detach().cpu().flatten(1), E_S.bias.detach().cpu())
+    methods = {"random": lambda: (W_0.flatten(1), b_0),
+               "sgd": lambda: sgd_embedding(x, u, E_T, W_0.flatten(1), b_0),
+               "closed_form": lambda: solve_embedding(x, u, E_T),
+               "ridge_to_init": lambda: solve_embedding(x, u, E_T, 3e-2, W_0)}
+    aligned = {}
+    for method, solve in methods.items():
+        begun = time.perf_counter()
+        aligned[method] = solve()
+        took, numbers = time.perf_counter() - begun, embedding(*aligned[method])
+        journal.rows.append(dict(stage=f"1a {method}", seconds=round(took, 2), **numbers))
+        tqdm.write(f"1a {method:20s} {took:6.2f} s   " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
 
     # assemble: blocks from the base (dit.inherit), the aligned embedder, a zero or regressed head
     with torch.no_grad():
-        E_S.weight.copy_(solutions[args.align][0].view_as(E_S.weight))
-        E_S.bias.copy_(solutions[args.align][1])
-    r2, ratio = (journal.rows[-4 + list(solutions).index(args.align)][k] for k in ("r2", "norm_ratio"))
+        E_S.weight.copy_(aligned[args.align][0].view_as(E_S.weight))
+        E_S.bias.copy_(aligned[args.align][1])
     if args.head == "closed_form":
         solve_head(deep.net, student, deep.text)
-    journal.stage("1a, assembled", deep, clock(), r2=r2, norm_ratio=ratio)
+    journal.stage("1a, assembled", deep, clock(), **now())
 
     # stage 1b: align the head with the flow-matching loss, blocks frozen
     deep.net.requires_grad_(False)
     ends = [p.requires_grad_() for part in (deep.net.patch_embedding, deep.net.head) for p in part.parameters()]
     log = fit(deep.net, student, deep.text, torch.optim.AdamW(ends, lr=args.lr_head, weight_decay=0), args.lr_head, args.steps_head, args.batch,
               out / "1b.pt", settings, "1b align head", seed=args.seed)
-    journal.stage("1b, head aligned", deep, clock(), norm_ratio=norm_ratio(E_S.weight.detach().flatten(1), E_T, teacher, student, patches))
+    journal.stage("1b, head aligned", deep, clock(), **now())
     dit.save(deep.net, out / "aligned.safetensors", dtype=torch.float16)
 
     # stage 2: LoRA on the blocks, the ends in full
@@ -385,7 +391,7 @@ def adapt_toy(args):
     lora.save(deep.net, out / "lora.safetensors", "comfyui", full=("patch_embedding", "head"), base="toy-base", step=args.steps,
               dtype=torch.float16)
     lora.merge(deep.net)
-    journal.stage("2, LoRA", deep, clock())
+    journal.stage("2, LoRA", deep, clock(), **now())
 
     dit.save(deep.net, out / "transformer.safetensors")
     ae.save(deep.ae, out / "ae.safetensors")
@@ -439,7 +445,7 @@ def score_toy(args):
         rows[f"{name}: prompts"] = metrics.prompt_fit(sample.videos(model, prompts, progress=True), prompts)
         images = clips[:64, :, 0]
         made = []
-        for i in range(0, 64, 32):
+        for i in range(0, len(images), 32):
             z = sample.generate(model, model.text.encode(prompts[i : i + 32]), images[i : i + 32], seed=i)
             made += torch.cat(list(model.decode(z, 32, (64, 64))), 2).cpu().unbind()
         first = metrics.psnr(torch.stack(made)[:, :, :1], images[:, :, None])

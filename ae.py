@@ -561,6 +561,7 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
 
     def side_by_side():
         encoder_state = decoder_state = None
+        bar = tqdm(total=frames or int(info.seconds * info.fps) or None, desc="reconstruct", unit="frame", leave=False)
         for x in data.iter_clip(clip, frames, size, piece=c.chunk):
             x, start = x[None], now()
             z, encoder_state = net.encode_chunk(x.to(like), encoder_state, compat)
@@ -574,7 +575,9 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
             psnr.extend(metrics.psnr_frames(y, x)[0].tolist())
             ssim.extend(metrics.ssim_frames(y, x)[0].tolist())
             latent.append(z.shape[2])
+            bar.update(x.shape[2])
             yield torch.cat([x, y], dim=4)[0]
+        bar.close()
 
     h, w = size or (info.height, info.width)
     path = f"{Path(out) / Path(clip).stem}_reconstruction"
