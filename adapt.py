@@ -70,9 +70,9 @@ class Latents:
         return torch.cat([self.z[index], self.condition[index]], dim=1).float()
 
 
-def hash_of(net):
-    """A fingerprint of a network's config and weights: caches and checkpoints made with others are not taken for its own."""
-    digest = hashlib.sha256(repr(net.config).encode())
+def hash_of(net, *more):
+    """A fingerprint of a network's config and weights, and of whatever else decides: work done with others is not taken for one's own."""
+    digest = hashlib.sha256(repr((net.config, more)).encode())
     for value in net.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -85,7 +85,8 @@ def cache_latents(model, shards, folder, seed=1):
     A shard that is there already, made by the same autoencoder from the same clips, is read instead; one that is damaged is made again.
     """
     shape, parts, attributes = model.latent_shape(model.frames, model.size), [], []
-    fingerprint = hash_of(model.ae)
+    looks = data.toy_batch(seed, 1, model.frames, model.size[0])[0].double().sum().item()  # changes with the toy world
+    fingerprint = hash_of(model.ae, SHARD, shape, looks)
     for shard in tqdm(range(shards), desc=f"cache latents of {model.name}", unit="shard"):
         file = Path(folder) / fingerprint / f"seed{seed}-{shard:04d}.safetensors"
         tensors = None
@@ -424,7 +425,7 @@ def pretrain_toy(args):
     base = sample.Model("toy base", net, ae.load(sample.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
-    log = fit(net, latents, base.text, opt, args.lr, args.steps, args.batch, out / "pretrain.pt", {}, "pretrain toy base", seed=args.seed)
+    log = fit(net, latents, base.text, opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
     dit.save(net, out / "toy-base-dit.safetensors", dict(training=vars(args), log=log), dtype=torch.float16)
     metrics.plot(out / "pretrain.png", {"training loss": log})
     print(f"validation loss {validation_loss(net, held, base.text):.4f}; wrote {out / 'toy-base-dit.safetensors'}")

@@ -3,8 +3,6 @@ import json
 import os
 import pickle
 import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -440,7 +438,6 @@ def fail_at(monkeypatch, call, outcome):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(toy, tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole, log = run_fit(*toy, tmp_path / "a")
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         fail_at(m, 5, KeyboardInterrupt())  # step 5 was begun; the last state is that after 4
@@ -468,7 +465,7 @@ def test_a_state_made_with_other_settings_is_refused(toy, tmp_path):
 
 
 def test_a_nan_loss_stops_and_the_last_good_state_stays(toy, tmp_path, monkeypatch):
-    whole, _ = run_fit(*toy, tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else None
+    whole, _ = run_fit(*toy, tmp_path / "whole")
     with monkeypatch.context() as m, pytest.raises(UserError, match="the loss is nan at step 3 of 'test': lower its learning rate"):
         fail_at(m, 3, torch.nan)
         run_fit(*toy, tmp_path)
@@ -485,7 +482,7 @@ class Evil:
 
 def test_a_state_file_that_would_run_code_does_not(toy, tmp_path):
     Evil.trace = tmp_path / "trace"
-    (tmp_path / "state.pt").write_bytes(pickle.dumps(dict(settings=Evil())))
+    (tmp_path / "state.pt").write_bytes(pickle.dumps(dict(settings=Evil()), protocol=2))
     with pytest.raises(UserError, match="could run code, so it was not loaded"):
         run_fit(*toy, tmp_path)
     assert not Evil.trace.exists()
@@ -540,21 +537,24 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
                      "time_embedding.0.weight", "time_projection.0.weight"}  # 0 stands for every number
 
     models = [sample.load_model(str(name)) for name in (out, out / "lora.safetensors")]
+    for a, b in zip(*(m.net.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the LoRA is stored in fp16
     shown = [sample.videos(m, ["a red circle"], frames=8, size=(32, 32), steps=4)[0] for m in models]
-    print((shown[0]-shown[1]).square().mean().sqrt(), shown[0].std())
-    shown = [sample.videos(m, ["a red circle"], frames=8, size=(32, 32), steps=4, guidance=1)[0] for m in models]
-    print((shown[0]-shown[1]).square().mean().sqrt(), shown[0].std(), (shown[0]-shown[1]).abs().max()); assert 0
+    assert (shown[0] - shown[1]).square().mean().sqrt() < 2e-3
 
     # once more: everything is there, nothing is encoded or trained
-    files = {p: p.read_bytes() for p in (out / "transformer.safetensors", out / "lora.safetensors")}
+    files = {f: checkpoint.load_tensors(f)[0] for f in (out / "transformer.safetensors", out / "lora.safetensors")}
     monkeypatch.setattr(torch.optim.AdamW, "step", None)
     monkeypatch.setattr(adapt, "sgd_embedding", lambda x, u, teacher, weight, bias: (weight, bias))
     monkeypatch.setattr(ae.DCAEV, "encode", None)
     adapt.main([*TINY_RUN, "--out", str(out)])
-    assert all(p.read_bytes() == content for p, content in files.items())
+    for file, before in files.items():
+        after = checkpoint.load_tensors(file)[0]
+        assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
 
-def test_a_changed_base_does_not_go_on_from_the_old_state(tiny_toy, quick, tmp_path):
+def test_a_changed_base_does_not_go_on_from_the_old_state(tiny_toy, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt.Journal, "stage", lambda *args, **numbers: None)
     run = lambda *more: adapt.main([*TINY_RUN, "--out", str(tmp_path / "out"), "--steps-head", "1", "--steps", "1", *more])
     run()
     with pytest.raises(UserError, match="made with other settings"):
@@ -566,12 +566,13 @@ def test_a_changed_base_does_not_go_on_from_the_old_state(tiny_toy, quick, tmp_p
         run()
 
 
-@pytest.mark.parametrize("align", ["closed_form", "sgd", "random"])
-def test_every_alignment_with_a_zero_head(tiny_toy, quick, tmp_path, align):
-    adapt.main([*TINY_RUN, "--out", str(tmp_path / "out"), "--align", align, "--head", "zero", "--steps-head", "0", "--steps", "1"])
+def test_published_alignment_with_a_zero_head(tiny_toy, quick, tmp_path):
+    """SGD in stage 1a and a head of zeros, as released; stages may be left out."""
+    adapt.main([*TINY_RUN, "--out", str(tmp_path / "out"), "--align", "sgd", "--head", "zero", "--steps-head", "0", "--steps", "0"])
     rows = {row["stage"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["stages"]}
-    assert rows["1a, assembled"]["r2"] == rows[f"1a {align}"]["r2"]
-    assert rows["1a, assembled"]["validation_loss"] == rows["1b, head aligned"]["validation_loss"] > rows["2, LoRA"]["validation_loss"] - 0.1
+    assert rows["1a, assembled"]["r2"] == rows["1a sgd"]["r2"]
+    assert len({rows[stage]["validation_loss"] for stage in ("1a, assembled", "1b, head aligned", "2, LoRA")}) == 1
+    assert not dit.load(tmp_path / "out" / "transformer.safetensors").head.head.weight.any()
 
 
 def test_pretraining_makes_a_base_that_loads(tiny_toy, quick, tmp_path):

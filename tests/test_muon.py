@@ -33,6 +33,16 @@ def test_the_step_does_not_depend_on_the_size_of_the_gradient():
     assert 0.1 < steps[0].square().mean().sqrt() / (0.2 * 0.1) < 1.3
 
 
+def test_the_direction_is_that_of_the_momentum_looking_one_step_ahead():
+    net, grads = nn.Linear(6, 4, bias=False), torch.randn(2, 4, 6)
+    opt, before = Muon(net, lr=0.1, momentum=0.9), net.weight.detach().clone()
+    for net.weight.grad in grads:
+        opt.step()
+    ahead = [grads[0] * 1.9, grads[1] + 0.9 * (0.9 * grads[0] + grads[1])]
+    expected = before - 0.1 * 0.2 * 6**0.5 * sum(map(orthogonalise, ahead))
+    torch.testing.assert_close(net.weight.detach(), expected)
+
+
 def test_kernels_are_matrices_vectors_and_named_tables_get_adam():
     net = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Linear(4, 5), nn.RMSNorm(5), nn.Linear(5, 3), nn.Linear(3, 1))
     net[2].requires_grad_(False)  # not trained: in no group
