@@ -38,8 +38,8 @@ class _Isolated:
         return "ISOLATED"
 
 
-#: A state that says: this clip stands alone. Every convolution pads both ends of time with zeros, whatever the clip's length, and hands
-#: the state on untouched. This is how the released DC-AE-V treats single images and tails shorter than a chunk (spec 3.2, case B).
+#: A state that says: this clip stands alone. Every convolution starts from zeros (and, unless it is causal, ends in zeros), whatever the
+#: clip's length, and hands the state on untouched. This is how the released DC-AE-V treats single images and tails shorter than a chunk (spec 3.2, case B).
 ISOLATED = _Isolated()
 
 
@@ -83,9 +83,12 @@ class Conv3d(nn.Conv3d):
         return super()._conv_forward(x, weight, bias)
 
     def forward(self, x, state=None):
-        if state is ISOLATED or self.temporal == "non_causal":
+        if self.temporal == "causal":
+            y, last = self._causal(x, None if state is ISOLATED else state)
+            return y, state if state is ISOLATED else last
+        if self.temporal == "non_causal" or state is ISOLATED:
             return super().forward(x), state
-        return self._causal(x, state) if self.temporal == "causal" else self._chunk_causal(x, state)
+        return self._chunk_causal(x, state)
 
     def _causal(self, x, past):
         if past is None:
