@@ -330,6 +330,8 @@ class Journal:
 
 def adapt_toy(args):
     """AE-Adapt-V on the toy, stage by stage."""
+    if not 0 < args.align_shards < args.shards:
+        raise UserError(f"--align-shards must be at least 1 and fewer than --shards, got {args.align_shards} and {args.shards}.")
     out, started = Path(args.out), time.perf_counter()
     base = sample.load_model("base")
     deep = sample.Model("toy DC-VideoGen", dit.inherit(base.net, dit.PRESETS["toy-dc"]), ae.load(sample.WEIGHTS / "toy.safetensors"), base.text)
@@ -337,17 +339,18 @@ def adapt_toy(args):
     settings = dict(align=args.align, head=args.head, base=hash_of(base.net), autoencoder=hash_of(deep.ae))
     clock = lambda: time.perf_counter() - started
 
-    # cache: the same clips in both latent spaces; the last shard is held out
-    teacher, student = (cache_latents(m, args.shards + 1, out / "cache") for m in (base, deep))
-    (teacher, teacher_held), (student, student_held) = split(teacher), split(student)
+    # cache: alignment needs the same clips in both latent spaces, a few of them; fine-tuning needs many, in the deep space only
+    teacher, teacher_held = split(cache_latents(base, args.align_shards + 1, out / "cache"))
+    student, student_held = split(cache_latents(deep, args.shards + 1, out / "cache"))
+    n = len(teacher.z)
     journal = Journal(out, student_held, args.prompts)
     journal.stage("base", base, clock(), teacher_held)
 
     # stage 1a: align the patch embedder
     E_T, E_S = base.net.patch_embedding, deep.net.patch_embedding
     patches = base.net.config.patch, deep.net.config.patch
-    x, u = paired_tokens(teacher, student, *patches)
-    held = paired_tokens(teacher_held, student_held, *patches)
+    x, u = paired_tokens(teacher, clips_of(student, 0, n), *patches)
+    held = paired_tokens(teacher_held, clips_of(student, n, n + SHARD), *patches)
     W_0, b_0 = E_S.weight.detach().cpu().clone(), E_S.bias.detach().cpu().clone()
 
     def embedding(weight, bias):
@@ -403,12 +406,16 @@ def adapt_toy(args):
           f"  python sample.py --model {out} --prompt \"{PROMPTS[0]}\"")
 
 
+def clips_of(latents, start, stop):
+    """The clips start .. stop - 1."""
+    inside = (latents.with_image >= start) & (latents.with_image < stop)
+    return Latents(latents.z[start:stop], latents.condition[start:stop], latents.with_image[inside] - start, latents.attributes[start:stop])
+
+
 def split(latents):
     """(training part, held-out part: the last shard)."""
     cut = len(latents.z) - SHARD
-    take = lambda a, b: Latents(latents.z[a:b], latents.condition[a:b], latents.with_image[(latents.with_image >= a) & (latents.with_image < b)] - a,
-                                latents.attributes[a:b])
-    return take(0, cut), take(cut, len(latents.z))
+    return clips_of(latents, 0, cut), clips_of(latents, cut, len(latents.z))
 
 
 def norm_ratio(weight, teacher, teacher_latents, student_latents, patches):
@@ -466,11 +473,12 @@ def main(argv=None):
     parser.add_argument("--out", default="out/adapt", help="folder for caches, checkpoints and results")
     parser.add_argument("--align", choices=["closed_form", "ridge_to_init", "sgd", "random"], default="ridge_to_init", help="stage 1a")
     parser.add_argument("--head", choices=["zero", "closed_form"], default="closed_form", help="the head that stage 1b starts from")
-    parser.add_argument("--shards", type=int, default=6, help=f"training clips, in shards of {SHARD}")
+    parser.add_argument("--shards", type=int, default=10, help=f"clips for stages 1b and 2, in shards of {SHARD}")
+    parser.add_argument("--align-shards", type=int, default=3, help="the first of them, also used for stage 1a; fewer than --shards")
     parser.add_argument("--steps-head", type=int, default=200, help="steps of stage 1b")
     parser.add_argument("--lr-head", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=1000, help="steps of stage 2 (or of --pretrain)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of stage 2 (or of --pretrain)")
+    parser.add_argument("--steps", type=int, default=1800, help="steps of stage 2 (or of --pretrain)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="of stage 2 (or of --pretrain)")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA; alpha is twice that, as published")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts to score with")

@@ -414,7 +414,7 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
     spreads the information evenly over the latent, which the diffusion model needs. Clips hold at least two chunks, so that the path
     across chunk borders is trained. Muon, for AdamW hardly gets off the ground here (`muon.py`); the learning rate warms up over 50 steps
     and falls linearly to zero. `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a gentle fine-tune in
-    pixels is left, lr 3e-4, since 2e-3 undoes what was gained (28.5 dB before it, 26.9 dB after).
+    pixels is left, lr 3e-4: 2e-3 undoes part of what was gained.
     """
     config = PRESETS[preset]
     if frames < 2 * config.chunk or frames % config.chunk:

@@ -510,7 +510,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(adapt, name, lambda *args, function=function, values=values: function(*args, **values))
 
 
-TINY_RUN = ["--base", "toy", "--shards", "2", "--steps-head", "4", "--steps", "4", "--batch", "4", "--prompts", "2", "--rank", "2"]
+TINY_RUN = ["--base", "toy", "--shards", "2", "--align-shards", "1", "--steps-head", "4", "--steps", "4", "--batch", "4", "--prompts", "2", "--rank", "2"]
 
 
 def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, quick, tmp_path, monkeypatch, capsys):
