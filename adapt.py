@@ -343,7 +343,7 @@ def adapt_toy(args):
     teacher, teacher_held = split(cache_latents(base, args.align_shards + 1, out / "cache"))
     student, student_held = split(cache_latents(deep, args.shards + 1, out / "cache"))
     n = len(teacher.z)
-    journal = Journal(out, student_held, args.prompts)
+    journal = Journal(out, student_held, args.prompts or 64)
     journal.stage("base", base, clock(), teacher_held)
 
     # stage 1a: align the patch embedder
@@ -440,7 +440,7 @@ def pretrain_toy(args):
 
 def score_toy(args):
     """Prompt fit of both embedded models and the reconstruction ceilings of both autoencoders -> results/toy.json."""
-    prompts = data.held_out_prompts(args.prompts)
+    prompts = data.held_out_prompts(args.prompts or 256)
     rng = np.random.default_rng(10_000_019)
     scenes = [data.scene_of(a, rng) for a in prompts]
     clips = torch.stack([data.to_tensor(data.render(s)) for s in scenes])
@@ -481,7 +481,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=4e-3, help="of stage 2 (or of --pretrain)")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA; alpha is twice that, as published")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts to score with")
+    parser.add_argument("--prompts", type=int, help="held-out prompts to score with (default: 64, with --score 256)")
     parser.add_argument("--results", default="results/toy.json", help="where --score writes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
