@@ -407,7 +407,7 @@ def save(net, path, dtype=torch.float32, **metadata):
 
 
 def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_from=None, grow_steps=2400, grow_clips=4096, seed=0,
-          threads=None, bf16=True):
+          threads=None, bf16=True, save_every=200):
     """Train a preset on the toy world -> path of its weights. An interrupted run goes on where it stopped, bit for bit on one machine.
 
     Loss: L1 + MSE in pixels. `noise`: standard deviation, relative to the latent's RMS, of the noise added before decoding: it
@@ -451,7 +451,7 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
             y = net.decoder(z)[0].float()
         return (y - x).abs().mean() + (y - x).square().mean()
 
-    optimise(net, net, loss_at, lr, steps, out / "train.pt", settings, report, f"train {preset}", log)
+    optimise(net, net, loss_at, lr, steps, out / "train.pt", settings, report, f"train {preset}", log, save_every)
     with torch.no_grad():
         z = torch.cat([net.encode(x) for x in data.toy_batch(9_000_001, 64, 32)[0].to(device).split(8)])
     net.config = dataclasses.replace(config, scale=round(1 / z.square().mean().sqrt().item(), 4))
@@ -464,7 +464,7 @@ def add_latent_noise(z, noise, seed):
     return z + noise * z.square().mean().sqrt() * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
 
-def optimise(net, trained, loss_at, lr, steps, state_file, settings, report, what, log, save_every=200):
+def optimise(net, trained, loss_at, lr, steps, state_file, settings, report, what, log, save_every):
     """Minimise loss_at(step) over the parameters of `trained`, a part of `net`, with Muon, from `state_file` on where it exists.
 
     `report(step, loss)` is called with every checkpoint and returns a word for the progress bar; `log` is kept in the checkpoint.
@@ -513,8 +513,8 @@ def grow(net, teacher, steps, batch, clips, frames, noise, seed, autocast, state
     """
     device = next(net.parameters()).device
     enc, dec, enc_t, dec_t = (in_order(part) for part in (net.encoder, net.decoder, teacher.encoder, teacher.decoder))
-    shape = lambda block: [p.shape for p in block.parameters()]
-    common = lambda a, b: next(i for i, (x, y) in enumerate(zip(a, b)) if shape(x) != shape(y))
+    kind = lambda block: [p.shape for p in block.parameters()] + [(m.r, m.t) for m in block.modules() if isinstance(m, Resample)]
+    common = lambda a, b: next(i for i, (x, y) in enumerate(zip(a, b)) if kind(x) != kind(y))
     down, up = common(enc, enc_t), common(dec[::-1], dec_t[::-1])
     for mine, theirs in zip(enc[:down] + dec[-up:], enc_t[:down] + dec_t[-up:]):
         mine.load_state_dict(theirs.state_dict())
@@ -539,7 +539,7 @@ def grow(net, teacher, steps, batch, clips, frames, noise, seed, autocast, state
         return (d.float() - targets[pick].float()).square().mean() / variance
 
     deep = nn.ModuleList(enc[down:] + dec[:-up])
-    optimise(net, deep, loss_at, lr, steps, state_file, settings, lambda step, loss: "relative error of the features", "grow", [])
+    optimise(net, deep, loss_at, lr, steps, state_file, settings, lambda step, loss: "relative error of the features", "grow", [], 200)
 
 
 # ---------------------------------------------------------------------------------------------------- reconstruction

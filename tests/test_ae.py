@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -464,6 +465,21 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch, tiny
     net = ae.load(tmp_path / "resumed" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
     z = net.config.scale * net.encode(data.toy_batch(1, 8, 16)[0])
     assert 0.8 < z.square().mean().sqrt() < 1.25
+
+
+def test_growing_copies_the_shallow_blocks_and_trains_the_deep_ones(tmp_path, monkeypatch, tiny_preset):
+    monkeypatch.setitem(ae.PRESETS, "deep", ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 8, chunk=8, patch=4))
+    run(tmp_path / "shallow", steps=1)
+    teacher = ae.load(tmp_path / "shallow" / "tiny.safetensors")
+    grown = lambda n: ae.load(run(tmp_path / f"deep{n}", preset="deep", steps=0, grow_from=tmp_path / "shallow" / "tiny.safetensors",
+                                  grow_steps=n, grow_clips=16)).state_dict()
+    start, end, theirs = grown(0), grown(4), teacher.state_dict()
+    # common: project_in, the blocks of stages 1 and 2 and what resamples between them; new: what lies below stage 2
+    common = [k for k in end if not re.search(r"encoder\.(stages\.2\.op_list\.1|stages\.[34]|project_out)"
+                                              r"|decoder\.(stages\.2\.op_list\.0|stages\.[34]|project_in)", k)]
+    assert 20 < len(common) < len(end) and all(torch.equal(end[k], start[k]) and torch.equal(end[k], theirs[k]) for k in common)
+    deep = [k for k in end if k not in common and end[k].ndim == 5]
+    assert deep and not any(torch.equal(end[k], start[k]) for k in deep)
 
 
 def test_training_needs_two_chunks(tmp_path, tiny_preset):
