@@ -508,7 +508,7 @@ def grow(net, teacher, steps, batch, clips, frames, noise, seed, autocast, state
 
     The blocks at high resolution, where nearly all the time goes, are equal in both: they are copied. The deep blocks of `net` then learn
     what the deep blocks of `teacher` do, to turn the features h of the last common encoder block into the features d of
-    the first common decoder block, only through a smaller latent. At an eighth of the resolution a step costs a fifteenth of one in pixels.
+    the first common decoder block, only through a smaller latent. At an eighth of the resolution about six times as many clips pass per second.
     (Our choice for a laptop, in the spirit of DC-AE's phases that tune the middle layers alone; how DC-AE-V was trained is not published.)
     """
     device = next(net.parameters()).device
