@@ -43,6 +43,7 @@ import encoders
 import flow
 import lora
 import metrics
+import models
 import sample
 from checkpoint import UserError
 from muon import Muon
@@ -333,8 +334,8 @@ def adapt_toy(args):
     if not 0 < args.align_shards < args.shards:
         raise UserError(f"--align-shards must be at least 1 and fewer than --shards, got {args.align_shards} and {args.shards}.")
     out, started = Path(args.out), time.perf_counter()
-    base = sample.load_model("base")
-    deep = sample.Model("toy DC-VideoGen", dit.inherit(base.net, dit.PRESETS["toy-dc"]), ae.load(sample.WEIGHTS / "toy.safetensors"), base.text)
+    base = models.load_model("base")
+    deep = models.Model("toy DC-VideoGen", dit.inherit(base.net, dit.PRESETS["toy-dc"]), ae.load(models.WEIGHTS / "toy.safetensors"), base.text)
     base.to(args.device), deep.to(args.device)
     settings = dict(align=args.align, head=args.head, base=hash_of(base.net), autoencoder=hash_of(deep.ae))
     clock = lambda: time.perf_counter() - started
@@ -429,7 +430,7 @@ def pretrain_toy(args):
     """Train the toy base transformer from nothing on the base autoencoder's latents -> out/toy-base-dit.safetensors."""
     out = Path(args.out)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
-    base = sample.Model("toy base", net, ae.load(sample.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
+    base = models.Model("toy base", net, ae.load(models.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
     log = fit(net, latents, base.text, opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
@@ -446,7 +447,7 @@ def score_toy(args):
     clips = torch.stack([data.to_tensor(data.render(s)) for s in scenes])
     rows = {"chance": {name: metrics.chance(name) for name in (*data.WORLD, "mean")}, "clips": metrics.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
-        model = sample.load_model(name).to(args.device)
+        model = models.load_model(name).to(args.device)
         with torch.no_grad():
             y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
         rows[f"{name}: reconstruction"] = {**metrics.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}

@@ -1,22 +1,37 @@
-"""How fast: base and adapted model side by side, in one run, on one machine.
+"""How fast and how large: measured on this machine, written to results/.
 
-Machines are shared and noisy, so only ratios within one run are quoted. The two models take turns, and medians are compared.
+    python bench.py --suite toy           base and adapted toy model side by side, about a minute -> results/bench_toy.json
+    python bench.py --suite load          host memory of loading and saving a 5.7 GB transformer (Wan 2.1 1.3B in fp32, random) in three
+                                          layouts, ten minutes, 12 GB of memory and of disk -> results/load.json
+    python bench.py --suite activations   `dit.activation_bytes` against what forwards take, a minute -> results/activations.json
 
-    python bench.py --suite toy     the embedded models on this machine, about a minute -> results/bench_toy.json
+Machines are shared and noisy, so of times only ratios within one run are quoted. Models take turns, and medians are compared. Memory is
+measured in fresh processes (Linux: /proc/self/status). Anonymous memory is what the machine must have; pages of mapped files count
+as resident too, but the system takes them back when it needs them, so they are told apart.
 """
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every other process down; must precede torch
 
 import argparse
+import dataclasses
+import json
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import torch
 
 import checkpoint
 import dit
+import models
 import sample
+from checkpoint import UserError
 
 
 def rounds(tasks, repeats):
@@ -34,10 +49,10 @@ def rounds(tasks, repeats):
 @torch.no_grad()
 def toy(repeats):
     """Transformer pass, whole guided loop, decode, and prompt to pixels, for both toy models."""
-    models = {name: sample.load_model(name) for name in ("base", "dc")}
-    size, frames = models["dc"].size, models["dc"].frames
+    both = {name: models.load_model(name) for name in ("base", "dc")}
+    size, frames = both["dc"].size, both["dc"].frames
     tasks, tokens, latents = {}, {}, {}
-    for name, model in models.items():
+    for name, model in both.items():
         shape = model.latent_shape(frames, size)
         config, context = model.net.config, model.text(["a large red circle moving left slowly on a blue background"])
         x, t = torch.randn(1, config.in_channels, *shape), torch.full((1,), 500.0)
@@ -49,26 +64,157 @@ def toy(repeats):
         tasks[name, "decode"] = decode
         tasks[name, "prompt to pixels"] = lambda m=model, c=context: list(m.decode(sample.generate(m, c), frames, size))
     seconds = rounds(tasks, repeats)
-    rows = {what: {name: seconds[name, what] for name in models} for _, what in tasks}
+    rows = {what: {name: seconds[name, what] for name in both} for _, what in tasks}
     for row in rows.values():
         row["ratio"] = row["base"] / row["dc"]
-    print(f"{frames} frames of {size[0]}x{size[1]}, {models['dc'].steps} steps with guidance; tokens: base {tokens['base']}, "
+    print(f"{frames} frames of {size[0]}x{size[1]}, {both['dc'].steps} steps with guidance; tokens: base {tokens['base']}, "
           f"adapted {tokens['dc']}, ratio {tokens['base'] / tokens['dc']:.1f}")
     for what, row in rows.items():
         print(f"  {what:18s} base {row['base'] * 1e3:8.1f} ms   adapted {row['dc'] * 1e3:8.1f} ms   {row['ratio']:.2f}x")
     return dict(tokens=tokens, median_seconds=rows)
 
 
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def resident():
+    """Memory of this process in bytes -> {"anonymous", "of files"}"""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(status[field].split()[0]) * 1024 for name, field in (("anonymous", "RssAnon"), ("of files", "RssFile"))}
+
+
+def peak_of(task):
+    """Run `task` -> (its result, dict of seconds and of memory before it and at its peak, looked at every 2 ms)."""
+    before, peak, done = resident(), resident(), threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak.update({name: max(peak[name], size) for name, size in resident().items()})
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    result = task()
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    return result, dict(seconds=round(seconds, 1), before=before, peak=peak)
+
+
+def fresh(function, **arguments):
+    """Call a function of this file in a new process -> what it returns (JSON). Freed tensors go back to the system at once there (glibc
+    keeps what is below 32 MB, and fragments would count)."""
+    code = f"import bench, json, sys; print(json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"})
+    if done.returncode:
+        raise UserError(f"{function} failed in its own process: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def random_transformer(config):
+    with torch.device("meta"):
+        net = dit.WanDiT(config)
+    net.to_empty(device="cpu")
+    for p in net.parameters():
+        p.data.uniform_(-0.02, 0.02)
+    return net
+
+
+@torch.no_grad()
+def save_transformer(preset, layout, path, shard_bytes=2e9):
+    """Write random weights of a preset -> memory and time of writing."""
+    net = random_transformer(dit.PRESETS[preset])
+    if layout == "training container":
+        write = lambda: torch.save({"ema_model_state_dict": {0.999: net.state_dict()}}, path)
+    else:
+        write = lambda: dit.save(net, path, format=layout, shard_bytes=shard_bytes)
+    return peak_of(write)[1]
+
+
+def load_transformer(path, dtype):
+    """Load it in the type -> memory, time, and the bytes of the result."""
+    for file in [path] if Path(path).is_file() else Path(path).iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from the system's cache of it
+    net, row = peak_of(lambda: dit.load(path, dtype=getattr(torch, dtype)))
+    return dict(row, result=sum(p.nbytes for p in net.parameters()))
+
+
+def load(preset="wan2.1-t2v-1.3b", scratch=None):
+    """Every layout written, then loaded as fp32 and as bf16, each in a process of its own."""
+    rows, folder = [], Path(tempfile.mkdtemp(dir=scratch))
+    print(f"{'layout':20s} {'':16s} {'seconds':>8s} {'files':>8s} {'result':>8s} {'anonymous peak':>15s} {'over result':>12s} {'of files':>9s}   GB")
+    try:
+        for layout in ("original", "diffusers", "training container"):
+            path = folder / ("w.pt" if layout == "training container" else layout)
+            saved = fresh("save_transformer", preset=preset, layout=layout, path=str(path))
+            files = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
+            for doing in ("save", "float32", "bfloat16"):
+                row = dict(saved, result=files) if doing == "save" else fresh("load_transformer", path=str(path), dtype=doing)
+                grown = row["peak"]["anonymous"] - row["before"]["anonymous"]
+                extra = grown - (0 if doing == "save" else row["result"])
+                rows.append(dict(layout=layout, doing=doing if doing == "save" else f"load as {doing}", files=files, **row,
+                                 anonymous_growth=grown, beyond_result=extra, files_growth=row["peak"]["of files"] - row["before"]["of files"]))
+                print(f"{layout:20s} {rows[-1]['doing']:16s} {row['seconds']:8.1f} {files / 1e9:8.2f} {row['result'] / 1e9:8.2f} {grown / 1e9:15.2f} "
+                      f"{extra / 1e9:12.2f} {rows[-1]['files_growth'] / 1e9:9.2f}", flush=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        shutil.rmtree(folder)
+    return dict(preset=preset, unit="bytes", rows=rows)
+
+
+@torch.no_grad()
+def forward(preset, layers, latent, batch, dtype):
+    """Peak memory of prompt, times and one forward with random weights -> measured, and estimated by the formula."""
+    config, dtype = dataclasses.replace(dit.PRESETS[preset], layers=layers), getattr(torch, dtype)
+    net = random_transformer(config).cast_weights(dtype).eval()
+    context = torch.zeros(batch, 512, config.text_dim)
+    context[:, :120] = torch.randn(batch, 120, config.text_dim)
+
+    def sample(*latent):
+        x, prompt = torch.randn(batch, config.in_channels, *latent), net.prompt(context)
+        return net(x, net.times(torch.tensor([500.0]))[0], prompt)
+
+    sample(1, *config.patch[1:])  # the libraries' own workspaces
+    row = peak_of(lambda: sample(*latent))[1]
+    return dict(row, measured=row["peak"]["anonymous"] - row["before"]["anonymous"],
+                estimated=dit.activation_bytes(config, latent, batch, dtype, prompts=batch))
+
+
+def activations():
+    """The formula beside measurements on the CPU, for widths of the 1.3B and the 14B model and few layers (the peak is within one)."""
+    rows = []
+    for preset, latent, batch in (("dc-wan2.1-t2v-1.3b", (8, 22, 40), 1), ("dc-wan2.1-t2v-1.3b", (4, 22, 40), 2), ("dc-wan2.1-t2v-14b", (3, 22, 40), 1)):
+        for dtype in ("float32", "bfloat16"):
+            row = fresh("forward", preset=preset, layers=2, latent=latent, batch=batch, dtype=dtype)
+            rows.append(dict(preset=preset, latent=latent, batch=batch, dtype=dtype, **row, ratio=row["estimated"] / row["measured"]))
+            print(f"{preset:20s} {'x'.join(map(str, latent)):>8s} batch {batch} {dtype:8s}  measured {row['measured'] / 1e6:6.0f} MB  "
+                  f"estimated {row['estimated'] / 1e6:6.0f} MB  ratio {rows[-1]['ratio']:.2f}", flush=True)
+    return dict(layers=2, unit="bytes", rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+SUITES = {"toy": "results/bench_toy.json", "load": "results/load.json", "activations": "results/activations.json"}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--suite", choices=["toy"], default="toy", help="what to measure")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--suite", choices=SUITES, default="toy", help="what to measure")
+    parser.add_argument("--repeats", type=int, default=9, help="of --suite toy")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--out", default="results/bench_toy.json")
+    parser.add_argument("--scratch", help="folder for the files of --suite load (default: the system's)")
+    parser.add_argument("--out", help="where to write the results (default: results/...)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    checkpoint.write_json(args.out, dict(**checkpoint.provenance(), suite=args.suite, repeats=args.repeats, **toy(args.repeats)))
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes started from here
+    started = checkpoint.provenance()
+    found = {"toy": lambda: dict(repeats=args.repeats, **toy(args.repeats)), "load": lambda: load(scratch=args.scratch),
+             "activations": activations}[args.suite]()
+    checkpoint.write_json(args.out or SUITES[args.suite], dict(**started, suite=args.suite, **found))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,16 @@ Every weight file of the project goes through this file, in both directions:
   tries to run code is refused, not run.
 * writing: to a temporary file beside the target, then one atomic rename. A full disk or a `kill -9` leaves
   either the old file or the new one, never half of one.
+* one tensor at a time, for models that fill the memory of the machine: `open_tensors` says what a file, or a folder of
+  shards, holds (`Stored`: shape, dtype, and how to fetch it); `load_strict` and `save_tensors` fetch, use and forget
+  each. Renaming, converting and merging are functions on that dict, and read nothing yet.
 
-It also holds the two spellings of a Wan transformer's tensor names (`to_diffusers`, `to_original`), and
-`UserError`: a mistake that the user can mend. Its text is one sentence that says what to do; scripts
-print it without a traceback and exit with status 1 (`user_errors`).
+    tensors, metadata = open_tensors("Wan2.1-T2V-14B")      # 57 GB in six files; a few milliseconds
+    tensors["head.head.weight"].shape                       # (64, 5120)
+    tensors["head.head.weight"].read()                      # now this one is in memory
+
+It also holds `UserError`: a mistake that the user can mend. Its text is one sentence that says what to do; scripts print it
+without a traceback and exit with status 1 (`user_errors`).
 """
 import contextlib
 import datetime
@@ -19,14 +25,18 @@ import os
 import pickle
 import platform
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 
 class UserError(Exception):
@@ -88,6 +98,16 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path):
+    """A JSON file that holds an object -> dict."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: check the path.")
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}): get this file again.") from e
+
+
 def provenance():
     """Where a measured number comes from: date, commit, hardware, versions. Part of every file in results/."""
     root = Path(__file__).resolve().parent
@@ -103,17 +123,163 @@ def _cpuinfo():
     return path.read_text().splitlines() if path.exists() else []
 
 
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,  # safetensors' names
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+class Stored(NamedTuple):
+    """A tensor that is still in its file. Nothing is kept: every `read()` fetches it anew."""
+    shape: tuple
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    file: str = ""  # its name, for messages
+
+
+def read(tensor):
+    """The tensor itself, whether it is one already or still `Stored`."""
+    return tensor.read() if isinstance(tensor, Stored) else tensor
+
+
 def save_tensors(path, tensors, metadata=None):
-    """Write a flat dict of tensors as safetensors, atomically. `metadata`: a JSON-able dict, kept in the header."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    data = safetensors_bytes(tensors, metadata=header)
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(data)
+    """Write a flat dict of tensors (or `Stored`) as safetensors, atomically. `metadata`: a JSON-able dict, kept in the header.
+
+    The format is a length, a JSON header, and the bytes of the tensors in a row, so it is written here tensor by tensor:
+    of what is on a GPU, in another file or to be converted, one tensor at a time is in memory.
+    """
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))  # wide types first: everything stays aligned
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    if metadata:
+        header["__metadata__"] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    for name in order:
+        start, end = end, end + prod(tensors[name].shape) * tensors[name].dtype.itemsize
+        header[name] = dict(dtype=names[tensors[name].dtype], shape=list(tensors[name].shape), data_offsets=[start, end])
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_path(path) as tmp, open(tmp, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for name in order:
+            f.write(read(tensors[name]).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion_pytorch_model"):
+    """Write `tensors` into a folder as the hubs have it: one file, or files of at most `shard_bytes` and an index of them."""
+    folder, shards, room = Path(folder), [], 0
+    for name, tensor in tensors.items():
+        size = prod(tensor.shape) * tensor.dtype.itemsize
+        if not shards or size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    n = len(shards)
+    files = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    index = folder / f"{stem}.safetensors.index.json"
+    others = {f.name for pattern in ("*.safetensors", "*.index.json") for f in folder.glob(pattern)} - {*files, *([index.name] if n > 1 else [])}
+    if others:
+        raise UserError(f"{folder} already holds other weights ({min(others)}), and together they could not be read: choose an empty folder.")
+    for file, shard in zip(files, shards):
+        save_tensors(folder / file, shard, metadata)
+    if n > 1:
+        size = sum(prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": {k: file for file, shard in zip(files, shards) for k in shard}})
+
+
+def open_tensors(path):
+    """Look into a weight file, or a folder of them, without reading the tensors -> ({name: Stored}, metadata dict).
+
+    path: a `.safetensors` file, a torch container (`unwrap`; mapped into memory, so that only what is read is fetched), an
+    index (`*.index.json`) of shards, or a folder with such an index or with one weight file. Metadata: as in
+    `load_tensors`, of the last shard. UserError for whatever is missing, truncated or mixed up.
+    """
+    path = Path(path)
+    tensors, metadata = {}, {}
+    index = _index_in(path)
+    where = _read_index(index) if index else None
+    for file in sorted({index.parent / name for name in where.values()}) if index else [_only_file(path)]:
+        if index and not file.is_file():
+            raise UserError(f"{file} does not exist, but {index.name} names it: the download is not complete, get this file too.")
+        found, metadata = _open_file(file)
+        for name in tensors.keys() & found.keys():
+            raise UserError(f"{name} is in both {tensors[name].file} and {file.name} of {file.parent}: these are shards of two "
+                            "models, get them again.")
+        tensors |= found
+    for name in sorted(where.keys() ^ tensors.keys()) if index else ():
+        raise UserError(f"{name} is {'only in the shards' if name in tensors else 'in none of the shards'}, against {index}: "
+                        "these are shards of another model, get them again.")
+    return tensors, metadata
+
+
+def _index_in(path):
+    """The index of shards that `path` is, or that the folder `path` holds; None without one."""
+    if path.name.endswith(".index.json"):
+        return path
+    found = sorted(path.glob("*.index.json"))
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} indexes ({', '.join(f.name for f in found)}): give one of these files instead.")
+    return found[0] if found else None
+
+
+def _read_index(index):
+    """Index file -> {tensor name: file name}"""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index} is not an index of shards (it has no weight_map): get this file again.")
+    return where
+
+
+def _only_file(path):
+    """The weight file that `path` is, or the only one in the folder `path`."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of a weight file.")
+    if path.is_file():
+        return path
+    for suffixes in ((".safetensors",), (".pt", ".pth", ".bin")):
+        files = [f for f in path.iterdir() if f.suffix in suffixes]
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise UserError(f"{path} holds {len(files)} {'/'.join(suffixes)} files and no index: give the path of the right file.")
+    raise UserError(f"{path} holds no weight file: give the folder or the file with the weights.")
+
+
+def _open_file(file):
+    """One weight file -> ({name: Stored}, metadata)"""
+    if file.suffix != ".safetensors":
+        tensors = unwrap(load_pickle(file, mmap=True))
+        return {k: Stored(tuple(v.shape), v.dtype, lambda v=v: v, file.name) for k, v in tensors.items()}, {}
+
+    def fetch(name):  # opened anew for each tensor (0.6 ms): the pages of earlier ones do not stay mapped
+        with _safetensors(file) as f:
+            return f.get_tensor(name)
+
+    tensors = {}
+    with _safetensors(file) as f:
+        for name in f.keys():
+            entry = f.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise UserError(f"{name} in {file} has the type {entry.get_dtype()}, which is not supported: use bf16, fp16 or fp32 weights.")
+            tensors[name] = Stored(tuple(entry.get_shape()), DTYPES[entry.get_dtype()], lambda name=name: fetch(name), file.name)
+        return tensors, _metadata(f)
+
+
+@contextlib.contextmanager
+def _safetensors(path):
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except (SafetensorError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} is not a complete safetensors file ({e}): download or copy it again.") from e
+
+
+def _metadata(f):
+    return {k: _parse(v) for k, v in (f.metadata() or {}).items()}
 
 
 def load_tensors(path):
-    """Read one weight file -> (flat dict of CPU tensors in their stored dtype, metadata dict).
+    """Read one weight file whole -> (flat dict of CPU tensors in their stored dtype, metadata dict).
 
     `.safetensors` by its own reader; anything else as a torch container with `weights_only=True`, unwrapped by
     `unwrap`. Metadata values that are JSON are parsed. Raises UserError for a missing, truncated or unsafe file.
@@ -122,20 +288,21 @@ def load_tensors(path):
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a weight file.")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as f:
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-                metadata = f.metadata() or {}
-        except (SafetensorError, ValueError, RuntimeError) as e:
-            raise UserError(f"{path} is not a complete safetensors file ({e}): download or copy it again.") from e
-        return tensors, {k: _parse(v) for k, v in metadata.items()}
+        with _safetensors(path) as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, _metadata(f)
     return unwrap(load_pickle(path)), {}
 
 
-def load_pickle(path):
-    """`torch.load` of tensors and plain containers only; a pickle that would run code is refused with a UserError."""
+def load_pickle(path, mmap=False):
+    """`torch.load` of tensors and plain containers only; a pickle that would run code is refused with a UserError.
+
+    mmap: leave the tensors in the file until they are used (files of before 2020, which are no zip archives, cannot).
+    """
     with open(path, "rb") as f:
         try:
+            if mmap and zipfile.is_zipfile(f):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            f.seek(0)
             return torch.load(f, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
             raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could run code, so it "
@@ -174,8 +341,8 @@ def unwrap(container):
 
 
 def load_strict(net, tensors, what):
-    """Copy `tensors` into `net` (any float dtype widens or narrows to the parameter's own). Strict: a missing,
-    unexpected or wrongly shaped tensor is a UserError that names it; nothing is copied then."""
+    """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype widens or narrows to the parameter's own.
+    Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names it; nothing is copied then."""
     own = net.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -183,59 +350,15 @@ def load_strict(net, tensors, what):
         raise UserError(f"{what} does not fit this model: {' and '.join(parts)} tensors; "
                         "use the weights of the same model.")
     for name, value in own.items():
-        if tensors[name].shape != value.shape:
-            raise UserError(f"{what} does not fit this model: {name} has shape {list(tensors[name].shape)}, "
+        given = tensors[name]
+        if tuple(given.shape) != tuple(value.shape):
+            place = f" in {given.file}" if isinstance(given, Stored) and given.file else ""
+            raise UserError(f"{what} does not fit this model: {name} has shape {list(given.shape)}{place}, "
                             f"expected {list(value.shape)}; use the weights of the same model.")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(tensors[name])
+            value.copy_(read(tensors[name]))
     return net
-
-
-# The two spellings of a Wan transformer's names: the original release's and diffusers'. Values are identical, so
-# changing format is pure renaming. (original, diffusers); the first that matches whole path components wins.
-BLOCK_NAMES = [                              # inside blocks.i.
-    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.o", "attn2.to_out.0"),
-    ("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"),
-    ("cross_attn.q", "attn2.to_q"), ("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"),
-    ("cross_attn.k_img", "attn2.add_k_proj"), ("cross_attn.v_img", "attn2.add_v_proj"),
-    ("cross_attn.norm_k_img", "attn2.norm_added_k"),
-    ("self_attn", "attn1"), ("cross_attn", "attn2"),     # norm_q, norm_k
-    ("norm3", "norm2"),                                  # the one norm with weights, before cross-attention
-    ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
-    ("modulation", "scale_shift_table"),
-]
-TOP_NAMES = [
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"),
-    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-    ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
-]
-
-
-def to_diffusers(name):
-    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name already spelt so is kept)."""
-    return _respell(name, source=0)
-
-
-def to_original(name):
-    """Name of a Wan transformer's tensor or module in the original spelling (a name already spelt so is kept)."""
-    return _respell(name, source=1)
-
-
-def _respell(name, source):
-    block, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
-    for pair in BLOCK_NAMES if block else TOP_NAMES:
-        if rest == pair[source] or rest.startswith(pair[source] + "."):
-            return block + pair[1 - source] + rest[len(pair[source]):]
-    return name
 
 
 def _parse(text):

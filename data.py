@@ -204,7 +204,7 @@ class ClipInfo:
 
 
 @contextlib.contextmanager
-def _ffmpeg(*args, **pipes):
+def ffmpeg(*args, **pipes):
     """Run ffmpeg for the length of a `with`: yields the process, and a function that waits for its end -> (status, complaints)."""
     with tempfile.TemporaryFile() as log:  # a file, not a pipe: a damaged clip brings more complaints than a pipe holds
         process = subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *args], stderr=log, **pipes)
@@ -224,7 +224,7 @@ def _ffmpeg(*args, **pipes):
                     pipe and pipe.close()
 
 
-def _source(path):
+def source(path):
     """ffmpeg's input arguments for a clip: local files only, whatever their names and whatever a playlist in them refers to."""
     path = Path(path)
     if not path.is_file():
@@ -234,14 +234,21 @@ def _source(path):
     return "-protocol_whitelist", "file,pipe", "-i", f"file:{path}"
 
 
-def _reason(log):
-    """The first of ffmpeg's complaints without its prefixes, as the end of a sentence."""
-    return re.sub(r"^(\[[^\]]*\] )+", "", log.splitlines()[0]).strip(" .") if log else "ffmpeg gives no reason"
+#: what ffmpeg calls an error though every frame comes out right: slips of the encoder, and times that only a muxer would miss
+HARMLESS = re.compile(r"non-intra slice in an IDR|mmco: unref short failure|reference frames exceeds max|co located POCs|"
+                      r"\[(rawvideo|image2pipe) @")
+NO_REASON = "ffmpeg gives no reason"
+
+
+def complaint(log):
+    """The first error in ffmpeg's log (of level "error") that means damage, without its prefixes, as the end of a sentence; "" if there is none."""
+    serious = (line for line in log.splitlines() if line.strip() and not HARMLESS.search(line))
+    return re.sub(r"^(\[[^\]]*\] )+", "", next(serious, "")).strip(" .")
 
 
 def clip_info(path):
     """Frame rate, upright size and length of a clip -> ClipInfo, without decoding it."""
-    with _ffmpeg(*_source(path)) as (_, end):
+    with ffmpeg(*source(path)) as (_, end):
         log = end()[1]
     if not (match := re.search(r"Stream #.*?Video: (.*?)(\d+)x(\d+)[ ,\n](.*)", log)):
         raise UserError(f"{path} holds no video that ffmpeg can read: give an mp4, mkv, webm, mov, avi or gif.")
@@ -269,10 +276,10 @@ def iter_clip(path, frames=None, size=None, start=0, piece=16):
         filters.append(f"scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}")
     limit = ["-frames:v", str(frames)] if frames else []
     # A row of PPM pictures: each says its own size, which ffmpeg alone knows after rotation and scaling.
-    args = [*_source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit,
+    args = [*source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit,
             "-f", "image2pipe", "-c:v", "ppm", "-"]
     held, count = [], 0
-    with _ffmpeg("-v", "error", *args, stdout=subprocess.PIPE) as (process, end):
+    with ffmpeg("-v", "error", *args, stdout=subprocess.PIPE) as (process, end):
         while process.stdout.readline() == b"P6\n":
             width, height = map(int, process.stdout.readline().split())
             process.stdout.readline()  # 255
@@ -286,10 +293,10 @@ def iter_clip(path, frames=None, size=None, start=0, piece=16):
                 held = []
         status, log = end()
     if status and not count:
-        raise UserError(f"{path} cannot be read as a video ({_reason(log)}): it may be incomplete or of another kind.")
-    if (status or log) and count != frames:
-        raise UserError(f"{path} is damaged or cut off near frame {start + count} ({_reason(log)}): get the whole file, or read only "
-                        "its beginning with --frames.")
+        raise UserError(f"{path} cannot be read as a video ({complaint(log) or NO_REASON}): it may be incomplete or of another kind.")
+    if (status or complaint(log)) and count != frames:
+        raise UserError(f"{path} is damaged or cut off near frame {start + count} ({complaint(log) or NO_REASON}): get the whole file, "
+                        "or read only its beginning with --frames.")
     if not count or frames and count < frames:
         raise UserError(f"{path} holds {count} frames from number {start} on, not {frames or 'one'}: lower --frames.")
     if held:
@@ -316,7 +323,7 @@ def write_video(path, x, fps, scale=1):
     args = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
             "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
             "-color_trc", "bt709", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
-    with checkpoint.atomic_path(path) as tmp, _ffmpeg("-v", "error", "-y", *args, tmp, stdin=subprocess.PIPE) as (process, end):
+    with checkpoint.atomic_path(path) as tmp, ffmpeg("-v", "error", "-y", *args, tmp, stdin=subprocess.PIPE) as (process, end):
         with contextlib.suppress(BrokenPipeError):  # ffmpeg has given up; `end` says why
             for frames in itertools.chain([first], pieces):
                 frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -327,7 +334,7 @@ def write_video(path, x, fps, scale=1):
         if "No space left" in log or status == 256 - errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         if status:
-            raise UserError(f"ffmpeg could not write {path} ({_reason(log)}): check --out and the frame size.")
+            raise UserError(f"ffmpeg could not write {path} ({complaint(log) or NO_REASON}): check --out and the frame size.")
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

@@ -20,14 +20,20 @@ Precision is a policy, stated once: residual stream, norms, modulation, time emb
 products of patch embedder, text and image MLPs and blocks run in `matmul_dtype()`: bf16 under autocast (training, fp32
 masters) or after `cast_weights(torch.bfloat16)` (sampling), else fp32.
 
-Parameter names are those of the original checkpoints; `from_state_dict` also takes diffusers' names.
+Sampling calls the network a hundred times for one video. What does not change between the calls is computed once, exactly:
+
+    prompt = net.prompt(context)          keys and values of every block's cross-attention, padding merged into a few keys
+    times = net.times(timesteps)          what the timesteps turn into, for all steps at once
+    v = net(x, times[i], prompt)          instead of net(x, t, context)
+
+Parameter names are those of the original checkpoints; `load` reads every published layout (wan_weights.py).
 
     python dit.py                      every preset: parameters, tokens and TFLOP of one forward (5 seconds)
     python dit.py --latent 20x68x120   for one latent size: 80 frames of 2176x3840 in f32t4 are 163,200 tokens
 """
 import argparse
 import dataclasses
-import json
+import math
 import re
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -41,9 +47,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import UserError, load_strict, load_tensors, save_tensors, user_errors
-from checkpoint import to_diffusers as diffusers_name, to_original as original_name
+import wan_weights
+from checkpoint import Stored, UserError, load_strict, save_tensors, user_errors
 from kernels import attention, gate_residual, layer_norm_modulate, rms_norm, rms_norm_rope
+from offload import StreamedBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +151,31 @@ class SelfAttention(nn.Module):
         return self.o(attention(q, k, v).flatten(2))
 
 
+class Context(NamedTuple):
+    """What cross-attention looks at: the prompt and perhaps a picture, as tokens of width D."""
+    text: torch.Tensor  # b m d
+    image: torch.Tensor | None = None  # b m' d
+    offset: torch.Tensor | None = None  # [m]: added to the logits of the text, where a row stands for many equal ones
+
+
+class KeysValues(NamedTuple):
+    """The context as one block sees it: the same at every step of a video, since it depends on neither x nor t."""
+    text: tuple  # keys, values: b m n c
+    image: tuple | None
+    offset: torch.Tensor | None
+
+
+class Prompt(NamedTuple):
+    """What `WanDiT.prompt` makes and `forward` takes in place of the prompt states."""
+    blocks: tuple  # of KeysValues
+
+
+class Time(NamedTuple):
+    """What `WanDiT.times` makes of one timestep and `forward` takes in its place; g is 1, the latent frames or the tokens."""
+    e: torch.Tensor  # 1 g d, for the head
+    e0: torch.Tensor  # 1 g 6 d, for the blocks
+
+
 class CrossAttention(nn.Module):
     """Tokens look at the prompt; with an image branch the same queries look at the picture in a second, separate softmax
     and the two results are added before the output projection. No positions, no mask."""
@@ -157,16 +189,21 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, c.dim)
             self.norm_k_img = nn.RMSNorm(c.dim, c.eps)
 
-    def forward(self, x, text, image=None):  # b l d, b m d
+    def forward(self, x, context):  # b l d, Context or KeysValues
+        seen = context if isinstance(context, KeysValues) else self.keys_values(context)
         q = self.split(rms_norm(self.q(x), self.norm_q.weight, self.eps))
-        y = attention(q, *self.keys_values(text, self.k, self.norm_k, self.v))
-        if image is not None:
-            y = y + attention(q, *self.keys_values(image, self.k_img, self.norm_k_img, self.v_img))
+        y = attention(q, *seen.text, seen.offset)
+        if seen.image is not None:
+            y = y + attention(q, *seen.image)
         return self.o(y.flatten(2))
 
-    def keys_values(self, context, k, norm_k, v):
-        """Depends on the prompt or picture only, not on x or t: the same at every step of a video."""
-        return self.split(rms_norm(k(context), norm_k.weight, self.eps)), self.split(v(context))
+    def keys_values(self, context):  # Context -> KeysValues
+        key = lambda c, k, norm: self.split(rms_norm(k(c), norm.weight, self.eps))
+        text = key(context.text, self.k, self.norm_k), self.split(self.v(context.text))
+        image = None
+        if context.image is not None:
+            image = key(context.image, self.k_img, self.norm_k_img), self.split(self.v_img(context.image))
+        return KeysValues(text, image, context.offset)
 
     def split(self, x):  # b l d -> b l n c
         return x.unflatten(2, (self.heads, -1))
@@ -182,12 +219,12 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
 
-    def forward(self, x, e0, rope, text, image, dtype):
-        """x fp32 [b l d]; e0 fp32 [b 1|l 6 d]; text, image in `dtype`, the type of the matrix products."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unbind(2)  # each b 1|l d
+    def forward(self, x, e0, rope, context, dtype):
+        """x fp32 [b l d]; e0 fp32 [b g 6 d]; context (Context or KeysValues) in `dtype`, the type of the matrix products."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unbind(2)  # each b g d
         a = layer_norm_modulate(x, scale1, shift1, self.eps).to(dtype)
         x = gate_residual(x, self.self_attn(a, rope), gate1)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context)
         a = layer_norm_modulate(x, scale2, shift2, self.eps).to(dtype)
         return gate_residual(x, self.ffn(a), gate2)
 
@@ -199,7 +236,7 @@ class Head(nn.Module):
         self.head = nn.Linear(c.dim, prod(c.patch) * c.out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
 
-    def forward(self, x, e):  # b l d, b 1|l d
+    def forward(self, x, e):  # b l d, b g d
         shift, scale = (self.modulation + e.unsqueeze(2)).unbind(2)
         return self.head(layer_norm_modulate(x, scale, shift, self.eps))
 
@@ -285,22 +322,32 @@ class WanDiT(nn.Module):
         return self.patch_embedding(x).float()
 
     def embed_time(self, t):
-        """t [b] (or [b l], each token's own time) -> e [b 1|l d] for the head, e0 [b 1|l 6 d] for the blocks."""
+        """t [b] (or [b g], see `forward`) -> e fp32 [b g d] for the head, e0 fp32 [b g 6 d] for the blocks."""
         if self.time_embedding[0].weight.dtype != torch.float32:
             raise ValueError("the time embedding must stay fp32: use net.cast_weights(dtype) instead of net.to(dtype).")
         with no_autocast(t):
             e = self.time_embedding(sinusoid(t if t.ndim == 2 else t.reshape(-1, 1), self.config.freq_dim))
-            return e, self.time_projection(e).unflatten(-1, (6, -1))
+            return Time(e, self.time_projection(e).unflatten(-1, (6, -1)))
 
-    def embed_text(self, context):
-        """Prompt states [b m text_dim], m <= text_len -> [b text_len d]. Rows past the prompt are zeros BEFORE the MLP
-        and are attended, there is no mask: the model was trained with them."""
-        c = self.config
+    def embed_context(self, context, clip_fea=None, merge_padding=False):
+        """Prompt states [b m text_dim], m <= text_len, and CLIP features -> Context.
+
+        Rows past the prompt, up to text_len, are zeros BEFORE the text MLP and are attended, there is no mask: the model was
+        trained with them. merge_padding: keep only a few of these equal rows and let the last ones count for all others.
+        """
+        c, dtype = self.config, self.matmul_dtype(context)
         if context.ndim != 3 or context.shape[2] != c.text_dim or context.shape[1] > c.text_len:
             raise UserError(f"the prompt states have shape {list(context.shape)}, but this transformer takes [batch, "
                             f"at most {c.text_len}, {c.text_dim}]: use the text encoder of this model.")
-        context = F.pad(context, (0, 0, 0, c.text_len - context.shape[1]))
-        return self.text_embedding(context.to(self.matmul_dtype(context)))
+        rows, offset = c.text_len, None
+        if merge_padding:
+            filled = context.ne(0).any(2).any(0).nonzero()  # zero rows of a shorter prompt in the batch stay: they are padding too
+            used = int(filled[-1]) + 1 if len(filled) else 0
+            rows = min(-(-(used + 3) // 8) * 8, c.text_len)  # attention kernels like multiples of 8
+            if rows < c.text_len:
+                offset = torch.cat([torch.zeros(rows - 3, dtype=dtype), shared_weight(c.text_len - rows + 3, 3, dtype)]).to(context.device)
+        context = F.pad(context, (0, 0, 0, rows - context.shape[1]))  # or cut, where there is more padding than is kept
+        return Context(self.text_embedding(context.to(dtype)), self.embed_image(clip_fea), offset)
 
     def embed_image(self, clip_fea):
         if self.config.image_dim is None:
@@ -311,27 +358,55 @@ class WanDiT(nn.Module):
             raise UserError("this transformer has an image branch: give clip_fea, the CLIP features of the image.")
         return self.img_emb(clip_fea, self.matmul_dtype(clip_fea))
 
+    # -- what is the same at every step of a video
+
+    @torch.no_grad()
+    def prompt(self, context, clip_fea=None, merge_padding=True):
+        """The cross-attention's keys and values for a prompt (and picture), for `forward` to take as `context` -> Prompt.
+
+        Exact to rounding. Saves 4 (512 + 257) D^2 FLOPs per block and step. In bf16 a 14B prompt of 512 rows takes 420 MB;
+        merged (`embed_context`), a prompt of 100 words about 100 MB, and its cross-attention costs a fifth. Prompts of a batch
+        may differ in length.
+        """
+        context = self.embed_context(context, clip_fea, merge_padding)
+        return Prompt(tuple(block.cross_attn.keys_values(context) for block in self.blocks))
+
+    @torch.no_grad()
+    def times(self, timesteps):
+        """All timesteps of a solver, [steps] or [steps g] -> tuple of Time, for `forward` to take as `t`, the i-th at step i."""
+        e, e0 = self.embed_time(timesteps.to(self.time_embedding[0].weight.device))
+        return tuple(map(Time, e.split(1), e0.split(1)))
+
     # -- forward
 
     def forward(self, x, t, context, clip_fea=None, return_features=None):
-        """x [b in_channels f h w], t in 0..1000 [b] or [b l], context [b m text_dim], clip_fea [b 257 image_dim]
-        -> velocity fp32 [b out_channels f h w].
+        """-> velocity fp32 [b out_channels f h w]
 
+        x: [b in_channels f h w].
+        t: 0..1000, [b]; or [b f/pt], a time for each latent frame (image-to-video in Wan 2.2 5B: 0 for the picture); or [b l],
+            for each token; or a Time out of `times`.
+        context: [b m text_dim], clip_fea: [b 257 image_dim]; or only a Prompt out of `prompt`.
         return_features: block numbers; the result is then (v, {number: residual stream after that block, b f h w d}),
-        for comparing two models depth by depth.
+            for comparing two models depth by depth.
         """
-        tokens = self.embed_patches(x)
-        grid = tokens.shape[1:4]
-        h = tokens.flatten(1, 3)  # b l d, the residual stream
-        e, e0 = self.embed_time(t)
-        text, image = self.embed_text(context), self.embed_image(clip_fea)
+        h = self.embed_patches(x)
+        grid = h.shape[1:4]
+        h = h.flatten(1, 3)  # b l d, the residual stream
+        e, e0 = t if isinstance(t, Time) else self.embed_time(t)
+        if e.shape[1] not in (1, grid[0], h.shape[1]):
+            raise UserError(f"{e.shape[1]} times do not fit {grid[0]} latent frames of {h.shape[1] // grid[0]} tokens: "
+                            "give one time, one per frame or one per token.")
+        if isinstance(context, Prompt):
+            contexts = context.blocks
+        else:
+            contexts = (self.embed_context(context, clip_fea),) * self.config.layers  # each block makes its own keys and values
         rope = rope_table(tuple(grid), self.config.dim // self.config.heads, x.device)
         dtype = self.matmul_dtype(x)
         recompute = self.checkpointing and torch.is_grad_enabled()
         features = {}
-        for i, block in enumerate(self.blocks):
+        for i, (block, seen) in enumerate(zip(self.blocks, contexts)):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            h = run(h, e0, rope, text, image, dtype)
+            h = run(h, e0, rope, seen, dtype)
             if return_features and i in return_features:
                 features[i] = h.unflatten(1, grid)
         with no_autocast(x):
@@ -342,6 +417,22 @@ class WanDiT(nn.Module):
         """Token outputs [b l (pt ph pw c)], channels fastest -> [b c f h w]."""
         (f, h, w), (pt, ph, pw) = grid, self.config.patch
         return rearrange(y, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", f=f, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def shared_weight(count, keys, dtype):
+    """Logit offsets of a few equal keys that together weigh as much as `count` of them: exp(o_1) + ... = count, [keys].
+
+    ln(count) on one key is the idea. But attention kernels take offsets in the type of q, and bf16 rounds ln(435) = 6.075 to
+    6.0625, 1.3 % too light. So each offset is rounded down and the next key carries what is left: after three, 1e-5 or less.
+    """
+    offsets = torch.full((keys,), -torch.inf, dtype=dtype)
+    for i in range(keys):
+        if count > 0:
+            offsets[i] = math.log(count)
+            if offsets[i].item() > math.log(count):
+                offsets[i] = torch.nextafter(offsets[i], torch.tensor(-torch.inf, dtype=dtype))
+            count -= math.exp(offsets[i].item())
+    return offsets
 
 
 def keeps_fp32(name):
@@ -357,6 +448,15 @@ def autocast_is_on(x):
 def no_autocast(x):
     """Time and head are computed in fp32, whatever the surroundings say."""
     return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
+
+
+def stream_blocks(net, device):
+    """For GPUs smaller than the model, sampling only: the blocks wait in host memory and pass through two buffers on `device`
+    (offload.py), everything else moves there. Merge LoRA before. Returns net; to move or save it again, load it anew."""
+    blocks, net.blocks = list(net.blocks), nn.ModuleList()
+    net.to(device)
+    net.blocks = StreamedBlocks(blocks, device)
+    return net
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
@@ -385,43 +485,31 @@ def flops(config, latent, image_tokens=257):
     return Flops(linear, c.layers * (4 * L**2 * c.dim + 4 * L * (T + I) * c.dim))
 
 
+def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2, rows=128, image_tokens=257):
+    """Peak memory that sampling a latent (frames, height, width) takes beside the weights, estimated: one forward without gradients,
+    and the `Prompt` of so many prompts (guidance has two) with `rows` text rows each (128: 100 words, padding merged).
+
+    Per token and channel the peak is in cross-attention (24 bytes: the residual stream as the block got it and as it is now, 4
+    each, input and output of the projection of q, and its norm in fp32) or in the MLP (the same 8, its input, its hidden layer
+    before and after the activation function). Attention itself needs no scores in memory.
+    """
+    c, L, s = config, tokens(config, latent), dtype.itemsize
+    block = batch * L * max(24 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
+    seen = prompts * c.layers * (rows + ((c.image_positions or image_tokens) if c.image_dim else 0)) * 2 * c.dim * s
+    ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
+    return block + seen + ends + L * 4 * c.dim // c.heads  # the last: rotary table, complex64
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 def to_diffusers(sd):
     """State dict with diffusers' names, the same tensors."""
-    return {diffusers_name(k): v for k, v in sd.items()}
-
-
-def from_diffusers(sd):
-    """State dict with the original names, the same tensors."""
-    return {original_name(k): v for k, v in sd.items()}
-
-
-def original_names(sd):
-    """Any published spelling -> the original one: repack prefixes gone, diffusers names mapped, unused extras dropped."""
-    sd = {k.removeprefix("model.diffusion_model.").removeprefix("0."): v for k, v in sd.items()}
-    sd = {k: v for k, v in sd.items() if k != "null_embedding" and "norm_added_q" not in k}
-    return from_diffusers(sd) if any(k.startswith("condition_embedder.") for k in sd) else sd
+    return {wan_weights.to_diffusers(k): v for k, v in sd.items()}
 
 
 def infer_config(sd, heads=None):
     """Config from the shapes of a state dict in original names; no shape shows the heads: 128 channels each by default."""
-    try:
-        dim, in_channels, *patch = sd["patch_embedding.weight"].shape
-        image, positions = sd.get("img_emb.proj.0.weight"), sd.get("img_emb.emb_pos")
-        if len(patch) != 3:
-            raise UserError("these are not the weights of a Wan transformer: patch_embedding.weight must have 5 axes.")
-        if heads is None and dim % 128:
-            raise UserError(f"width {dim} is not a multiple of 128, so the number of heads must be given: heads=...")
-        return Config(
-            dim=dim, ffn_dim=sd["blocks.0.ffn.0.weight"].shape[0], heads=heads or dim // 128,
-            layers=1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in sd) if m),
-            in_channels=in_channels, out_channels=sd["head.head.weight"].shape[0] // prod(patch), patch=tuple(patch),
-            text_dim=sd["text_embedding.0.weight"].shape[1], freq_dim=sd["time_embedding.0.weight"].shape[1],
-            image_dim=None if image is None else image.shape[0],
-            image_positions=None if positions is None else positions.shape[1])
-    except KeyError as e:
-        raise UserError(f"these are not the weights of a Wan transformer: the tensor {e.args[0]} is missing.") from e
+    return Config(**wan_weights.sizes(sd, heads))
 
 
 @torch.no_grad()
@@ -438,49 +526,46 @@ def inherit(base, config):
     return net
 
 
-def from_state_dict(sd, heads=None, config=None, dtype=torch.float32):
-    """State dict in either naming -> WanDiT in eval mode. With `dtype` bf16 the large matrices are stored in it."""
-    sd = original_names(sd)
+def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu", what="the transformer state dict"):
+    """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode. With `dtype` bf16 the large matrices are
+    stored in it. Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names it, and `what` holds it."""
+    sd = wan_weights.original(sd)
     config = config or infer_config(sd, heads)
-    with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below
+    with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below, one at a time
         net = WanDiT(config).cast_weights(dtype)
-    return load_strict(net.to_empty(device="cpu"), sd, "the transformer state dict").eval()
+    return load_strict(net.to_empty(device=device), sd, what).eval()
 
 
-def load(path, heads=None, dtype=torch.float32):
-    """A weight file, or a folder with weights (single or sharded) and perhaps config.json -> WanDiT in eval mode."""
-    path = Path(path)
-    sd, metadata = {}, {}
-    for file in weight_files(path):
-        tensors, metadata = load_tensors(file)
-        sd.update(tensors)
-    stored = metadata.get("wan_dit")  # written by `save`: complete
-    if stored:
-        config = Config(**{**stored, "patch": tuple(stored["patch"])})
+def load(path, heads=None, dtype=torch.float32, device="cpu"):
+    """A weight file, an index of shards, or a folder with weights and perhaps config.json, in any published layout
+    (wan_weights.py), stored in fp32, bf16, fp16 or fp8 -> WanDiT in eval mode.
+
+    Needs the memory of the result and of one tensor; the files are never held whole. device: where the tensors go directly.
+    """
+    tensors, settings = wan_weights.open_checkpoint(path, heads)
+    return from_state_dict(tensors, config=Config(**settings), dtype=dtype, device=device, what=str(path))
+
+
+def read_config(path, heads=None):
+    """The Config that `load` would use, without reading the weights."""
+    return Config(**wan_weights.open_checkpoint(path, heads)[1])
+
+
+def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):
+    """Write `net` with its config, so that `load` needs nothing else. `dtype`: store all tensors in it.
+
+    path: FILE.safetensors, or a folder: config.json and one file, or shards of at most `shard_bytes` and their index.
+    format: "diffusers" makes a folder that diffusers' WanTransformer3DModel.from_pretrained loads, "original" one named like
+        the original release. One tensor at a time is converted or fetched from the GPU.
+    """
+    sd = {k: Stored(tuple(v.shape), dtype or v.dtype, lambda v=v: v.to(dtype or v.dtype)) for k, v in net.state_dict().items()}
+    metadata = {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)}
+    if Path(path).suffix != ".safetensors":
+        wan_weights.save_folder(Path(path), sd, net.config, format, metadata, shard_bytes)
+    elif format == "original":
+        save_tensors(path, sd, metadata)
     else:
-        sd = original_names(sd)
-        stored = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-        config = infer_config(sd, heads or stored.get("num_heads") or stored.get("num_attention_heads"))
-        config = dataclasses.replace(config, **{k: stored[k] for k in ("eps", "text_len") if k in stored})
-    return from_state_dict(sd, config=config, dtype=dtype)
-
-
-def weight_files(path):
-    """The files of one transformer: the file itself; in a folder the shards of its index, else its only weight file."""
-    if not path.is_dir():
-        return [path]
-    for index in path.glob("*.safetensors.index.json"):
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{path} holds {len(files)} .safetensors files and no index: give the transformer's own file.")
-    return files
-
-
-def save(net, path, metadata=None, dtype=None):
-    """Write `net` with its config in the header, so that `load` needs nothing else. `dtype`: store all tensors in it."""
-    sd = {k: v if dtype is None else v.to(dtype) for k, v in net.state_dict().items()}
-    save_tensors(path, sd, {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)})
+        raise UserError(f"{path} is a file, but diffusers reads a folder: give the name of a folder.")
 
 
 # 720p for the autoencoder that has so many latent channels: Wan 2.1 81 frames, Wan 2.2 121, DC-AE-V 80

@@ -1,19 +1,456 @@
-"""What conditions the transformer.
+"""What conditions the transformer: the prompt, and for image-to-video the picture (spec wan 6 and 7.1).
 
-So far one text encoder: the toy's vocabulary. The toy prompt "a large red circle moving left slowly on a blue background" becomes one row
-per attribute (size, colour, shape, direction, speed, background), each a one-hot vector of the word; rows of attributes
-that the prompt leaves out, and the rows up to text_len, are zeros, like the rows past the end of a Wan prompt. The null prompt of
-classifier-free guidance is all zeros.
+    prompt --clean--> text --SentencePiece--> m <= 512 token ids, the last one EOS --umT5-XXL--> context [b, m, 4096]
+    image [-1, 1] --resize to 224x224--> 16 x 16 patches of 14x14 and one class token --CLIP ViT-H/14--> [b, 257, 1280]
 
-    ToyText()(["a red circle", ...]) -> context [b, 8, 32]
+Both networks are used once per video and are large (umT5's encoder: 5.7 billion parameters, 11.4 GB in bf16), so they never stand beside
+the transformer: `WanText` and `WanImage` hold paths, not weights. Called, they load their network, use it and free it. Weights go from
+the file to their place tensor by tensor: loading to the CPU takes the model's size once, to a GPU hardly anything of the host.
+`WanText` can also keep what it made (`--text-cache FILE`); whoever has that file needs no text encoder and no tokenizer.
+
+    WanText(encoder, tokenizer, device="cuda")(["a cat", "..."]) -> context [b, m, 4096], zero rows past the end of each prompt
+    WanImage(encoder, device="cuda")(images)                     -> clip_fea [b, 257, 1280]
+    ToyText()(["a red circle", ...])                             -> context [b, 8, 32]: the toy's vocabulary, no network
+
+Parameter names are those of the original checkpoints; `from_state_dict` and `load` also take transformers' names.
 """
+import gc
+import hashlib
+import html
+import importlib.util
+import json
+import math
 import re
 import warnings
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import UserError
+from checkpoint import Stored, UserError, load_strict, load_tensors, open_tensors, read, save_tensors
 from data import WORLD
+from kernels import attention, rms_norm
+
+# --------------------------------------------------------------------------------------------------- prompt to token ids
+
+
+def clean_prompt(text):
+    """The cleaning that the models were trained with (spec 6.3): repair mojibake, fold wide punctuation ("，" becomes ","), resolve HTML
+    entities, one space between words. The package ftfy does the first two; it is asked for only where it would change something,
+    which plain ASCII without entities never needs."""
+    if not re.fullmatch(r"[\t\n\f\r -~]*", text) or re.search(r"&#?[0-9A-Za-z]{1,24};", text):
+        try:
+            import ftfy
+        except ImportError as e:
+            raise UserError(f"the prompt {shorten(text)!r} has characters beyond plain ASCII, or HTML entities, and cleaning these as the "
+                            "model expects needs the package ftfy: pip install ftfy.") from e
+        text = ftfy.fix_text(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def shorten(text):  # for messages
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Tokenizer:
+    """Sentences -> token ids of umT5's SentencePiece vocabulary, from `tokenizer.json` (package tokenizers) or `spiece.model`
+    (package sentencepiece), whichever file and package are there. Ends with EOS, has no BOS; the ids of EOS and padding are the file's."""
+
+    def __init__(self, path, length=512):
+        self.length = length
+        path = Path(path)
+        files = [f for f in ([path] if path.is_file() else [path / "tokenizer.json", path / "spiece.model"]) if f.is_file()]
+        if not files:
+            raise UserError(f"{path} holds no tokenizer.json and no spiece.model: give the tokenizer folder that comes with the model.")
+        packages = {f: "tokenizers" if f.suffix == ".json" else "sentencepiece" for f in files}
+        file = next((f for f in files if importlib.util.find_spec(packages[f])), None)
+        if file is None:
+            raise UserError(f"reading {files[0]} needs the package {packages[files[0]]}: pip install {packages[files[0]]}.")
+        try:
+            self.encode, self.eos, self.pad = (open_json if packages[file] == "tokenizers" else open_spiece)(file)
+        except Exception as e:  # both packages raise bare exceptions or runtime errors of their own
+            raise UserError(f"{file} cannot be read as a tokenizer ({e}): get the file again.") from e
+        if self.eos is None or self.pad is None:
+            raise UserError(f"{file} has no </s> or no <pad> token, so it is not umT5's: give the tokenizer that comes with the model.")
+
+    def __call__(self, prompts):
+        """List of b cleaned prompts -> ids, mask [b, l], int64, l = the longest; a prompt cut to `length` tokens brings a warning."""
+        rows = [self.encode(p) for p in prompts]
+        for prompt, row in zip(prompts, rows):
+            if len(row) >= self.length:
+                warnings.warn(f"the prompt {shorten(prompt)!r} has {len(row)} tokens: the text encoder reads the first {self.length - 1}.")
+        rows = [torch.tensor(row[: self.length - 1] + [self.eos]) for row in rows]
+        return (pad_sequence(rows, batch_first=True, padding_value=self.pad),
+                pad_sequence([torch.ones_like(row) for row in rows], batch_first=True))
+
+
+def open_json(file):
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()  # the file may come with settings of its own
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return encode, tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>")
+
+
+def open_spiece(file):
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    return pieces.encode, *(i if i >= 0 else None for i in (pieces.eos_id(), pieces.pad_id()))
+
+
+# ----------------------------------------------------------------------------------------------------------------- umT5
+
+
+def position_buckets(length, buckets=32, farthest=128):
+    """Which row of the bias table belongs to each pair (query, key): [l, l]. Half of the buckets for each sign of key - query; in each
+    half one bucket per distance while near, then logarithmically wider ones up to `farthest`, the last for all beyond.
+
+    On the CPU always: at distances such as 16 and 32 the logarithm's quotient is a whole number and the last bit of a device would decide.
+    """
+    half, exact = buckets // 2, buckets // 4
+    offset = torch.arange(length) - torch.arange(length)[:, None]
+    distance = offset.abs()
+    far = exact + ((distance.clamp(min=1) / exact).log() / math.log(farthest / exact) * (half - exact)).long()
+    return half * (offset > 0) + torch.where(distance < exact, distance, far.clamp(max=half - 1))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class T5Block(nn.Module):
+    def __init__(self, dim, attn_dim, ffn_dim, heads, buckets):
+        super().__init__()
+        self.heads = heads
+        linear = partial(nn.Linear, bias=False)
+        self.norm1, self.norm2 = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
+        self.attn = nn.ModuleDict({**{name: linear(dim, attn_dim) for name in "qkv"}, "o": linear(attn_dim, dim)})
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(buckets, heads)})
+        self.ffn = nn.ModuleDict({"gate": nn.Sequential(linear(dim, ffn_dim), nn.GELU("tanh")),
+                                  "fc1": linear(dim, ffn_dim), "fc2": linear(ffn_dim, dim)})
+
+    def forward(self, x, buckets, padding):
+        """x [b l d], buckets [l l], padding [b 1 1 l]: True where a key is none. The logits are not divided by sqrt(c)."""
+        y = self.norm1(x)
+        q, k, v = (rearrange(self.attn[name](y), "b l (n c) -> b n l c", n=self.heads) for name in "qkv")
+        logits = q @ k.transpose(-1, -2) + self.pos_embedding.embedding(buckets).permute(2, 0, 1)  # b n l l
+        logits = logits.masked_fill(padding, torch.finfo(x.dtype).min)
+        y = logits.softmax(-1, dtype=torch.float32).to(x.dtype) @ v
+        x = x + self.attn.o(rearrange(y, "b n l c -> b l (n c)"))
+        y = self.norm2(x)
+        return x + self.ffn.fc2(self.ffn.fc1(y) * self.ffn.gate(y))
+
+
+class UMT5(nn.Module):
+    """The encoder of umT5 (spec 6.1): net(ids, mask) -> states. The defaults are umT5-XXL's.
+
+    A T5 encoder: no biases, an RMS norm before each branch, a gated MLP, and no positions but a learned bias on the attention logits, one
+    per head and bucket of the distance. Unlike in T5, each layer has its own table. Norm statistics and softmax in fp32, all else in
+    the weights' dtype; fp16 would overflow.
+    """
+
+    def __init__(self, vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=24, buckets=32):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(T5Block(dim, attn_dim, ffn_dim, heads, buckets) for _ in range(layers))
+        self.norm = RMSNorm(dim, 1e-6)
+
+    def forward(self, ids, mask):
+        """Token ids and mask (0: padding) [b l] -> states [b l dim], zero where the mask is. They do not depend on the padded length."""
+        x = self.token_embedding(ids)
+        buckets = position_buckets(ids.shape[1], self.blocks[0].pos_embedding.embedding.num_embeddings).to(ids.device)
+        padding = (mask == 0)[:, None, None]
+        for block in self.blocks:
+            x = block(x, buckets, padding)
+        return self.norm(x).masked_fill((mask == 0)[..., None], 0)
+
+    @classmethod
+    def from_state_dict(cls, sd, heads=None, dtype=torch.float32, device="cpu"):
+        """State dict (tensors, or `Stored` ones) in either naming -> UMT5 in eval mode, sized by the shapes; `heads`, if given, is checked
+        against them."""
+        sd = {rename(name, UMT5_NAMES): value for name, value in sd.items()}
+        try:
+            buckets, found = sd["blocks.0.pos_embedding.embedding.weight"].shape
+            vocab, dim = sd["token_embedding.weight"].shape
+            sizes = dict(vocab=vocab, dim=dim, attn_dim=sd["blocks.0.attn.q.weight"].shape[0], ffn_dim=sd["blocks.0.ffn.fc1.weight"].shape[0],
+                         heads=found, layers=count(sd, "blocks"), buckets=buckets)
+        except KeyError as e:
+            raise UserError(f"these are not the weights of a umT5 encoder: the tensor {e.args[0]} is missing.") from e
+        if heads not in (None, found):
+            raise UserError(f"this umT5 encoder has {found} heads, not {heads}: leave heads away.")
+        with torch.device("meta"):
+            net = cls(**sizes).to(dtype)
+        return load_strict(net.to_empty(device=device), sd, "the text encoder's state dict").eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, path, dtype=torch.bfloat16, device="cpu"):
+        """The original .pth, a .safetensors file, or a transformers folder (single file or shards with index) -> UMT5 in eval mode."""
+        return cls.from_state_dict(open_tensors(path)[0], dtype=dtype, device=device)
+
+
+UMT5_NAMES = [  # transformers -> original, replaced in this order
+    ("encoder.embed_tokens.", "token_embedding."), ("shared.", "token_embedding."),  # one matrix under two names
+    ("encoder.final_layer_norm.", "norm."), ("encoder.block.", "blocks."),
+    (".layer.0.layer_norm.", ".norm1."), (".layer.1.layer_norm.", ".norm2."),
+    (".layer.0.SelfAttention.relative_attention_bias.", ".pos_embedding.embedding."), (".layer.0.SelfAttention.", ".attn."),
+    (".layer.1.DenseReluDense.wi_0.", ".ffn.gate.0."), (".layer.1.DenseReluDense.wi_1.", ".ffn.fc1."),
+    (".layer.1.DenseReluDense.wo.", ".ffn.fc2."),
+]
+
+
+def rename(name, pairs):
+    for theirs, ours in pairs:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def count(sd, layers):
+    """How many numbered layers a state dict has: 1 + the highest i of `layers`.i.*."""
+    return 1 + max(int(name.split(".")[1]) for name in sd if name.startswith(f"{layers}."))
+
+
+def release():
+    """After a network was deleted: its memory goes back to the system and the GPU now, not at some later time."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class WanText:
+    """Prompts -> context, through umT5 and its tokenizer: loaded when a prompt is new, freed right after.
+
+    encoder_path, tokenizer_path: as `UMT5.load` and `Tokenizer` take them; None or missing will do while every prompt is in the cache.
+    cache: a .safetensors file that keeps what was encoded, {hash of the cleaned prompt: states [m, text_dim]}, the prompts in its header.
+    """
+
+    text_len = 512
+
+    def __init__(self, encoder_path, tokenizer_path, device="cpu", dtype=torch.bfloat16, cache=None, text_dim=4096):
+        self.encoder_path, self.tokenizer_path, self.device, self.dtype = encoder_path, tokenizer_path, device, dtype
+        self.cache, self.text_dim = cache and Path(cache), text_dim
+        self.known = self.read_cache()  # {cleaned prompt: states [m, text_dim]}; what this object encodes comes in too
+
+    def __call__(self, prompts):
+        """List of sentences -> context [b, m, text_dim], fp32 on the CPU, m = the longest prompt's length, zero rows past the others' ends.
+        One call with all prompts of a run, the negative one included, loads the encoder once; a prompt is encoded only once."""
+        if new := self.uncached(prompts):
+            self.known |= self.encode(new)
+            self.write_cache(new)
+        return pad_sequence([self.known[clean_prompt(p)].float() for p in prompts], batch_first=True)
+
+    def uncached(self, prompts):
+        """Those of the prompts that need the encoder, cleaned, each once."""
+        return [p for p in dict.fromkeys(map(clean_prompt, prompts)) if p not in self.known]
+
+    def encode(self, prompts):
+        """Cleaned prompts -> {prompt: states [m, text_dim]}: each alone, at its exact length."""
+        parts = {"text encoder": self.encoder_path, "tokenizer": self.tokenizer_path}
+        missing = [f"the {part} ({path or 'none given'})" for part, path in parts.items() if path is None or not Path(path).exists()]
+        if missing:
+            raise UserError(f"the prompt {shorten(prompts[0])!r} is not in {self.cache or 'a text cache'}, and for encoding it "
+                            f"{' and '.join(missing)} must be there: get what is missing, or name a cache with this prompt by --text-cache.")
+        tokenizer = Tokenizer(self.tokenizer_path, self.text_len)
+        tokens = {p: tokenizer([p]) for p in prompts}
+        net = UMT5.load(self.encoder_path, self.dtype, self.device)
+        vocab, dim = net.token_embedding.weight.shape
+        if dim != self.text_dim:
+            raise UserError(f"{self.encoder_path} makes states of width {dim}, but this model reads {self.text_dim}: "
+                            "give the text encoder that comes with it.")
+        if max(ids.max() for ids, _ in tokens.values()) >= vocab:
+            raise UserError(f"{self.tokenizer_path} has more tokens than the {vocab} of {self.encoder_path}: they do not belong together.")
+        with torch.no_grad():
+            states = {p: net(ids.to(self.device), mask.to(self.device))[0].cpu() for p, (ids, mask) in tokens.items()}
+        del net
+        release()
+        return states
+
+    def read_cache(self):
+        """-> {cleaned prompt: states}, empty where there is no file yet."""
+        if self.cache is None:
+            return {}
+        if self.cache.suffix != ".safetensors":
+            raise UserError(f"the text cache {self.cache} must have a name that ends in .safetensors.")
+        if not self.cache.exists():
+            return {}
+        try:
+            tensors, metadata = load_tensors(self.cache)
+            known = {prompt: tensors[key] for key, prompt in metadata["prompts"].items()}
+        except (UserError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{self.cache} is damaged or no text cache: delete it, or name another file with --text-cache.") from e
+        widths = {states.shape[-1] for states in known.values()} - {self.text_dim}  # what can be seen of the encoder they came from
+        if widths:
+            raise UserError(f"{self.cache} holds prompts of an encoder of width {widths.pop()}, but this model reads {self.text_dim}: "
+                            "name another file with --text-cache.")
+        return known
+
+    def write_cache(self, new):
+        """Add the prompts `new` to the file, keeping what other runs have written there meanwhile."""
+        if self.cache:
+            known = {**self.read_cache(), **{p: self.known[p] for p in new}}
+            keys = {p: hashlib.sha256(p.encode()).hexdigest() for p in known}
+            save_tensors(self.cache, {keys[p]: states for p, states in known.items()}, {"prompts": {key: p for p, key in keys.items()}})
+
+
+# --------------------------------------------------------------------------------------------------------- CLIP vision
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(image, rule="wan", size=224):
+    """Image [b 3 h w] in [-1, 1] -> what CLIP looks at, [b 3 size size], normalised per channel, fp32 (spec 7.1).
+
+    "wan", the original programs: the whole picture squeezed to a square, bicubic, no antialiasing. "dc", DC-VideoGen and diffusers:
+    the shorter edge to `size` with pillow's antialiased bicubic filter on 8-bit pixels, then the middle square.
+    """
+    assert rule in ("wan", "dc"), rule
+    if rule == "wan":
+        image = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False)
+    else:
+        image = torch.stack([middle_square(picture, size) for picture in image])
+    mean, std = (torch.tensor(c, device=image.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    return (image * 0.5 + 0.5 - mean) / std
+
+
+def middle_square(image, size):
+    """[3 h w] in [-1, 1] -> [3 size size]: shorter edge to `size`, then a centre crop; through pillow, so 8 bits per value."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    h, w = image.shape[1:]
+    width, height = int(size * w / min(h, w)), int(size * h / min(h, w))
+    left, top = (width - size) // 2, (height - size) // 2
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1).to(image.device)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):  # in fp32, whatever the weights are stored in
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class ClipBlock(nn.Module):
+    def __init__(self, dim, mlp_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
+        self.attn = nn.ModuleDict({"to_qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x):  # b l d
+        q, k, v = rearrange(self.attn.to_qkv(self.norm1(x)), "b l (s n c) -> s b l n c", s=3, n=self.heads)
+        x = x + self.attn.proj(attention(q, k, v).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CLIPVision(nn.Module):
+    """The vision tower of CLIP ViT-H/14 (spec 7.1): net(pixels) -> the tokens after all blocks but the last, which is not even built.
+
+    The transformer wants what the picture shows where; the last block, and what follows it, only gathers that into one vector
+    that can be compared with a caption. The defaults are ViT-H's; `layers` counts the last block too.
+    """
+
+    def __init__(self, dim=1280, mlp_dim=5120, heads=16, layers=32, patch=14, tokens=257):
+        super().__init__()
+        self.image_size = patch * math.isqrt(tokens - 1)
+        self.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embedding = nn.Parameter(torch.zeros(1, tokens, dim))
+        self.pre_norm = LayerNorm(dim)
+        self.transformer = nn.ModuleList(ClipBlock(dim, mlp_dim, heads) for _ in range(layers - 1))
+
+    def forward(self, pixels):
+        """Pixels [b 3 image_size image_size] as `clip_pixels` makes them -> tokens [b 257 dim], the class token first."""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # b l d
+        x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x], 1) + self.pos_embedding
+        x = self.pre_norm(x)
+        for block in self.transformer:
+            x = block(x)
+        return x
+
+    @classmethod
+    def from_state_dict(cls, sd, heads=None, dtype=torch.float32, device="cpu"):
+        """State dict (tensors, or `Stored` ones) in either naming -> CLIPVision in eval mode, sized by the shapes; no shape shows the heads:
+        80 channels each by default."""
+        sd = clip_names(sd)
+        try:
+            mlp_dim, dim = sd["transformer.0.mlp.0.weight"].shape
+            sizes = dict(dim=dim, mlp_dim=mlp_dim, layers=count(sd, "transformer"), patch=sd["patch_embedding.weight"].shape[-1],
+                         tokens=sd["pos_embedding"].shape[1])
+        except KeyError as e:
+            raise UserError(f"these are not the weights of a CLIP vision tower: the tensor {e.args[0]} is missing.") from e
+        if dim % (heads or 80):
+            raise UserError(f"width {dim} cannot be split into heads of 80 channels, so their number must be given: heads=...")
+        with torch.device("meta"):
+            net = cls(**sizes, heads=heads or dim // 80).to(dtype)
+        unused = (f"transformer.{sizes['layers'] - 1}.", "post_norm.", "head", "visual_projection.", "embeddings.position_ids")
+        sd = {name: value for name, value in sd.items() if not name.startswith(unused)}
+        return load_strict(net.to_empty(device=device), sd, "the image encoder's state dict").eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, path, dtype=torch.float32, device="cpu"):
+        """The original .pth (its text tower is left in the file), a .safetensors file, or a transformers folder -> CLIPVision in eval mode."""
+        config = Path(path) / "config.json"
+        config = json.loads(config.read_text()) if config.is_file() else {}
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"{path} holds a CLIP with {config['hidden_act']} activations, but Wan's has gelu: give the image encoder that "
+                            "comes with the model.")
+        return cls.from_state_dict(open_tensors(path)[0], config.get("num_attention_heads"), dtype, device)
+
+
+CLIP_NAMES = [  # transformers -> original, replaced in this order
+    ("embeddings.class_embedding", "cls_embedding"), ("embeddings.position_embedding.weight", "pos_embedding"),
+    ("embeddings.patch_embedding.", "patch_embedding."), ("pre_layrnorm.", "pre_norm."), ("post_layernorm.", "post_norm."),
+    ("encoder.layers.", "transformer."), (".layer_norm1.", ".norm1."), (".layer_norm2.", ".norm2."),
+    (".self_attn.out_proj.", ".attn.proj."), (".self_attn.", ".attn."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
+]
+
+
+def clip_names(sd):
+    """State dict with the original names, bare of prefix and text tower; of transformers' separate q, k and v one matrix is made. What
+    needs work is `Stored` anew, so that nothing is read here."""
+    sd = {rename(name.removeprefix("visual.").removeprefix("vision_model."), CLIP_NAMES): value for name, value in sd.items()
+          if not name.startswith(("textual.", "log_scale"))}
+
+    def later(make, *parts):
+        shape = make(*(torch.empty(part.shape, device="meta") for part in parts)).shape
+        return Stored(tuple(shape), parts[0].dtype, lambda: make(*map(read, parts)))
+
+    for name in sd.keys() & {"cls_embedding", "pos_embedding"}:  # [1, tokens, dim]; transformers leaves the ones out
+        sd[name] = later(lambda x: x.reshape(1, -1, x.shape[-1]), sd[name])
+    for q in [name for name in sd if ".attn.q_proj." in name]:
+        parts = [q.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if len({tuple(sd[part].shape) if part in sd else None for part in parts}) == 1:  # else the strict check names what is wrong
+            sd[q.replace("q_proj", "to_qkv")] = later(lambda *matrices: torch.cat(matrices), *map(sd.pop, parts))
+    return sd
+
+
+class WanImage:
+    """Images -> CLIP tokens: the network is loaded for a call and freed after it. `rule`: of `clip_pixels`, "wan" or "dc"."""
+
+    def __init__(self, encoder_path, device="cpu", dtype=torch.float32, rule="wan"):
+        self.encoder_path, self.device, self.dtype, self.rule = encoder_path, device, dtype, rule
+
+    def __call__(self, images):
+        """Images [b 3 h w] in [-1, 1] of any size -> tokens [b 257 1280], fp32 on the CPU."""
+        if self.encoder_path is None or not Path(self.encoder_path).exists():
+            raise UserError(f"the image encoder ({self.encoder_path or 'none given'}) is missing: get it, the model needs it for images.")
+        net = CLIPVision.load(self.encoder_path, self.dtype, self.device)
+        with torch.no_grad():
+            tokens = net(clip_pixels(images, self.rule, net.image_size).to(self.device, self.dtype)).float().cpu()
+        del net
+        release()
+        return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------------ toy
 
 SYNONYMS = {"grey": "gray", "big": "large", "huge": "large", "tiny": "small", "little": "small", "disc": "circle", "disk": "circle",
             "ball": "circle", "box": "square", "donut": "ring", "magenta": "purple", "violet": "purple", "fast": "quickly",
@@ -24,7 +461,10 @@ FILLERS = set("a an the is on over in of at to towards with and it that which mo
 
 
 class ToyText:
-    """Toy prompts -> context rows. Rules in place of a network; the interface is that of any text encoder here."""
+    """Toy prompts -> context rows: rules in place of a network. "a large red circle moving left slowly on a blue background" becomes one
+    row per attribute (size, colour, shape, direction, speed, background), each a one-hot vector of the word; rows of attributes that the
+    prompt leaves out, and the rows up to text_len, are zeros, like the rows past the end of a Wan prompt. The null prompt of
+    classifier-free guidance is all zeros."""
 
     text_len, text_dim = 8, 32
 

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(q, k, v):
-    """Softmax attention softmax(q k^T / sqrt(c)) v without a mask: q [b l n c], k and v [b m n c] -> [b l n c].
+def attention(q, k, v, offset=None):
+    """Softmax attention softmax(q k^T / sqrt(c) + offset) v without a mask: q [b l n c], k and v [b m n c] -> [b l n c].
+
+    offset: [m] in q's type, added to the logits of each key: ln(n) makes one key count as n. (FlashAttention takes none, so
+    on CUDA the library then picks its memory-efficient or cuDNN kernel; leave it None where it is not needed.)
 
     Hot because it costs 4 l m d FLOPs, quadratic in the tokens: 57 % of a 1.3B forward at 17,600 tokens, 85 % at 75,600.
     The library's kernel never writes the [l, m] score matrix to memory and sums in fp32. On the CPU its bf16
@@ -22,24 +25,28 @@ def attention(q, k, v):
     (a toy in training) take that one.
     """
     if q.device.type == "cpu" and k.shape[1] <= (256 if q.dtype == torch.bfloat16 else 16):
-        return attention_explicit(q, k, v)
+        return attention_explicit(q, k, v, offset)
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # b n l c
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    mask = None if offset is None else offset.view(1, 1, 1, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
-def attention_explicit(q, k, v):
+def attention_explicit(q, k, v, offset=None):
     """The formula itself, scores in memory: the twin that `attention` must equal."""
     q, k, v = (a.transpose(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))  # b n l c
-    return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+    scores = q @ k.transpose(-1, -2)
+    return ((scores if offset is None else scores + offset).softmax(-1) @ v).transpose(1, 2)
 
 
 def layer_norm_modulate(x, scale, shift, eps):
-    """LN(x) * (1 + scale) + shift, LN without weights: x fp32 [b l d]; scale, shift fp32 [b 1 d] or [b l d].
+    """LN(x) * (1 + scale) + shift, LN without weights: x fp32 [b l d]; scale, shift fp32 [b g d], one for each of g equal runs of
+    tokens (1: the whole clip; its latent frames; or every token), or [1 g d].
 
     Adaptive layer norm: the diffusion time decides scale and shift. Twice per block over the residual stream, and
-    memory bound; `addcmul` keeps it to two passes and broadcasts the [b 1 d] vectors without expanding them.
+    memory bound; `addcmul` keeps it to two passes and broadcasts the vectors without expanding them.
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))  # b g l/g d
+    return torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def rms_norm(x, weight, eps):
@@ -70,12 +77,14 @@ def rms_norm_rope(x, weight, rope, heads, eps):
 
 
 def gate_residual(x, y, gate):
-    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or bf16, gate fp32 [b 1 d] or [b l d].
+    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or bf16, gate fp32 [b g d] or [1 g d] for g equal
+    runs of tokens, as above.
 
     The residual stream stays fp32 from the first block to the last: 40 blocks add small terms to large values, and bf16
     (8 bits) would lose them.
     """
-    return torch.addcmul(x, y.to(x.dtype), gate)
+    x, y = (a.unflatten(1, (gate.shape[1], -1)) for a in (x, y.to(x.dtype)))  # b g l/g d
+    return torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
 
 
 def rms_norm_channels(x, weight, bias, eps=1e-5):

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import UserError, load_tensors, save_tensors, to_diffusers
+from checkpoint import UserError, load_tensors, save_tensors
+from wan_weights import to_diffusers
 
 # What AE-Adapt-V adapts: 6 linears per block and the 3 of the time embedding. Cross-attention, text and image
 # embedders, norms and modulation stay as the base has them: what they learned about prompts is what is inherited.
@@ -162,7 +163,7 @@ class Loaded(NamedTuple):
 
 
 @torch.no_grad()
-def load(net, source, strength=1.0, merge=True):
+def load(net, source, strength=1.0, merge=True, expert=None):
     """Apply an adapter file (path, or a dict of tensors) to a plain net -> Loaded(applied, skipped).
 
         W += strength (alpha / r) up down        no alpha anywhere means a factor of 1
@@ -172,10 +173,14 @@ def load(net, source, strength=1.0, merge=True):
     in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers stay live, trainable adapters.
     Keys of modules this net does not have (an image branch, a text encoder) are skipped and reported. A file for a
     base of another size is refused before anything is changed.
+    expert: which of Wan 2.2's two transformers `net` is, "high" or "low" (noise). Of a file with a part for each
+        (`transformer.`, `transformer_2.`) only that part is looked at; a file with one part fits either.
     """
     _plain_only(net)
     what = "the adapter" if isinstance(source, dict) else str(source)
     tensors, config = (source, {}) if isinstance(source, dict) else _read(source)
+    tensors, config = _part(tensors, expert, what), _part(config, expert, what)
+    config = {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
     parameters = dict(net.named_parameters())
     updates, skipped = _sort(tensors, _spellings(parameters), what)
     for name in updates:
@@ -215,7 +220,18 @@ def _read(path):
     beside = Path(path).parent / "adapter_config.json"
     if not config and Path(path).stem == "adapter_model" and beside.is_file():
         config = json.loads(beside.read_text())
-    return tensors, {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
+    return tensors, config
+
+
+def _part(entries, expert, what):
+    """A file's entries without those of the other expert; where it has entries for one expert only, all of them."""
+    high, low = ({k for k in entries if k.startswith(prefix)} for prefix in ("transformer.", "transformer_2."))
+    if not (high and low):
+        return entries
+    if expert not in ("high", "low"):
+        raise UserError(f"{what} holds adapters for the two transformers of Wan 2.2 A14B, but this model has one: use an adapter of "
+                        'the same base model (in Python, name the part with expert="high" or "low").')
+    return {k: v for k, v in entries.items() if k not in (low if expert == "high" else high)}
 
 
 # A key is <prefix><module name><what it is>. What it is, and which of the module's parameters it changes:

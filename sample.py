@@ -2,14 +2,21 @@
 
     noise [b z t h w]  --solver, `steps` times: v = net(x, t, prompt), guided-->  latent  --autoencoder, chunk by chunk-->  video
 
-The loop is the same for every model; what a model is made of stands in `Model`. The toy models are embedded in weights/:
+One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands in `models.py`. The toy models are embedded:
 
     python sample.py --prompt "a large red circle moving left slowly on a blue background"            the adapted model, a few seconds
     python sample.py --model base --prompt "..."                                                      its base: 4x the tokens
     python sample.py --prompt "a green ring moving up" --image picture.png                            image to video
     python sample.py --model out/adapt --prompt "..."                                                 a model made by adapt.py
 
-Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and NAME.safetensors (the latent, before it is decoded).
+    python sample.py --model wan2.1-t2v-1.3b --weights DIR --prompt "..."                             official weights in DIR (`models.py`)
+    python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan                    what it needs, without running
+
+What does not change between steps is computed once: keys and values of the prompt, with its hundreds of equal padded rows merged into
+one, and the time vectors of all steps. That is exact to rounding; `--plain` leaves it away.
+
+Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and NAME.safetensors (the latent, before it is decoded:
+`--decode NAME.safetensors` decodes it again).
 """
 import os
 
@@ -21,135 +28,50 @@ import resource
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import ae
 import checkpoint
 import data
 import dit
-import encoders
 import flow
-import lora
+import models
+import tiling
 from checkpoint import UserError
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-
-
-@dataclass
-class Model:
-    """A text- or image-to-video model and its defaults."""
-
-    name: str
-    net: dit.WanDiT
-    ae: ae.DCAEV
-    text: encoders.ToyText
-    frames: int = 32
-    size: tuple = (64, 64)  # height, width
-    fps: int = 16
-    steps: int = 20
-    shift: float = 3.0
-    guidance: float = 4.0
-    solver: str = "unipc"
-    upscale: int = 4  # of the mp4: yuv420 halves the colour resolution, which 64x64 cannot afford
-
-    def __post_init__(self):
-        ours, theirs = self.net.config.out_channels, self.ae.config.latent_channels
-        if ours != theirs:
-            raise UserError(f"the transformer of {self.name} makes latents of {ours} channels, but its autoencoder reads {theirs}: "
-                            "they do not belong together.")
-
-    def latent_shape(self, frames, size):
-        """(t, h, w) of the latent that covers `frames` frames of `size` pixels and that the patches divide."""
-        c, (pt, ph, pw) = self.ae.config, self.net.config.patch
-        up = lambda n, cell, patch: -(-n // (cell * patch)) * patch
-        return up(frames, c.temporal_factor, pt), up(size[0], c.spatial_factor, ph), up(size[1], c.spatial_factor, pw)
-
-    @property
-    def device(self):
-        return next(self.net.parameters()).device
-
-    def to(self, device):
-        self.net.to(device)
-        self.ae.to(device)
-        return self
-
-    def encode(self, x):
-        """Pixels -> the latent the transformer sees (scaled, about unit RMS)."""
-        return self.ae.encode(x.to(self.device)) * self.ae.config.scale
-
-    def decode(self, z, frames, size):
-        """The transformer's latent -> pieces [b, 3, t, *size] of a video of `frames` frames, chunk by chunk."""
-        for x in self.ae.decode_stream(z / self.ae.config.scale):
-            x = x[:, :, :frames, : size[0], : size[1]]
-            frames -= x.shape[2]
-            if x.shape[2]:
-                yield x
-
-    def condition(self, n, shape, image=None):
-        """What an image-to-video transformer sees beside the noise: mask (4) and condition latent (z), [n, 4 + z, *shape].
-
-        The clip "image for one latent frame, then mid grey" is encoded; the mask is 1 on that latent frame (spec ae-adapt-v 6).
-        Without an image everything is 0. None for transformers without these channels.
-        """
-        c = self.net.config
-        if c.in_channels == c.out_channels:
-            if image is not None:
-                raise UserError(f"{self.name} is a text-to-video model: leave --image away.")
-            return None
-        y = torch.zeros(n, c.in_channels - c.out_channels, *shape, device=self.device)
-        if image is not None:
-            t, s = self.ae.config.temporal_factor, self.ae.config.spatial_factor
-            image = F.pad(image, (0, shape[2] * s - image.shape[3], 0, shape[1] * s - image.shape[2]), mode="replicate")
-            clip = torch.zeros(len(image), 3, shape[0] * t, *image.shape[2:])
-            clip[:, :, :t] = image[:, :, None]
-            y[:, :4, 0] = 1
-            y[:, 4:] = self.encode(clip)[:, :, : shape[0]]
-        return y
-
-
-def load_model(name="dc", weights=None):
-    """"base" and "dc" are the embedded toy models (or those in the folder `weights`); a folder written by adapt.py is its merged
-    model, and a LoRA file of such a folder is put on the embedded base."""
-    path, weights = Path(name), Path(weights or WEIGHTS)
-    base_file = weights / "toy-base-dit.safetensors"
-    if name == "base":
-        return Model("toy base", dit.load(base_file), ae.load(weights / "toy-base.safetensors"), encoders.ToyText())
-    if path.is_dir():
-        return Model(name, dit.load(path / "transformer.safetensors"), ae.load(path / "ae.safetensors"), encoders.ToyText())
-    if name != "dc" and path.suffix != ".safetensors":
-        raise UserError(f"there is no model {name!r}: use base, dc, a folder made by adapt.py, or its lora.safetensors.")
-    net = dit.inherit(dit.load(base_file), dit.PRESETS["toy-dc"])
-    lora.load(net, weights / "toy-dc-lora.safetensors" if name == "dc" else path)
-    return Model("toy DC-VideoGen" if name == "dc" else name, net.eval(), ae.load(weights / "toy.safetensors"), encoders.ToyText())
+# ---------------------------------------------------------------------------------------------------- the guided loop
 
 
 @torch.no_grad()
 def generate(model, context, image=None, frames=None, size=None, steps=None, guidance=None, shift=None, solver=None, seed=0,
-             noise=None, progress=False):
+             noise=None, progress=False, null=None, last_image=None, cfg_batch=None, plain=False):
     """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
 
-    `context`: prompt states [b, m, d]. `image`: [b, 3, *size] in [-1, 1] or None. The rest defaults to the model's own settings. The noise
-    of sample i depends on `seed + i` and the shape only, so a batch gives what single runs give. NaN in the latent is a UserError.
+    `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional pass (default: the model's own negative prompt).
+    `image`, `last_image`: first and last frame, [b, 3, h, w] in [-1, 1] of any size, or None. `guidance`: one number, or a pair for
+    (low-noise, high-noise) expert. `cfg_batch`: both guidance passes as one batch (default: where a pass is too small to fill the
+    machine). `plain`: nothing is kept from step to step. The rest defaults to the model's own settings. The noise of sample i depends on
+    `seed + i` and the shape only, so a batch gives what single runs give; `noise` [b, z, t, h, w] replaces it.
+    NaN in the latent is a UserError.
     """
     n, device = len(context), model.device
-    frames, size = frames or model.frames, size or model.size
+    frames, size, steps = frames or model.frames, size or model.size, model.steps if steps is None else steps
+    guidance = model.guidance if guidance is None else guidance
     shape = model.latent_shape(frames, size)
     if noise is None:
         draw = lambda s: torch.randn(model.net.config.out_channels, *shape, generator=torch.Generator().manual_seed(s))
         noise = torch.stack([draw(seed + i) for i in range(n)])
-    condition = model.condition(n, shape, image)
-
-    def net(x, t, context):
-        x = x if condition is None else torch.cat([x, condition], dim=1)
-        return model.net(x, t.expand(n), context)
-
-    steps = model.steps if steps is None else steps
-    velocity = flow.guided(net, context.to(device), model.text.null(n).to(device), model.guidance if guidance is None else guidance)
+    elif noise.shape[1:] != (model.net.config.out_channels, *shape):
+        raise UserError(f"the noise has shape {list(noise.shape)}, but {frames} frames of {size[0]}x{size[1]} need "
+                        f"[{n}, {model.net.config.out_channels}, {', '.join(map(str, shape))}].")
+    null = model.null(n) if null is None else null
+    seen = model.see(n, shape, size, image, last_image)
+    solver, shift = solver or model.solver, model.shift if shift is None else shift
+    cfg_batch = dit.tokens(model.net.config, shape) <= 4096 if cfg_batch is None else cfg_batch
+    velocity = Velocity(model, context.to(device), null.to(device), seen, guidance, flow.schedule(solver, steps, shift)[1], cfg_batch, plain)
     with tqdm(total=steps, desc="denoise", disable=not progress, leave=False) as bar:
 
         def callback(step, x, x0):
@@ -157,7 +79,64 @@ def generate(model, context, image=None, frames=None, size=None, steps=None, gui
                 raise UserError(f"the latent became NaN at step {step + 1} of {steps}: use --dtype fp32, or other weights.")
             bar.update()
 
-        return flow.solve(velocity, noise.to(device), steps, model.shift if shift is None else shift, solver or model.solver, callback)
+        return velocity.keep_first(flow.solve(velocity, noise.to(device), steps, shift, solver, callback))
+
+
+class Velocity:
+    """velocity(x, t) for `flow.solve`: the transformer under classifier-free guidance, v_null + g (v_text - v_null) (Ho & Salimans 2022).
+
+    Called once per step, in order. The guidance passes run one after the other, or as one batch. Wan 2.2's experts take turns, each with
+    its own guidance. A model without condition channels sees its picture in place of latent frame 0, at time 0 (spec wan 2.8).
+    """
+
+    def __init__(self, model, context, null, seen, guidance, timesteps, cfg_batch, plain):
+        self.model, self.seen, self.timesteps, self.plain = model, seen, timesteps, plain
+        self.low, self.high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+        self.guided = self.low != 1 or self.high != 1
+        self.fold = 2 if self.guided and cfg_batch else 1
+        self.contexts = [context] if not self.guided else [joined(context, null)] if cfg_batch else [context, null]
+        self.step, self.expert = 0, None
+
+    def __call__(self, x, t):
+        now = self.timesteps[self.step].item()
+        high = now >= 1000 * self.model.boundary  # the high-noise expert, or the only transformer
+        if high != self.expert:  # the first step, or the experts change: what belongs to one goes before the other comes
+            self.expert, self.prompts, self.times = high, None, None
+            self.prompts, self.times = self.prepare(self.model.transformer(now), x)
+        net = self.model.transformer(now)
+        x = self.keep_first(x)
+        if self.seen.condition is not None:
+            x = torch.cat([x, self.seen.condition], dim=1)
+        x = x.repeat(self.fold, 1, 1, 1, 1)
+        v = torch.cat([net(x, self.times[self.step], *prompt).float() for prompt in self.prompts])
+        self.step += 1
+        if not self.guided:
+            return v
+        v_text, v_null = v.chunk(2)
+        return v_null + (self.high if high else self.low) * (v_text - v_null)
+
+    def prepare(self, net, x):
+        """What stays the same between steps, for one transformer -> (its arguments for each pass, the times of all steps)."""
+        times = self.timesteps.to(x.device)
+        if self.seen.first is not None:  # one time per latent frame: the picture's is 0
+            times = times[:, None].repeat(1, x.shape[2])
+            times[:, 0] = 0
+        image = () if self.seen.clip is None else (self.seen.clip.repeat(self.fold, 1, 1),)
+        prompts = [(context, *image) for context in self.contexts]
+        if self.plain:
+            return prompts, [t.expand(self.fold * len(x), *t.shape) for t in times]
+        return [(net.prompt(*prompt),) for prompt in prompts], net.times(times)
+
+    def keep_first(self, x):
+        """Put the picture's latent in place of frame 0. The solvers mix values of the same position only, so the other frames come out
+        as if this had been done after every step."""
+        return x if self.seen.first is None else torch.cat([self.seen.first.expand(len(x), -1, -1, -1, -1), x[:, :, 1:]], dim=2)
+
+
+def joined(context, null):
+    """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as every prompt has after its end."""
+    m = max(context.shape[1], null.shape[1])
+    return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
 
 
 @torch.no_grad()
@@ -173,88 +152,230 @@ def videos(model, prompts, batch=32, progress=False, **settings):
     return out
 
 
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def plan(model, frames, size, dtype, fold, offload=None, tile=None, free=None):
+    """Choose how a run fits into memory, before it starts -> (offload, tile, report). Raises UserError where nothing fits.
+
+    offload: "none" (transformer and autoencoder stay on the device), "parts" (one of them at a time), "blocks" (the transformer's
+    blocks stream through two buffers); the first that fits, unless given. tile: of the decode, in latent cells; the largest that
+    fits. Text and image encoder run before anything else is loaded. Figures are estimates; the report's peak is measured after the run.
+    """
+    c, shape = model.net.config, model.latent_shape(frames, size)
+    with torch.device("meta"):
+        size_of = {n: p.numel() * (4 if dit.keeps_fp32(n) else dtype.itemsize) for n, p in dit.WanDiT(c).named_parameters()}
+    weights = sum(size_of.values())
+    streamed = weights - sum(v for n, v in size_of.items() if n.startswith("blocks.") and not n.startswith(("blocks.0.", "blocks.1.")))
+    autoencoder = sum(p.numel() for p in model.ae.parameters()) * model.ae_dtype.itemsize
+    step = dit.activation_bytes(c, shape, fold, dtype)
+    free = free or free_memory(model.device)
+    budget = 0.9 * free  # the allocator loses some to fragments
+    for offload in [offload] if offload else ["none", "parts", "blocks"] if isinstance(model.net, models.Deferred) else ["none"]:
+        resident = weights + autoencoder if offload == "none" else 0
+        denoise = resident + step + {"none": 0, "parts": weights, "blocks": streamed}[offload]
+        base = resident or autoencoder
+        here = tile or tiling.choose(model.ae, shape, budget - base, model.ae_dtype)
+        decode = base + model.ae.decode_peak(shape, here, model.ae_dtype)
+        if max(denoise, decode) <= budget:
+            break
+    if model.task != "t2v":
+        model.encode_tile = tiling.choose(model.ae, shape, budget - autoencoder, model.ae_dtype, side="encoder")
+    report = dict(offload=offload, tile=here, gib={k: round(v / 2**30, 3) for k, v in dict(
+        transformer=weights, autoencoder=autoencoder, denoising_peak=denoise, decode_peak=decode, free=free).items()})
+    if max(denoise, decode) > budget:
+        part, need = ("denoising", denoise) if denoise > budget else ("the decode", decode)
+        raise UserError(f"{part} of {frames} frames of {size[0]}x{size[1]} needs about {need / 2**30:.1f} GiB, but {model.device} has {free / 2**30:.1f} GiB free: "
+                        "use a smaller --size, fewer --frames, --dtype bf16" + (" or --offload blocks." if offload != "blocks" else "."))
+    return offload, here, report
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    fields = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", fields)
+    return int(found[1]) * 1024 if found else 8 * 2**30
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Prompt (and image) to video.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--prompt", required=True, help="what the video shows")
-    parser.add_argument("--model", default="dc", help="base, dc, a folder made by adapt.py, or a LoRA file of such a folder")
-    parser.add_argument("--image", help="picture that becomes the first frame")
-    parser.add_argument("--frames", type=int, help="number of frames (default: the model's)")
-    parser.add_argument("--size", type=data.size_arg, help="HEIGHTxWIDTH in pixels (default: the model's)")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
-    parser.add_argument("--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"], help="(default: the model's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none (default: the model's)")
-    parser.add_argument("--shift", type=float, help="shift of the noise schedule (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out/sample", help="folder for the results")
-    parser.add_argument("--name", help="file name without suffix (default: model, prompt and seed)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's matrix products")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description="Prompt (and image) to video.")
+    add = lambda group, *names, **more: group.add_argument(*names, **more)
+    what = parser.add_argument_group("what")
+    add(what, "--prompt", help="what the video shows")
+    add(what, "--negative", help="what it should not show (default: the model's negative prompt)")
+    add(what, "--image", help="picture that becomes the first frame")
+    add(what, "--last-image", help="picture that becomes the last frame (DC image-to-video)")
+    add(what, "--frames", type=int, help="number of frames (default: the model's)")
+    add(what, "--size", type=data.size_arg, help="HEIGHTxWIDTH in pixels (default: the model's; with --image its area, the picture's aspect)")
+    add(what, "--seed", type=int, default=0, help="of the noise; drawn on the CPU, so a seed is a video on every machine (default: 0)")
+    add(what, "--noise", help="safetensors file whose tensor `noise` [1, z, t, h, w] replaces the drawn noise")
+    which = parser.add_argument_group("which model")
+    add(which, "--model", default=None, help="dc (default) or base: the embedded toys; a released model's name (python models.py lists them); "
+                                             "a folder made by adapt.py, or a LoRA file of such a folder")
+    add(which, "--weights", nargs="+", default=[], metavar="DIR", help="folders with the model's files (default: checkpoints/MODEL)")
+    add(which, "--download", action="store_true", help="fetch the model's files into the first of these folders")
+    add(which, "--text-cache", metavar="FILE", help="keep prompt embeddings in FILE; prompts in it need no text encoder")
+    for suffix, where in (("", ""), ("-high", " of the high-noise expert only"), ("-low", " of the low-noise expert only")):
+        add(which, f"--lora{suffix}", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH]",
+            help=f"add a LoRA to the transformer{where}; may be repeated")
+    how = parser.add_argument_group("how")
+    add(how, "--steps", type=int, help="solver steps (default: the model's)")
+    add(how, "--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"], help="(default: the model's)")
+    add(how, "--guidance", type=guidance_arg, help="classifier-free guidance; 1 is none; LOW,HIGH for two experts (default: the model's)")
+    add(how, "--shift", type=float, help="shift of the noise schedule (default: the model's)")
+    add(how, "--cfg-batch", action=argparse.BooleanOptionalAction, help="both guidance passes as one batch (default: for few tokens)")
+    add(how, "--plain", action="store_true", help="recompute at every step what could be kept; slower, equal to rounding")
+    add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 for released models on a GPU)")
+    add(how, "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
+    add(how, "--tile", type=data.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
+    add(how, "--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free on the device)")
+    add(how, "--plan", action="store_true", help="print what the run needs, and stop; needs no files")
+    output = parser.add_argument_group("output")
+    add(output, "--out", default="out/sample", help="folder for the results (default: out/sample)")
+    add(output, "--name", help="file name without suffix (default: model, prompt and seed)")
+    add(output, "--decode", metavar="FILE", help="decode a latent saved by an earlier run again, without its transformer")
     args = parser.parse_args(argv)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for flag, low in (("frames", 1), ("steps", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag} must be at least {low}, got {getattr(args, flag)}.")
+    if args.prompt is None and args.decode is None:
+        parser.error("--prompt is needed (or --decode FILE).")
+    return args
 
-    started = time.perf_counter()
-    model = load_model(args.model).to(args.device)
-    if args.dtype == "bf16":
-        model.net.cast_weights(torch.bfloat16)
+
+def lora_arg(text):
+    """FILE or FILE:STRENGTH -> (path, strength)."""
+    file, _, strength = text.rpartition(":")
+    if not file:
+        return text, 1.0
+    try:
+        return file, float(strength)
+    except ValueError:
+        return text, 1.0  # a colon in the path
+
+
+def guidance_arg(text):
+    """One number, or LOW,HIGH -> float or pair."""
+    values = [float(v) for v in text.split(",")]
+    if len(values) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or LOW,HIGH")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Timer(dict):
+    """Seconds by name: `with timer("text"): ...`; waits for the GPU."""
+
+    def __call__(self, name):
+        self.name = name
+        return self
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self[self.name] = time.perf_counter() - self.started
+
+
+def main(argv=None):
+    args, seconds = arguments(argv), Timer()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    stored = {}
+    if args.decode:
+        tensors, metadata = checkpoint.load_tensors(args.decode)
+        stored = metadata.get("settings")
+        if "latent" not in tensors or not isinstance(stored, dict):
+            raise UserError(f"{args.decode} is not a latent saved by sample.py: give the .safetensors file beside a video.")
+    for name, default in dict(model="dc", weights=[], frames=None, size=None, prompt="").items():
+        if not getattr(args, name):
+            setattr(args, name, stored.get(name) or default)
+    if args.download and args.model in models.RELEASED:
+        args.weights = args.weights or [f"checkpoints/{args.model}"]
+        models.download(args.model, args.weights[0])
+    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and args.model in models.RELEASED else "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    loras = [*args.lora, *((*l, "high") for l in args.lora_high), *((*l, "low") for l in args.lora_low)]
+    with seconds("load"):
+        if args.plan and args.model in models.RELEASED:
+            model = models.outline(args.model, dtype)
+        else:
+            model = models.load_model(args.model, args.weights, loras, dtype, args.device, args.text_cache)
+    image, last = (None if file is None else data.read_image(file)[None] for file in (args.image, args.last_image))
+    if args.size is None and image is not None:
+        args.size = model.size_for(image)
     for name in ("frames", "size", "steps", "solver", "guidance", "shift"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(model, name))
-    slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-    base = Path(args.out) / (args.name or f"{Path(args.model).stem}-{slug}-{args.seed}")
+    args.size = tuple(args.size)
+    if args.cfg_batch is None:
+        args.cfg_batch = dit.tokens(model.net.config, model.latent_shape(args.frames, args.size)) <= 4096
+    model.offload, args.tile, memory = plan(model, args.frames, args.size, dtype, 1 + args.cfg_batch, args.offload, args.tile,
+                                           args.memory and args.memory * 2**30)
+    print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}; expected memory "
+          + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in memory["gib"].items()) + f" GiB; offload {model.offload}, "
+          + ("decode " + (f"in tiles of {args.tile[0]}x{args.tile[1]} latent cells" if args.tile else "untiled")))
+    if args.plan:
+        return
+    model.to(args.device)
+
+    label = Path(args.model).stem if Path(args.model).exists() else args.model
+    slug = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
+    base = Path(args.out) / (args.name or (Path(args.decode).stem if args.decode else f"{label}-{slug}-{args.seed}"))
     file = lambda suffix: base.with_name(base.name + suffix)
-    seconds = {"load": time.perf_counter() - started}
+    settings = {k: str(v) if isinstance(v, torch.device) else v for k, v in vars(args).items() if k not in ("out", "name", "plan", "decode")}
+    if args.decode:
+        z = tensors["latent"]
+    else:
+        with seconds("text"):
+            context, null = model.contexts([args.prompt], args.negative)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=base.parent).close()  # a folder that cannot be written is told now, not after the work
+        noise = None if args.noise is None else checkpoint.load_tensors(args.noise)[0]["noise"]
+        with seconds("transformer"):
+            z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, noise,
+                         progress=True, null=null, last_image=last, cfg_batch=args.cfg_batch, plain=args.plain)
+        checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
+    with seconds("decode"):
+        write(model, z, args.frames, args.size, file, args.tile)
 
-    def timed(what, started):
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[what] = time.perf_counter() - started
+    shape, passes = z.shape[2:], 1 if args.guidance in (1, (1, 1)) else 2
+    used = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
+                  tokens=dit.tokens(model.net.config, shape), seconds={k: round(v, 3) for k, v in seconds.items()}, plan=memory,
+                  peak_memory_gib=used / 2**30)
+    text = f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes\n  "
+    text += ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
+    if not args.decode:
+        report["tflops_per_second"] = passes * args.steps * dit.flops(model.net.config, shape).total / seconds["transformer"] / 1e12
+        text += f"; {report['tflops_per_second']:.3f} TFLOP/s"
+    checkpoint.write_json(file(".json"), {**report, "settings": settings})
+    print(f"{text}; peak memory {report['peak_memory_gib']:.2f} GiB\n  {file('.mp4')}   {file('.png')}")
 
-    started = time.perf_counter()
-    context = model.text([args.prompt])
-    image = None if args.image is None else data.read_image(args.image, args.size)[None]
-    timed("text", started)
-    base.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=base.parent).close()  # a folder that cannot be written is told now, not after the work
 
-    started = time.perf_counter()
-    z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, progress=True)
-    timed("transformer", started)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "name")}
-    checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
+@torch.no_grad()
+def write(model, z, frames, size, file, tile=None):
+    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are decoded; only the sheet's stay in memory."""
+    shown, kept, count = {round(i * (frames - 1) / 7) for i in range(8)}, [], 0
 
-    started = time.perf_counter()
-    shown, kept, count = {round(i * (args.frames - 1) / 7) for i in range(8)}, [], 0
-
-    def pieces():  # written as they are decoded; only the frames of the contact sheet stay in memory
+    def pieces():
         nonlocal count
-        for piece in model.decode(z, args.frames, args.size):
+        for piece in model.decode(z, frames, size, tile):
             piece = piece[0].float().cpu()
             kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)
             count += piece.shape[1]
+            bar.update(piece.shape[1])
             yield piece
 
-    with torch.no_grad():
+    with tqdm(total=frames, desc="decode", leave=False) as bar:
         data.write_video(file(".mp4"), pieces(), model.fps, scale=model.upscale)
-    timed("decode", started)
-    data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=model.upscale // 2)
-
-    passes = 1 if args.guidance == 1 else 2
-    cost = passes * args.steps * dit.flops(model.net.config, z.shape[2:]).total
-    memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
-                  tokens=dit.tokens(model.net.config, z.shape[2:]), seconds={k: round(v, 3) for k, v in seconds.items()},
-                  tflops_per_second=cost / seconds["transformer"] / 1e12, peak_memory_gib=memory / 2**30)
-    checkpoint.write_json(file(".json"), {**report, "settings": settings})
-    print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes")
-    print("  " + ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
-          + f"; {report['tflops_per_second']:.3f} TFLOP/s, peak memory {report['peak_memory_gib']:.2f} GiB")
-    print(f"  {file('.mp4')}   {file('.png')}")
+    data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=max(model.upscale // 2, 1) if size[1] <= 256 else 256 / size[1])
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ def tiny_toy(tmp_path, monkeypatch):
     import ae
     import dit
     import lora
-    import sample
+    import models
 
     folder = tmp_path / "weights"
     size = dict(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=32, text_len=8)
     monkeypatch.setitem(dit.PRESETS, "toy-base", dit.Config(**size, in_channels=12, out_channels=4))
     monkeypatch.setitem(dit.PRESETS, "toy-dc", dit.Config(**size, in_channels=20, out_channels=8, patch=(1, 1, 1)))
-    monkeypatch.setattr(sample, "WEIGHTS", folder)
+    monkeypatch.setattr(models, "WEIGHTS", folder)
 
     ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)), folder / "toy-base.safetensors")
     ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8, 8, 8), (0, 1, 1, 1, 1, 1, 1), 8, chunk=8)), folder / "toy.safetensors")
@@ -53,3 +53,11 @@ def tiny_toy(tmp_path, monkeypatch):
             torch.nn.init.normal_(p, std=0.2)
     lora.save(deep, folder / "toy-dc-lora.safetensors", "comfyui", full=("patch_embedding", "head"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory):
+    """Tiny models in every official layout (make_tiny_checkpoints.py) -> the folder that holds theirs. Tests only read there."""
+    import make_tiny_checkpoints
+
+    return make_tiny_checkpoints.make(tmp_path_factory.mktemp("released"))

@@ -19,6 +19,7 @@ import dit
 import encoders
 import flow
 import lora
+import models
 import sample
 from checkpoint import UserError
 
@@ -243,7 +244,7 @@ def test_merged_lora_equals_live_lora_on_the_toy():
 
 @pytest.mark.parametrize("name", ["base", "dc"])
 def test_the_image_condition_is_mask_and_latent_of_a_clip_that_begins_with_the_image(tiny_toy, name):
-    model = sample.load_model(name)
+    model = models.load_model(name)
     t, h, w = shape = model.latent_shape(16, (64, 64))
     image, z = torch.rand(2, 3, 64, 64) * 2 - 1, model.net.config.out_channels
     condition = model.condition(2, shape, image)
@@ -276,14 +277,14 @@ def count_encodes(monkeypatch):
 
 
 def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_path):
-    models = [sample.load_model(name) for name in ("base", "dc")]
-    teacher, student = (adapt.cache_latents(m, 2, tmp_path) for m in models)
+    both = [models.load_model(name) for name in ("base", "dc")]
+    teacher, student = (adapt.cache_latents(m, 2, tmp_path) for m in both)
     assert teacher.attributes == student.attributes and len(teacher.attributes) == len(teacher.z) == len(student.z) == 16
     assert teacher.z.shape[2] == student.z.shape[2] == 8  # latent frames pair up one to one
     assert teacher.with_image.tolist() == student.with_image.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     clips, scenes = data.toy_batch((1, 1), 8)  # the second shard
     assert [s.attributes() for s in scenes] == teacher.attributes[8:]
-    for model, latents in zip(models, (teacher, student)):
+    for model, latents in zip(both, (teacher, student)):
         with torch.no_grad():
             z, condition = model.encode(clips[:4]), model.condition(4, model.latent_shape(32, (64, 64)), clips[:4, :, 0])
         for cached, exact in ((latents.z[8:12], z), (latents.condition[8:12], condition)):  # cached in bf16 and stored in fp16
@@ -293,7 +294,7 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
 
 
 def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
-    model, encoded, save = sample.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
+    model, encoded, save = models.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
 
     def stop_at_the_second(file, tensors):
         if file.name == "seed1-0001.safetensors":
@@ -313,7 +314,7 @@ def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
-    model, encoded = sample.load_model("dc"), count_encodes(monkeypatch)
+    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
     first = adapt.cache_latents(model, 3, tmp_path / "cache")
     file = next((tmp_path / "cache").rglob("seed1-0001.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
@@ -323,7 +324,7 @@ def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_another_autoencoder_never_reads_these_latents(tiny_toy, tmp_path, monkeypatch):
-    model, encoded = sample.load_model("dc"), count_encodes(monkeypatch)
+    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
     first = adapt.cache_latents(model, 1, tmp_path / "cache")
     with torch.no_grad():
         next(model.ae.parameters()).add_(0.1)
@@ -375,7 +376,7 @@ def test_a_batch_depends_on_its_generator_only():
 def toy(tiny_toy):
     """A tiny base in its latent space: (net, latents). Latents are correlated within and between cells, as real ones are."""
     z = torch.randn(16, 4, 1, 1, 1) + 0.3 * torch.randn(16, 4, 2, 4, 4)
-    return sample.load_model("base").net, latents_of(z, with_image=4)
+    return models.load_model("base").net, latents_of(z, with_image=4)
 
 
 def zero_head(net):
@@ -536,10 +537,10 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     assert moved == {"head.modulation", *(f"blocks.0.self_attn.{p}.weight" for p in "qkvo"), "blocks.0.ffn.0.weight",
                      "time_embedding.0.weight", "time_projection.0.weight"}  # 0 stands for every number
 
-    models = [sample.load_model(str(name)) for name in (out, out / "lora.safetensors")]
-    for a, b in zip(*(m.net.parameters() for m in models), strict=True):
+    made = [models.load_model(str(name)) for name in (out, out / "lora.safetensors")]
+    for a, b in zip(*(m.net.parameters() for m in made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the LoRA is stored in fp16
-    shown = [sample.videos(m, ["a red circle"], frames=8, size=(32, 32), steps=4)[0] for m in models]
+    shown = [sample.videos(m, ["a red circle"], frames=8, size=(32, 32), steps=4)[0] for m in made]
     assert (shown[0] - shown[1]).square().mean().sqrt() < 2e-3
 
     # once more: everything is there, nothing is encoded or trained

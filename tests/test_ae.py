@@ -1,8 +1,6 @@
 """DC-AE-V: equal to the released model number by number, exact however a clip is cut, kind to whoever feeds it wrong files."""
-import json
 import math
 import os
-import re
 import subprocess
 import sys
 
@@ -11,7 +9,6 @@ import torch
 
 import ae
 import checkpoint
-import data
 import metrics
 from checkpoint import UserError
 from chunk_causal import ISOLATED
@@ -381,6 +378,27 @@ def test_the_papers_alternatives(temporal):
         assert torch.allclose(net.encode(x), net.encoder(x)[0], atol=5e-5) == (temporal == "causal")
 
 
+def test_a_chunk_of_one_frame():
+    """A frame sees itself and the past, at pixel rate as at latent rate; a latent frame is still made of four frames, which stream together."""
+    net = tiny(cfg=ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 4, chunk=1))
+    c, x = net.config, clip(10)
+    assert (c.latent_chunk, c.piece) == (1, 4) and {m.chunk for m in net.modules() if hasattr(m, "chunk")} == {1}
+    with torch.no_grad():
+        z = net.encode(x)
+        assert z.shape[2:] == net.latent_shape(10, 32, 32) == (3, 8, 8) and net(x).shape == x.shape
+        close(net.encoder(x[:, :, :8])[0], z[:, :, :2], 5e-5)
+        nudged = x.clone()
+        nudged[:, :, 6] += 0.5
+        assert ((net.encode(nudged) - z).abs().amax(dim=(0, 1, 3, 4)) > 0).tolist() == [False, True, True]
+        for m in net.encoder.modules():  # the tap on the frame that comes next meets only zeros
+            if isinstance(m, torch.nn.Conv3d):
+                m.weight[:, :, 2] += 1
+        close(net.encode(x), z, 1e-6)
+    for chunk in (0, 2, 6, -4):
+        with pytest.raises(ValueError, match="must be 1 or a multiple"):
+            ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 4, chunk=chunk)
+
+
 def test_bf16_is_close_to_fp32(net):
     x = clip(2 * CHUNK, 64, 64)
     half = ae.DCAEV(net.config).load_official(net.state_dict()).bfloat16()
@@ -429,112 +447,7 @@ def test_ssim_is_its_definition():
     assert metrics.ssim(y.view(1, 1, 1, 12, 14), x.view(1, 1, 1, 12, 14)) == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- training
-
-
-@pytest.fixture
-def tiny_preset(monkeypatch):
-    monkeypatch.setitem(ae.PRESETS, "tiny", ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4))
-
-
-def run(out, **changes):
-    return ae.train(**dict(preset="tiny", out=out, steps=4, batch=1, frames=16, lr=1e-3, save_every=2) | changes)
-
-
-def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch, tiny_preset):
-    whole = checkpoint.load_tensors(run(tmp_path / "whole"))[0]
-    batches, toy_batch = [], data.toy_batch
-
-    def stop_at_the_fourth(seed, *args, **more):
-        batches.append(seed)
-        if seed == (0, 3):
-            raise KeyboardInterrupt
-        return toy_batch(seed, *args, **more)
-
-    monkeypatch.setattr(data, "toy_batch", stop_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "resumed")
-    monkeypatch.setattr(data, "toy_batch", toy_batch)
-    with pytest.raises(UserError, match="other settings"):
-        run(tmp_path / "resumed", lr=2e-3)
-    resumed, metadata = checkpoint.load_tensors(run(tmp_path / "resumed"))
-    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
-    assert [r["step"] for r in metadata["log"]] == [2, 4] and metadata["training"]["steps"] == 4
-    assert sorted(p.name for p in (tmp_path / "resumed").iterdir()) == ["tiny.safetensors", "train.png", "train.pt", "train_sheet.png"]
-
-    net = ae.load(tmp_path / "resumed" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
-    z = net.config.scale * net.encode(data.toy_batch(1, 8, 16)[0])
-    assert 0.8 < z.square().mean().sqrt() < 1.25
-
-
-def test_growing_copies_the_shallow_blocks_and_trains_the_deep_ones(tmp_path, monkeypatch, tiny_preset):
-    monkeypatch.setitem(ae.PRESETS, "deep", ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 8, chunk=8, patch=4))
-    run(tmp_path / "shallow", steps=1)
-    teacher = ae.load(tmp_path / "shallow" / "tiny.safetensors")
-    grown = lambda n: ae.load(run(tmp_path / f"deep{n}", preset="deep", steps=0, grow_from=tmp_path / "shallow" / "tiny.safetensors",
-                                  grow_steps=n, grow_clips=16)).state_dict()
-    start, end, theirs = grown(0), grown(4), teacher.state_dict()
-    # common: project_in, the blocks of stages 1 and 2 and what resamples between them; new: what lies below stage 2
-    common = [k for k in end if not re.search(r"encoder\.(stages\.2\.op_list\.1|stages\.[34]|project_out)"
-                                              r"|decoder\.(stages\.2\.op_list\.0|stages\.[34]|project_in)", k)]
-    assert 20 < len(common) < len(end) and all(torch.equal(end[k], start[k]) and torch.equal(end[k], theirs[k]) for k in common)
-    deep = [k for k in end if k not in common and end[k].ndim == 5]
-    assert deep and not any(torch.equal(end[k], start[k]) for k in deep)
-
-
-def test_training_needs_two_chunks(tmp_path, tiny_preset):
-    for frames in (8, 20):
-        with pytest.raises(UserError, match="--frames must be a multiple of the chunk"):
-            run(tmp_path, frames=frames)
-
-
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def weights(tmp_path):
-    ae.save(tiny(cfg=ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 4, chunk=8)), tmp_path / "w.safetensors")
-    return str(tmp_path / "w.safetensors")
-
-
-@pytest.mark.parametrize("name, height, width, fps", [("bunny", 180, 320, 25), ("city", 144, 256, 12.5)])
-def test_reconstruct_real_footage(tmp_path, weights, capsys, name, height, width, fps):
-    source, base = ROOT / "assets" / f"{name}.mp4", tmp_path / "out" / f"{name}_reconstruction"
-    ae.main(["reconstruct", str(source), "--weights", weights, "--out", str(tmp_path / "out"), "--frames", "13", "--device", "cpu"])
-    video = data.read_clip(f"{base}.mp4")
-    assert video.shape == (3, 13, height, 2 * width) and data.clip_info(f"{base}.mp4").fps == fps
-
-    x = data.read_clip(source, frames=13)[None]
-    with torch.no_grad():
-        y = ae.load(weights)(x)
-    result = json.loads(base.with_suffix(".json").read_text())
-    assert result["frames"] == 13 and result["latent"] == [4, 4, height // 4, width // 4] and result["compression"] == 48
-    assert abs(result["psnr"] - metrics.psnr(y, x)) < 0.01 and abs(result["ssim"] - metrics.ssim(y, x)) < 1e-3
-    assert metrics.psnr(video[None, ..., :width], x) > 35  # the left half is the original
-    assert base.with_suffix(".png").stat().st_size > 10_000
-    assert f"PSNR    {result['psnr']:.2f} dB" in capsys.readouterr().out
-
-
-def test_reconstruct_any_size_and_compat(tmp_path, weights):
-    args = ["reconstruct", str(ROOT / "assets" / "city.mp4"), "--weights", weights, "--out", str(tmp_path / "out"), "--size", "37x51"]
-    base = tmp_path / "out" / "city_reconstruction"
-    ae.main([*args, "--frames", "1"])
-    result = json.loads(base.with_suffix(".json").read_text())
-    assert (result["height"], result["width"], result["frames"], result["latent"]) == (37, 51, 1, [4, 2, 10, 13])
-    base.with_suffix(".mp4").unlink()
-    with pytest.raises(UserError, match="leave --compat off"):
-        ae.main([*args, "--frames", "10", "--compat"])
-    assert not base.with_suffix(".mp4").exists()
-    ae.main([*args[:-1], "40x48", "--frames", "12", "--compat"])
-    assert json.loads(base.with_suffix(".json").read_text())["latent"] == [4, 3, 10, 12]
-
-
-def test_nan_weights_write_no_black_video(tmp_path, weights):
-    net = ae.load(weights)
-    torch.nn.init.constant_(net.decoder.project_in.conv.weight, float("nan"))
-    with pytest.raises(UserError, match="NaN"):
-        ae.reconstruct(net, ROOT / "assets" / "city.mp4", tmp_path / "out", frames=8)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_script_tells_mistakes_in_one_sentence(tmp_path):

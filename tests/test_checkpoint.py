@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import checkpoint
-from checkpoint import (UserError, atomic_path, load_pickle, load_strict, load_tensors, save_tensors, unwrap,
-                        user_errors, write_json)
-from conftest import golden
+from checkpoint import (Stored, UserError, atomic_path, load_pickle, load_strict, load_tensors, open_tensors, read_json, save_shards,
+                        save_tensors, unwrap, user_errors, write_json)
 
-TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "half": torch.ones(3).bfloat16()}
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "half": torch.ones(3).bfloat16(), "number": torch.tensor(2.5),
+           "none": torch.empty(0, 3), "eighth": torch.tensor([0.5, -448]).to(torch.float8_e4m3fn), "mask": torch.tensor([True, False, True])}
 
 
 # -------------------------------------------------------------------------------------------------- reading and writing
@@ -24,8 +24,48 @@ def test_tensors_and_metadata_come_back(tmp_path):
     save_tensors(tmp_path / "new folder" / "w.safetensors", TENSORS, wrote)
     tensors, metadata = load_tensors(tmp_path / "new folder" / "w.safetensors")
     assert tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
+    assert all(torch.equal(tensors[k].double(), v.double()) and tensors[k].dtype == v.dtype for k, v in TENSORS.items())
     assert metadata == wrote
+
+
+@pytest.mark.parametrize("how", ["safetensors", "torch", "torch before 2020", "one file in a folder", "shards", "index"])
+def test_tensors_are_known_before_they_are_read(tmp_path, how):
+    """Shapes and types at once; the values, read one by one, are those of the file."""
+    tensors = {k: v for k, v in TENSORS.items() if k != "eighth" or "2020" not in how}  # fp8 is younger
+    if how == "safetensors":
+        save_tensors(path := tmp_path / "w.safetensors", tensors, {"step": 3})
+    elif how.startswith("torch"):
+        torch.save({"state_dict": tensors}, path := tmp_path / "w.pt", _use_new_zipfile_serialization=how == "torch")
+    else:
+        save_shards(tmp_path, tensors, {"step": 3}, shard_bytes=10 if "one" not in how else 5e9)
+        path = tmp_path / "diffusion_pytorch_model.safetensors.index.json" if how == "index" else tmp_path
+    stored, metadata = open_tensors(path)
+    assert metadata == ({} if how.startswith("torch") else {"step": 3})
+    assert {k: (s.shape, s.dtype) for k, s in stored.items()} == {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()}
+    for k, s in stored.items():
+        assert torch.equal(s.read().double(), tensors[k].double()) and s.read().dtype == tensors[k].dtype and s.file
+
+
+def test_stored_tensors_can_be_converted_and_written_without_being_held(tmp_path):
+    """From file to file: each is fetched when it is written."""
+    save_tensors(tmp_path / "wide.safetensors", {"a": torch.randn(50), "b": torch.randn(3, 4)})
+    wide, _ = open_tensors(tmp_path / "wide.safetensors")
+    save_tensors(tmp_path / "half.safetensors", {k: Stored(s.shape, torch.float16, lambda s=s: s.read().half()) for k, s in wide.items()})
+    half, _ = load_tensors(tmp_path / "half.safetensors")
+    assert all(torch.equal(half[k], s.read().half()) for k, s in wide.items())
+
+
+@pytest.mark.parametrize("limit, files", [(5e9, 1), (48, 4), (1, 5)])
+def test_shards_are_no_larger_than_asked_unless_one_tensor_is(tmp_path, limit, files):
+    tensors = {f"t{i}": torch.full((4 + i,), float(i)) for i in range(5)}       # 16, 20, 24, 28, 32 bytes
+    save_shards(tmp_path, tensors, shard_bytes=limit)
+    written = sorted(tmp_path.glob("*.safetensors"))
+    assert len(written) == files
+    sizes = [sum(v.nbytes for v in load_tensors(f)[0].values()) for f in written]
+    assert sum(sizes) == 120 and max(sizes) <= max(limit, 32)
+    if files > 1:
+        assert read_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json")["metadata"]["total_size"] == 120
+    assert all(torch.equal(s.read(), tensors[k]) for k, s in open_tensors(tmp_path)[0].items())
 
 
 def test_views_shared_and_trainable_tensors_can_be_saved(tmp_path):
@@ -89,8 +129,9 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
     save_tensors(whole, big) if suffix == ".safetensors" else torch.save(big, whole)
     data = whole.read_bytes()
     (tmp_path / f"cut{suffix}").write_bytes(data[:keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(UserError, match=f"cut{suffix}"):
-        load_tensors(tmp_path / f"cut{suffix}")
+    for read in (load_tensors, open_tensors):
+        with pytest.raises(UserError, match=f"cut{suffix}"):
+            read(tmp_path / f"cut{suffix}")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -103,10 +144,11 @@ def test_damaged_checkpoints_give_a_sentence_never_a_traceback(tmp_path, new_zip
         for _ in range(rng.randrange(1, 6) if damaged else 0):
             damaged[rng.randrange(min(len(damaged), 400))] = rng.randrange(256)
         (tmp_path / "damaged.pt").write_bytes(damaged)
-        try:
-            load_tensors(tmp_path / "damaged.pt")                        # a flipped bit in a number cannot be seen
-        except UserError:
-            pass
+        for read in (load_tensors, open_tensors):
+            try:
+                read(tmp_path / "damaged.pt")                            # a flipped bit in a number cannot be seen
+            except UserError:
+                pass
 
 
 def test_missing_file(tmp_path):
@@ -196,46 +238,3 @@ def test_debug_shows_the_traceback_and_bugs_are_never_hidden(monkeypatch):
 def test_no_error_passes_through():
     with user_errors():
         pass
-
-
-# ------------------------------------------------------------------------------------ two spellings of one transformer
-
-PAIRS = {  # original: diffusers
-    "patch_embedding.bias": "patch_embedding.bias",
-    "text_embedding.0.weight": "condition_embedder.text_embedder.linear_1.weight",
-    "text_embedding.2.bias": "condition_embedder.text_embedder.linear_2.bias",
-    "time_embedding.0.weight": "condition_embedder.time_embedder.linear_1.weight",
-    "time_embedding.2.weight": "condition_embedder.time_embedder.linear_2.weight",
-    "time_projection.1.bias": "condition_embedder.time_proj.bias",
-    "img_emb.proj.0.weight": "condition_embedder.image_embedder.norm1.weight",
-    "img_emb.proj.1.weight": "condition_embedder.image_embedder.ff.net.0.proj.weight",
-    "img_emb.proj.3.weight": "condition_embedder.image_embedder.ff.net.2.weight",
-    "img_emb.proj.4.weight": "condition_embedder.image_embedder.norm2.weight",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "blocks.12.modulation": "blocks.12.scale_shift_table",
-    **{f"blocks.0.self_attn.{x}.weight": f"blocks.0.attn1.to_{x}.weight" for x in "qkv"},
-    **{f"blocks.0.cross_attn.{x}.bias": f"blocks.0.attn2.to_{x}.bias" for x in "qkv"},
-    "blocks.0.self_attn.o.weight": "blocks.0.attn1.to_out.0.weight",
-    "blocks.0.cross_attn.o.weight": "blocks.0.attn2.to_out.0.weight",
-    "blocks.0.self_attn.norm_q.weight": "blocks.0.attn1.norm_q.weight",
-    "blocks.0.cross_attn.norm_k.weight": "blocks.0.attn2.norm_k.weight",
-    "blocks.0.norm3.weight": "blocks.0.norm2.weight",
-    "blocks.0.cross_attn.k_img.weight": "blocks.0.attn2.add_k_proj.weight",
-    "blocks.0.cross_attn.v_img.bias": "blocks.0.attn2.add_v_proj.bias",
-    "blocks.0.cross_attn.norm_k_img.weight": "blocks.0.attn2.norm_added_k.weight",
-    "blocks.0.ffn.0.weight": "blocks.0.ffn.net.0.proj.weight",
-    "blocks.0.ffn.2.bias": "blocks.0.ffn.net.2.bias",
-    "head.modulation": "scale_shift_table",
-    "head.head.weight": "proj_out.weight",
-    "blocks.3.self_attn.o": "blocks.3.attn1.to_out.0",                   # module paths too
-    "head.head": "proj_out",
-}
-
-
-def test_original_and_diffusers_names():
-    for case in json.loads(golden("wan_dit_tiny.json").read_text())["cases"].values():
-        PAIRS.update(case["official_to_diffusers"])
-    for original, diffusers in PAIRS.items():
-        assert checkpoint.to_diffusers(original) == diffusers == checkpoint.to_diffusers(diffusers)
-        assert checkpoint.to_original(diffusers) == original == checkpoint.to_original(original)
-    assert checkpoint.to_original("something.else") == checkpoint.to_diffusers("something.else") == "something.else"

@@ -198,6 +198,14 @@ def sound(path):
     return path
 
 
+def test_a_slip_of_the_encoder_is_no_damage():
+    """ffmpeg calls more an error than hurts the frames (OpenCV's box.mp4 is such a clip)."""
+    slip, broken = "[h264 @ 0x1] A non-intra slice in an IDR NAL unit.", "[h264 @ 0x1] error while decoding MB 38 24, bytestream -6"
+    assert data.complaint(slip) == data.complaint("") == ""
+    assert data.complaint(f"{slip}\n{broken}") == "error while decoding MB 38 24, bytestream -6"
+    assert data.complaint("[in#0 @ 0x1] [error] partial file.") == "partial file"
+
+
 def test_the_beginning_of_a_damaged_clip_can_be_read(tmp_path):
     path = cut_off(tmp_path / "cut.mp4", BUNNY)
     assert torch.equal(data.read_clip(path, frames=8), data.read_clip(BUNNY, frames=8))
@@ -361,6 +369,32 @@ def test_grey_and_16_bit_pictures(tmp_path):
     Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
     assert torch.equal(data.read_image(tmp_path / "grey.png"), data.read_image(tmp_path / "deep.png"))
+
+
+@pytest.mark.parametrize("mode, name", [("P", "a.png"), ("P", "a.gif"), ("CMYK", "a.tif"), ("CMYK", "a.jpg"), ("YCbCr", "a.jpg"), ("LA", "a.png"),
+                                        ("RGBA", "a.webp"), ("L", "a.bmp")])
+def test_every_kind_of_picture_has_its_colours(tmp_path, mode, name):
+    """Palettes, print colours, grey with alpha; odd sizes stay."""
+    image = Image.new("RGB", (7, 5), (204, 102, 51))
+    image.convert(mode).save(tmp_path / name, quality=95)
+    x = data.read_image(tmp_path / name)
+    grey = np.asarray(image.convert("L"))[0, 0]
+    expected = (grey, grey, grey) if mode in ("L", "LA") else (204, 102, 51)
+    assert x.shape == (3, 5, 7) and np.abs(data.to_uint8(x[:, None]).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("pixels", ["rgb48be", "rgba64be", "gray16be"])
+def test_16_bit_pictures_keep_their_brightness(tmp_path, pixels):
+    ffmpeg("-f", "lavfi", "-i", "color=c=0xc86432:s=7x5", "-frames:v", 1, "-pix_fmt", pixels, tmp_path / "a.png")
+    expected = (124, 124, 124) if pixels == "gray16be" else (200, 100, 50)
+    assert np.abs(data.to_uint8(data.read_image(tmp_path / "a.png")[:, None]).astype(int) - expected).max() <= 2
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=1)
+    assert data.to_uint8(data.read_image(tmp_path / "a.png")[:, None])[0, 0].tolist() == [[255, 0, 0], [255, 255, 255]]
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "cut off"])

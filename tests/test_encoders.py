@@ -1,16 +1,570 @@
-"""The toy's text encoder: sentences become rows of attributes; what it cannot use is said, with what it can."""
+"""The text and image encoders: equal to the reference, gentle with memory, clear about what is missing; and the toy's vocabulary.
+
+Reference tensors come from tests/golden or, uncut, from the folder in GOLDEN_DIR. Tests of mark `peer` build tiny models and tokenizers
+with the packages that the released pipelines use, and compare.
+"""
+import json
+import random
+import re
+import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from conftest import golden
+from safetensors.torch import load_file, save_file
 
 import data
 import encoders
 from checkpoint import UserError
+from encoders import CLIPVision, Tokenizer, UMT5, WanImage, WanText, clean_prompt, clip_pixels
 
 SENTENCE = "a large red circle moving left slowly on a blue background"
 
+
+def reference(name):
+    """-> ({original key: weight}, {other name: tensor}, the notes beside them)"""
+    tensors = load_file(golden(f"{name}.safetensors"))
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+    return weights, {k: v for k, v in tensors.items() if not k.startswith("weights/")}, json.loads(golden(f"{name}.json").read_text())
+
+
+def in_transformers_names(sd, names, prefix=""):
+    """The same tensors as transformers spells them, by the reference's own table, which names block 0."""
+    out = {}
+    for name, value in sd.items():
+        block = re.search(r"(?:blocks|transformer)\.(\d+)\.", name)
+        respell = (lambda theirs, i=f".{block[1]}.": theirs.replace(".0.", i, 1)) if block else str
+        theirs = names[name.replace(f".{block[1]}.", ".0.", 1) if block else name]
+        if isinstance(theirs, list):  # one matrix, three names
+            out |= {prefix + respell(part): rows.clone() for part, rows in zip(theirs, value.chunk(3))}
+        elif name == "visual.head":
+            out["visual_projection.weight"] = value.T.contiguous()
+        else:
+            if theirs.startswith(("embeddings.class", "embeddings.position")):
+                value = value[0, 0] if theirs.endswith("class_embedding") else value[0]
+            out[prefix + respell(theirs)] = value
+    return out
+
+
+def write_folder(folder, sd, shards=1, **config):
+    """A model folder as transformers writes it: config.json and one weight file, or shards with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(sd, folder / "model.safetensors")
+    else:
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        parts = [dict(list(sd.items())[i::shards]) for i in range(shards)]
+        for file, part in zip(files, parts):
+            save_file(part, folder / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, part in zip(files, parts) for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------ prompt cleaning
+
+
+@pytest.mark.parametrize("raw, clean", json.loads(golden("umt5_tiny.json").read_text())["clean_cases"])
+def test_cleaning_equals_reference(raw, clean):
+    if not raw.isascii() or "&" in raw:
+        pytest.importorskip("ftfy")
+    assert clean_prompt(raw) == clean
+
+
+@pytest.mark.parametrize("raw, clean", {
+    "  a  cat\n\n sits\r\n\t": "a cat sits", "Tom & Jerry": "Tom & Jerry", "R&D <b> 5 > 3;": "R&D <b> 5 > 3;", "&copy 2020": "© 2020",
+    "": "", "   ": ""}.items())
+def test_plain_ascii_needs_no_ftfy(monkeypatch, raw, clean):
+    """Where ftfy would change nothing it is not asked for. (html.unescape knows a few entities without a semicolon.)"""
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    assert clean_prompt(raw) == clean
+
+
+@pytest.mark.parametrize("raw", ["色调艳丽，过曝", "caf\u00e9", "a cat 😀", "&ldquo;a&rdquo;", "&amp;amp;amp;", "a\x1b[31mb", "\x0b"])
+def test_what_ftfy_may_change_is_refused_without_it(monkeypatch, raw):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(UserError, match="pip install ftfy"):
+        clean_prompt(raw)
+
+
+@pytest.mark.peer
+def test_cleaning_equals_diffusers_on_random_text():
+    """Three kinds of text: anything in Unicode, anything in ASCII, and pieces that entities, mojibake and terminal colours are made of."""
+    pytest.importorskip("ftfy")
+    peer = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
+    draw = random.Random(0)
+    pieces = ["&amp;", "&lt;", "&", "amp;", "lt", ";", "&#39;", "&copy", "&ldquo;", "&EACUTE;", "<", ">", " ", "a", "\n", "\r\n",
+              "\x1b[36m", "\x0b", "\x1c", "é", "Ã©", "“", "，", "　"]
+    planes = [range(0x80), range(0x3000), range(0xD800), range(0xE000, 0x1FFFF)]
+    any_character = lambda: chr(draw.choice(draw.choice(planes)))
+    for i in range(3000):
+        make = [any_character, lambda: chr(draw.randrange(0x80)), lambda: draw.choice(pieces)][i % 3]
+        raw = "".join(make() for _ in range(draw.randrange(20)))
+        assert clean_prompt(raw) == peer(raw), repr(raw)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+CORPUS = ["a cat sits on a red chair", SENTENCE, "色调艳丽,过曝,静态,细节模糊不清,字幕",
+          "画面,静止,整体发灰,最差质量,低质量", "the quick brown fox jumps over the lazy dog, 123 & more!"] * 20
+PROMPTS = ["", "a cat", SENTENCE, "色调艳丽,过曝,静态", "a cat 😀 sits", "dog, 99!", "word " * 4999 + "word"]
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tmp_path_factory):
+    """A folder with spiece.model and tokenizer.json of the same tiny vocabulary, made by the packages themselves."""
+    sentencepiece, transformers = pytest.importorskip("sentencepiece"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "spiece"), vocab_size=150, hard_vocab_limit=False, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=2)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
+    transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:the prompt")
+def test_both_tokenizer_files_give_the_ids_of_transformers(tiny_tokenizer):
+    """Empty, Chinese, with emoji, of 5,000 words: the same ids by three routes, as the released programs ask for them."""
+    peer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tiny_tokenizer)
+    theirs = peer([clean_prompt(p) for p in PROMPTS], padding="longest", max_length=512, truncation=True, return_tensors="pt")
+    for file in ("tokenizer.json", "spiece.model"):
+        ids, mask = Tokenizer(tiny_tokenizer / file)([clean_prompt(p) for p in PROMPTS])
+        assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"])
+    assert mask.sum(1)[0] == 1 and mask.sum(1)[-1] == 512  # the empty prompt is one EOS; a long one is cut, and still ends in EOS
+    assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == 1).all() and not ids[mask == 0].any()
+
+
+@pytest.mark.peer
+def test_a_prompt_that_is_cut_brings_a_warning(tiny_tokenizer):
+    tokenizer = Tokenizer(tiny_tokenizer)
+    n = len(tokenizer.encode("cat " * 5000))
+    with pytest.warns(UserWarning, match=f"has {n} tokens: the text encoder reads the first 511"):
+        tokenizer(["cat " * 5000])
+    fits = Tokenizer(tiny_tokenizer, length=n + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fits(["cat " * 5000])[0].shape == (1, n + 1)  # EOS is the last one
+
+
+@pytest.mark.peer
+def test_settings_of_the_tokenizer_file_do_not_matter(tiny_tokenizer, tmp_path):
+    """Some files come with truncation and padding switched on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=600)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert torch.equal(Tokenizer(tmp_path)([SENTENCE])[0], Tokenizer(tiny_tokenizer)([SENTENCE])[0])
+
+
+@pytest.mark.peer
+def test_the_file_is_chosen_by_the_package_that_is_there(tiny_tokenizer, monkeypatch):
+    expected = Tokenizer(tiny_tokenizer)([SENTENCE])[0]
+    for package in ("tokenizers", "sentencepiece"):
+        with monkeypatch.context() as m:
+            m.setitem(sys.modules, package, None)
+            assert torch.equal(Tokenizer(tiny_tokenizer)([SENTENCE])[0], expected)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
+def test_a_damaged_tokenizer_is_told(tiny_tokenizer, tmp_path, file):
+    content = (tiny_tokenizer / file).read_bytes()
+    for damaged in (b"", content[: len(content) // 2]):
+        (tmp_path / file).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{file} cannot be read as a tokenizer"):
+            Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file, package", {"tokenizer.json": "tokenizers", "spiece.model": "sentencepiece"}.items())
+def test_a_missing_package_is_named(tmp_path, monkeypatch, file, package):
+    (tmp_path / file).touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        Tokenizer(tmp_path)
+
+
+def test_a_missing_tokenizer_is_told(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match="holds no tokenizer.json and no spiece.model"):
+            Tokenizer(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- umT5
+
+
+@torch.inference_mode()
+def test_umt5_equals_reference():
+    weights, tensors, notes = reference("umt5_tiny")
+    net = UMT5.from_state_dict(weights)
+    ids, mask = tensors["in/ids"], tensors["in/mask"]
+    assert mask.sum(1).tolist() == notes["lens"]
+    assert (net(ids, mask) - tensors["out"]).abs().max() < 1e-5  # rows past the mask are zeros in both
+
+
+def test_position_buckets_equal_reference():
+    assert torch.equal(encoders.position_buckets(256), reference("umt5_tiny")[1]["bucket_256"].long())
+    buckets = encoders.position_buckets(512)
+    assert buckets.min() == 0 and buckets.max() == 31 and (buckets[0, 128:] == 31).all() and (buckets[128:, 0] == 15).all()
+
+
+@torch.inference_mode()
+def test_the_result_does_not_depend_on_padding_or_batch():
+    """So a prompt is encoded at its exact length and zeros are put behind it."""
+    weights, tensors, _ = reference("umt5_tiny")
+    net, (ids, mask) = UMT5.from_state_dict(weights), (tensors["in/ids"], tensors["in/mask"])
+    batch = net(ids, mask)
+    for row, n in enumerate(mask.sum(1)):
+        alone = net(ids[row : row + 1, :n], mask[row : row + 1, :n])
+        assert (alone[0] - batch[row, :n]).abs().max() < 1e-5
+        assert not batch[row, n:].any()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("embedding", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]])
+def test_umt5_takes_transformers_names(embedding):
+    weights, tensors, notes = reference("umt5_tiny")
+    theirs = in_transformers_names(weights, notes["official_to_transformers"])
+    table = theirs.pop("shared.weight")
+    theirs |= {f"{name}.weight": table for name in embedding}
+    a, b = UMT5.from_state_dict(weights), UMT5.from_state_dict(theirs)
+    assert torch.equal(a(tensors["in/ids"], tensors["in/mask"]), b(tensors["in/ids"], tensors["in/mask"]))
+
+
+def test_umt5_xxl_has_the_published_size():
+    with torch.device("meta"):
+        net = UMT5()
+    assert sum(p.numel() for p in net.parameters()) == 5_680_910_336 and len(net.state_dict()) == 242
+
+
+@torch.inference_mode()
+def test_umt5_loads_every_layout(tmp_path):
+    """The original .pth, one file, a folder, and a folder of shards: the same bf16 network, on whose weights nothing is trained."""
+    weights, tensors, notes = reference("umt5_tiny")
+    weights = {k: v.bfloat16() for k, v in weights.items()}
+    theirs = in_transformers_names(weights, notes["official_to_transformers"])
+    torch.save(weights, tmp_path / "models_t5.pth")
+    save_file(weights, tmp_path / "t5.safetensors")
+    paths = [tmp_path / "models_t5.pth", tmp_path / "t5.safetensors", write_folder(tmp_path / "one" / "text_encoder", theirs),
+             write_folder(tmp_path / "many" / "text_encoder", theirs, shards=3)]
+    expected = UMT5.from_state_dict(weights, dtype=torch.bfloat16)(tensors["in/ids"], tensors["in/mask"])
+    for path in paths:
+        net = UMT5.load(path)
+        assert not net.training and {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.bfloat16, False)}
+        assert torch.equal(net(tensors["in/ids"], tensors["in/mask"]), expected), path
+    rounded = (expected - tensors["out"]).norm() / tensors["out"].norm()
+    assert 1e-4 < rounded < 0.03  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("change, sentence", {
+    "missing": r"1 missing \(first: blocks.1.attn.o.weight\)", "extra": r"1 unexpected \(first: lm_head.weight\)",
+    "shape": r"blocks.2.ffn.fc2.weight has shape \[64, 95\]", "other": "not the weights of a umT5 encoder", "heads": "4 heads, not 8"}.items())
+def test_wrong_umt5_weights_are_refused(change, sentence):
+    weights, _, _ = reference("umt5_tiny")
+    heads = None
+    if change == "missing":
+        del weights["blocks.1.attn.o.weight"]
+    elif change == "extra":
+        weights["lm_head.weight"] = torch.zeros(2, 2)
+    elif change == "shape":
+        weights["blocks.2.ffn.fc2.weight"] = torch.zeros(64, 95)
+    elif change == "other":
+        weights = reference("clip_vit_tiny")[0]
+    else:
+        heads = 8
+    with pytest.raises(UserError, match=sentence):
+        UMT5.from_state_dict(weights, heads=heads)
+
+
+@pytest.mark.peer
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype, tolerance", {torch.float32: 1e-5, torch.bfloat16: 0.03}.items())
+def test_umt5_equals_transformers(tmp_path, dtype, tolerance):
+    """The same random weights, written by transformers and read by `UMT5.load`; and what we hold loads there strictly."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.UMT5Config(vocab_size=100, d_model=32, d_kv=6, num_heads=4, d_ff=48, num_layers=3, feed_forward_proj="gated-gelu")
+    peer = transformers.UMT5EncoderModel(config).eval()
+    for p in peer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    peer = peer.to(dtype)
+    peer.save_pretrained(tmp_path / "text_encoder")
+    net = UMT5.load(tmp_path / "text_encoder", dtype)
+    ids, mask = torch.randint(2, 100, (2, 150)), torch.ones(2, 150, dtype=torch.long)
+    mask[1, 40:] = 0
+    theirs = peer(ids, mask).last_hidden_state * mask[..., None]
+    ours = net(ids, mask)
+    assert ours.dtype == dtype and (ours - theirs).norm() / theirs.norm() < tolerance
+    exported = in_transformers_names(net.state_dict(), reference("umt5_tiny")[2]["official_to_transformers"])
+    exported["encoder.embed_tokens.weight"] = exported["shared.weight"]
+    peer.load_state_dict(exported, strict=True)
+
+
+# ------------------------------------------------------------------------------------------------- prompts to contexts
+
+
+class LetterTokenizer:
+    """Stands in where no tokenizer library is installed: a token per character."""
+
+    def __init__(self, path, length):
+        self.length = length
+
+    def __call__(self, prompts):
+        (prompt,) = prompts
+        ids = torch.tensor([[2 + ord(c) % 500 for c in prompt][: self.length - 1] + [1]])
+        return ids, torch.ones_like(ids)
+
+
+@pytest.fixture
+def text_files(tmp_path, monkeypatch):
+    """(encoder file, tokenizer folder) with the reference's tiny umT5."""
+    weights, _, _ = reference("umt5_tiny")
+    torch.save(weights, tmp_path / "models_t5.pth")
+    (tmp_path / "tokenizer").mkdir()
+    monkeypatch.setattr(encoders, "Tokenizer", LetterTokenizer)
+    return tmp_path / "models_t5.pth", tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """A list that grows with every umT5 that is loaded."""
+    calls, load = [], UMT5.load
+    monkeypatch.setattr(UMT5, "load", lambda *args: calls.append(args) or load(*args))
+    return calls
+
+
+def test_context_is_trimmed_to_the_longest_prompt_with_zeros_past_the_others(text_files):
+    text = WanText(*text_files, dtype=torch.float32, text_dim=64)
+    context = text(["a cat", "", "  a  large\nred circle "])
+    assert context.shape == (3, len("a large red circle") + 1, text.text_dim) and context.dtype == torch.float32
+    assert [(row.abs().sum(-1) > 0).sum().item() for row in context] == [6, 1, 19]
+    net = UMT5.load(text_files[0], torch.float32)
+    ids, mask = LetterTokenizer(None, 512)(["a cat"])
+    assert torch.equal(context[0, :6], net(ids, mask)[0])
+    assert text(["x" * 600]).shape == (1, text.text_len, 64)
+
+
+def test_a_prompt_is_encoded_once_and_alone(text_files, loads):
+    """All new prompts of a call share one load; the same prompt, also differently spaced, needs none; the company changes nothing."""
+    text = WanText(*text_files, text_dim=64)
+    context = text(["a cat", "a dog", "a cat"])
+    assert len(loads) == 1 and torch.equal(context[0], context[2])
+    assert text.uncached(["a dog", "a  cat", "a cow", " a cow"]) == ["a cow"]
+    assert torch.equal(text([" a  cat"]), context[:1]) and len(loads) == 1
+    assert text(["&ampampamp"]).shape[1] == len("&amp") + 1 and len(loads) == 2  # cleaned once: no further
+    assert torch.equal(WanText(*text_files, text_dim=64)(["a cat"]), context[:1]) and len(loads) == 3
+
+
+def test_the_encoder_is_freed_after_the_call(text_files, monkeypatch):
+    nets, load = [], UMT5.load
+    monkeypatch.setattr(UMT5, "load", lambda *args: nets.append(weakref.ref(net := load(*args))) or net)
+    text = WanText(*text_files, text_dim=64)
+    text(["a cat"])
+    assert len(nets) == 1 and nets[0]() is None
+
+
+def test_with_a_cache_later_runs_need_no_encoder_and_no_tokenizer(text_files, loads, tmp_path):
+    cache = tmp_path / "new folder" / "prompts.safetensors"
+    prompts = ["a cat", "123", "null", '{"a": 1}']  # text that looks like JSON stays text
+    context = WanText(*text_files, cache=cache, text_dim=64)(prompts)
+    text = WanText(None, tmp_path / "nowhere", cache=cache, text_dim=64)
+    assert text.uncached(prompts) == [] and torch.equal(text(prompts), context) and len(loads) == 1
+    with pytest.raises(UserError, match="'a dog' is not in .*prompts.safetensors.* text encoder .none given. and the tokenizer .*nowhere"):
+        text(["a cat", "a dog"])
+
+
+def test_the_cache_grows_and_keeps_what_others_wrote(text_files, loads, tmp_path):
+    first, second = (WanText(*text_files, cache=tmp_path / "prompts.safetensors", text_dim=64) for _ in range(2))
+    first(["a cat"])
+    second(["a dog"])  # opened before the cat was written
+    third = WanText(None, None, cache=tmp_path / "prompts.safetensors", text_dim=64)
+    assert torch.equal(third(["a cat", "a dog"]), WanText(*text_files, text_dim=64)(["a cat", "a dog"]))
+
+
+def test_an_interrupted_write_leaves_the_old_cache(text_files, tmp_path, monkeypatch):
+    text = WanText(*text_files, cache=tmp_path / "prompts.safetensors", text_dim=64)
+    text(["a cat"])
+    before = (tmp_path / "prompts.safetensors").read_bytes()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.os.replace", full_disk)
+    with pytest.raises(OSError):
+        text(["a dog"])
+    assert (tmp_path / "prompts.safetensors").read_bytes() == before
+
+
+def test_a_cache_that_is_none_is_refused_and_kept(text_files, tmp_path):
+    """Damaged, another kind of file, another encoder's, or without the right ending: one sentence, before any work."""
+    WanText(*text_files, cache=tmp_path / "good.safetensors", text_dim=64)(["a cat"])
+    good = (tmp_path / "good.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(good[:-100])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    save_file({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    for file in ("cut", "empty", "weights"):
+        before = (tmp_path / f"{file}.safetensors").read_bytes()
+        with pytest.raises(UserError, match="damaged or no text cache"):
+            WanText(*text_files, cache=tmp_path / f"{file}.safetensors", text_dim=64)
+        assert (tmp_path / f"{file}.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="width 64, but this model reads 4096"):
+        WanText(*text_files, cache=tmp_path / "good.safetensors")
+    with pytest.raises(UserError, match="must have a name that ends in .safetensors"):
+        WanText(*text_files, cache=tmp_path / "prompts.pt")
+
+
+def test_parts_that_do_not_belong_together_are_refused(text_files, monkeypatch):
+    with pytest.raises(UserError, match="makes states of width 64, but this model reads 4096"):
+        WanText(*text_files)(["a cat"])
+    monkeypatch.setattr(LetterTokenizer, "__call__", lambda self, prompts: (torch.tensor([[512, 1]]), torch.ones(1, 2)))
+    with pytest.raises(UserError, match="has more tokens than the 512"):
+        WanText(*text_files, text_dim=64)(["a cat"])
+
+
+# --------------------------------------------------------------------------------------------------------- CLIP vision
+
+
+def clip_reference():
+    """As `reference`, with what the cut leaves out because it must not matter: last block, post_norm, head and text tower, all noise."""
+    weights, tensors, notes = reference("clip_vit_tiny")
+    noise = {k.replace(".2.", ".3.", 1): torch.randn_like(v) for k, v in weights.items() if ".transformer.2." in k}
+    noise |= {"visual.post_norm.weight": torch.randn(64), "visual.post_norm.bias": torch.randn(64), "visual.head": torch.randn(64, 32)}
+    return noise | weights, tensors, notes
+
+
+@torch.inference_mode()
+def test_clip_equals_reference():
+    weights, tensors, notes = clip_reference()
+    net = CLIPVision.from_state_dict({**weights, "textual.token_embedding.weight": torch.zeros(3, 3), "log_scale": torch.zeros(())}, heads=4)
+    assert len(net.transformer) == notes["config"]["num_layers"] - 1 and net.image_size == notes["config"]["image_size"]
+    pixels = clip_pixels(tensors["in/image"], "wan", net.image_size)
+    assert (pixels - tensors["act/pixel_values"]).abs().max() < 1e-5
+    assert (net(tensors["act/pixel_values"]) - tensors["out"]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_clip_loads_every_layout(tmp_path, prefix):
+    """The original file with its text tower, and a transformers folder, in one file or in shards; heads from config.json there."""
+    weights, tensors, notes = clip_reference()
+    theirs = in_transformers_names(weights, notes["official_to_transformers"], prefix)
+    theirs["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # a buffer that old exports contain
+    torch.save({**weights, "textual.token_embedding.weight": torch.zeros(3, 3)}, tmp_path / "clip.pth")
+    expected = CLIPVision.from_state_dict(weights, heads=4)(tensors["act/pixel_values"])
+    for shards in (1, 4):
+        folder = write_folder(tmp_path / str(shards), theirs, shards, num_attention_heads=4, hidden_act="gelu")
+        assert torch.equal(CLIPVision.load(folder)(tensors["act/pixel_values"]), expected)
+    half = CLIPVision.load(folder, torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    rounded = (half(tensors["act/pixel_values"].bfloat16()) - expected).norm() / expected.norm()
+    assert 1e-4 < rounded < 0.03
+    with pytest.raises(UserError, match="heads="):  # width 64 is no multiple of 80, and a .pth has no config
+        CLIPVision.load(tmp_path / "clip.pth")
+
+
+def test_vit_h_has_the_published_size():
+    """Ours is the published tower without last block, post_norm and head."""
+    with torch.device("meta"):
+        net = CLIPVision()
+        rest = [*net.transformer[0].parameters(), torch.empty(1280), torch.empty(1280), torch.empty(1280, 1024)]
+    parameters = [*net.parameters(), *rest]
+    assert sum(p.numel() for p in parameters) == 632_076_800 and len(parameters) == 392
+
+
+@pytest.mark.parametrize("change, sentence", {
+    "missing": r"1 missing \(first: transformer.1.attn.proj.bias\)", "extra": r"1 unexpected \(first: pre_norm.gain\)",
+    "q": r"unexpected \(first: transformer.0.attn.q_proj.weight\)", "other": "not the weights of a CLIP vision tower"}.items())
+def test_wrong_clip_weights_are_refused(change, sentence):
+    weights, _, notes = clip_reference()
+    if change == "missing":
+        del weights["visual.transformer.1.attn.proj.bias"]
+    elif change == "extra":
+        weights["visual.pre_norm.gain"] = torch.zeros(1)
+    elif change == "q":  # one of the three matrices that become one is missing
+        weights = in_transformers_names(weights, notes["official_to_transformers"])
+        del weights["encoder.layers.0.self_attn.k_proj.weight"]
+    else:  # of another network, one that also has a patch embedding
+        weights = {"patch_embedding.weight": torch.zeros(4, 4, 1, 2, 2), "blocks.0.modulation": torch.zeros(1, 6, 4)}
+    with pytest.raises(UserError, match=sentence):
+        CLIPVision.from_state_dict(weights, heads=4)
+
+
+def test_other_activations_are_refused(tmp_path):
+    """OpenAI's CLIP has the same names, but a faster GELU: the numbers would be wrong in silence."""
+    folder = write_folder(tmp_path, {}, hidden_act="quick_gelu")
+    with pytest.raises(UserError, match="quick_gelu"):
+        CLIPVision.load(folder)
+
+
+def test_the_rules_of_preprocessing_differ_in_aspect_and_crop():
+    """A wide picture, dark left half, bright right half: "wan" squeezes it, so the edge stays in the middle; "dc" cuts its sides off.
+    A bright strip at the far left is visible in the squeezed picture only."""
+    image = torch.full((1, 3, 100, 300), -1.0)
+    image[..., 150:] = 1
+    image[..., :20] = 1
+    wan, dc = (clip_pixels(image, rule, 48) for rule in ("wan", "dc"))
+    assert wan.shape == dc.shape == (1, 3, 48, 48)
+    assert (wan[..., 0] > 0).all() and (dc[..., 0] < 0).all() and (dc[..., -1] > 0).all()
+    lowest, highest = ((torch.tensor([v] * 3) - torch.tensor(encoders.CLIP_MEAN)) / torch.tensor(encoders.CLIP_STD) for v in (0.0, 1.0))
+    assert torch.allclose(dc[0, :, 24, 5], lowest, atol=1e-5) and torch.allclose(dc[0, :, 24, -5], highest, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("size", [(300, 517), (513, 224), (97, 98), (224, 224), (704, 1280)])
+def test_the_dc_rule_is_that_of_transformers_image_processor(size):
+    """To rounding: resize on 8-bit pixels, odd rests of the crop included. It is also what diffusers' image-to-video pipeline does."""
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = transformers.CLIPImageProcessor()(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    ours = clip_pixels(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1, "dc")
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.peer
+@torch.inference_mode()
+def test_clip_equals_transformers(tmp_path):
+    """The same random weights, written by transformers and read by `CLIPVision.load`: ours is hidden_states[-2]. What we hold loads there."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(hidden_size=160, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=56,
+                                           patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5, projection_dim=8)
+    peer = transformers.CLIPVisionModel(config).eval()
+    for p in peer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    peer.save_pretrained(tmp_path / "image_encoder")
+    net = CLIPVision.load(tmp_path / "image_encoder")
+    pixels = torch.randn(2, 3, 56, 56)
+    theirs = peer(pixels, output_hidden_states=True).hidden_states[-2]
+    assert (net(pixels) - theirs).abs().max() < 1e-5
+    names = reference("clip_vit_tiny")[2]["official_to_transformers"]
+    exported = in_transformers_names({f"visual.{k}": v for k, v in net.state_dict().items()}, names)
+    missing, unexpected = peer.load_state_dict(exported, strict=False)
+    assert not unexpected and all(name.startswith(("encoder.layers.2.", "post_layernorm.")) for name in missing)
+
+
+def test_the_image_encoder_is_loaded_used_and_freed(tmp_path, monkeypatch):
+    weights, tensors, notes = clip_reference()
+    folder = write_folder(tmp_path / "image_encoder", in_transformers_names(weights, notes["official_to_transformers"], "vision_model."),
+                          num_attention_heads=4)
+    nets, load = [], CLIPVision.load
+    monkeypatch.setattr(CLIPVision, "load", lambda *args: nets.append(weakref.ref(net := load(*args))) or net)
+    image = WanImage(folder)
+    tokens = image(tensors["in/image"])
+    assert (tokens - tensors["out"]).abs().max() < 1e-5 and tokens.dtype == torch.float32
+    assert len(nets) == 1 and nets[0]() is None
+    for path, said in ((tmp_path / "nowhere", "nowhere"), (None, "none given")):
+        with pytest.raises(UserError, match=f"the image encoder .*{said}.* is missing"):
+            WanImage(path)(tensors["in/image"])
+
+
+# ------------------------------------------------------------------------------------------------------------------ toy
 
 @pytest.fixture
 def text():

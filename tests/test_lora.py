@@ -11,8 +11,9 @@ from torch import nn
 
 import dit
 import lora
-from checkpoint import UserError, to_diffusers
+from checkpoint import UserError
 from conftest import golden
+from wan_weights import to_diffusers
 
 TINY = dit.Config(dim=32, ffn_dim=48, heads=2, layers=2, in_channels=12, out_channels=4, patch=(1, 1, 1),
                   text_dim=16, text_len=6, image_dim=10)
@@ -318,6 +319,24 @@ def test_an_adapter_of_the_base_fits_the_deep_latent_space_except_at_its_two_end
     assert result.applied == ["blocks.0.modulation", "patch_embedding.bias"]
     assert result.skipped == [f"{k}.weight (made for another latent space)" for k in ("head.head", "patch_embedding")]
     torch.testing.assert_close(net.blocks[0].modulation, tiny().blocks[0].modulation + 1)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_a_file_for_both_experts_of_wan_2_2(tmp_path, expert):
+    """`transformer.` is the high-noise expert, `transformer_2.` the low-noise one, each with its own alpha; a net of neither kind refuses."""
+    q = "blocks.0.attn1.to_q"
+    deltas = {"high": 2 * one(tmp_path / "high.safetensors", f"transformer.{q}"), "low": 3 * one(tmp_path / "low.safetensors", f"transformer_2.{q}", rank=2)}
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer_2.r": 2, "transformer_2.lora_alpha": 6}
+    save_file(load_file(tmp_path / "high.safetensors") | load_file(tmp_path / "low.safetensors"), tmp_path / "both.safetensors",
+              {"lora_adapter_metadata": json.dumps(settings)})
+    net = tiny()
+    result = lora.load(net, tmp_path / "both.safetensors", expert=expert)
+    assert result == (["blocks.0.self_attn.q.weight"], [])
+    torch.testing.assert_close(net.blocks[0].self_attn.q.weight, tiny().blocks[0].self_attn.q.weight + deltas[expert], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="both.safetensors holds adapters for the two transformers of Wan 2.2"):
+        lora.load(tiny(), tmp_path / "both.safetensors")
+    for file in ("high", "low"):                                          # one part fits either
+        assert lora.load(tiny(), tmp_path / f"{file}.safetensors", expert=expert).applied
 
 
 @pytest.mark.parametrize("format", ["peft", "comfyui", "kohya"])

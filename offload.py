@@ -1,0 +1,103 @@
+"""Networks larger than the GPU: blocks stay in host memory and pass through two buffers on the device.
+
+A transformer of 14B parameters takes 28 GB in bf16, but at any moment it computes with one block of 0.7 GB. So the blocks
+wait in (pinned) host memory, and while the device computes block i in one buffer, a second CUDA stream copies block i + 1
+into the other:
+
+    copy      | 0 |  1  |  2  |  3  | ...           into buffers A, B, A, B, ...
+    compute       |  0  |  1  |  2  | ...           from buffers A, B, A, B, ...
+
+PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer than that (in bf16 on an H100
+from about 17,600 tokens: 23 ms) the copies cost nothing; else the copies set the pace. Results are the same bits as with resident blocks.
+
+On the CPU the same code runs without streams or overlap: no use, but testable.
+"""
+import copy
+from math import prod
+
+import torch
+from torch import nn
+
+ALIGNMENT = 256  # bytes; where parameters begin in a buffer
+CHUNK = 16 * 2**20  # pinned memory comes in powers of two: a block in one piece would waste up to half
+
+
+class StreamedBlocks(nn.Module):
+    """Stands in for an nn.ModuleList of equally shaped blocks that is only ever iterated, without gradients.
+
+    for block in streamed: x = block(x)
+
+    Each block is yielded on the device, and is valid until the next one is asked for. The blocks given are emptied one by
+    one, so that host memory holds them once.
+    """
+
+    def __init__(self, blocks, device):
+        super().__init__()
+        self.device, self.cuda = torch.device(device), torch.device(device).type == "cuda"
+        self.layout, end = [], 0  # name, first byte, shape, dtype: equal in all blocks
+        for name, p in blocks[0].state_dict().items():
+            self.layout.append((name, end, p.shape, p.dtype))
+            end += -(-prod(p.shape) * p.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        empty = copy.deepcopy(blocks[0]).to("meta").requires_grad_(False)
+        self.host = [self.pack(block, end) for block in blocks]  # of each block, its bytes in chunks
+        self.buffers = [torch.empty(end, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.shells = [self.unpack(buffer, copy.deepcopy(empty)) for buffer in self.buffers]  # blocks whose parameters lie in a buffer
+        self.holds = [None, None]  # the block in each buffer
+        if self.cuda:
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the buffers' memory may still be read by earlier work
+            for buffer in self.buffers:
+                buffer.record_stream(self.stream)  # and must not be given away while a copy is on its way
+            self.copied, self.computed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+
+    def pack(self, block, size):
+        """A block -> its bytes, in pinned chunks when they go to a GPU. The block is empty afterwards."""
+        tensors, flat = block.state_dict(), torch.empty(size, dtype=torch.uint8)
+        if [(name, p.shape, p.dtype) for name, p in tensors.items()] != [(name, shape, dtype) for name, _, shape, dtype in self.layout]:
+            raise ValueError("only blocks of equal shapes and types can be streamed (merge LoRA adapters first).")
+        for name, start, shape, dtype in self.layout:
+            self.view(flat, start, shape, dtype).copy_(tensors[name])
+        block.to("meta")
+        return [chunk.pin_memory() if self.cuda else chunk for chunk in flat.split(CHUNK)]
+
+    def unpack(self, buffer, block):
+        """Let the parameters of `block` be views of a buffer."""
+        block.load_state_dict({name: self.view(buffer, *where) for name, *where in self.layout}, assign=True)
+        return block.eval()
+
+    @staticmethod
+    def view(flat, start, shape, dtype):
+        return flat[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __iter__(self):
+        n = len(self)
+        slot = self.fetch(0, 0)
+        for i in range(n):
+            if self.cuda:
+                torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
+            following = self.fetch((i + 1) % n, 1 - slot)  # after the last block the first, for the next pass
+            yield self.shells[slot]
+            if self.cuda:
+                self.computed[slot].record(torch.cuda.current_stream(self.device))
+            slot = following
+
+    def fetch(self, i, slot):
+        """Have block i copied, into buffer `slot` unless a buffer already holds it -> the buffer."""
+        if i in self.holds:
+            return self.holds.index(i)
+        self.holds[slot] = i
+        if not self.cuda:
+            self.transfer(i, slot)
+            return slot
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.computed[slot])  # what used the buffer last; an event never recorded does not wait
+            self.transfer(i, slot)
+            self.copied[slot].record()
+        return slot
+
+    def transfer(self, i, slot):
+        for part, chunk in zip(self.buffers[slot].split(CHUNK), self.host[i]):
+            part.copy_(chunk, non_blocking=True)

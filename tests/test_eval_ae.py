@@ -1,0 +1,99 @@
+"""Files through an autoencoder: what is written is what the autoencoder gives, the table is that of `metrics`, and a stream needs no more memory
+the longer it gets."""
+import json
+
+import pytest
+import torch
+
+import ae
+import data
+import eval_ae
+import metrics
+import wan_vae
+from checkpoint import UserError
+from conftest import ROOT
+
+
+@pytest.fixture
+def weights(tmp_path):
+    ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 4, chunk=8)), tmp_path / "w.safetensors")
+    return str(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name, height, width, fps", [("bunny", 180, 320, 25), ("city", 144, 256, 12.5)])
+def test_reconstruct_real_footage(tmp_path, weights, capsys, name, height, width, fps):
+    source, base = ROOT / "assets" / f"{name}.mp4", tmp_path / "out" / f"{name}_reconstruction"
+    ae.main(["reconstruct", str(source), "--weights", weights, "--out", str(tmp_path / "out"), "--frames", "13", "--device", "cpu"])
+    video = data.read_clip(f"{base}.mp4")
+    assert video.shape == (3, 13, height, 2 * width) and data.clip_info(f"{base}.mp4").fps == fps
+
+    x = data.read_clip(source, frames=13)[None]
+    with torch.no_grad():
+        y = ae.load(weights)(x)
+    result = json.loads(base.with_suffix(".json").read_text())
+    assert result["frames"] == 13 and result["latent"] == [4, 4, height // 4, width // 4] and result["compression"] == 48
+    assert abs(result["psnr"] - metrics.psnr(y, x)) < 0.01 and abs(result["ssim"] - metrics.ssim(y, x)) < 1e-3
+    assert metrics.psnr(video[None, ..., :width], x) > 35  # the left half is the original
+    assert base.with_suffix(".png").stat().st_size > 10_000
+    assert f"PSNR    {result['psnr']:.2f} dB" in capsys.readouterr().out
+
+
+def test_reconstruct_any_size_and_compat(tmp_path, weights):
+    args = ["reconstruct", str(ROOT / "assets" / "city.mp4"), "--weights", weights, "--out", str(tmp_path / "out"), "--size", "37x51"]
+    base = tmp_path / "out" / "city_reconstruction"
+    ae.main([*args, "--frames", "1"])
+    result = json.loads(base.with_suffix(".json").read_text())
+    assert (result["height"], result["width"], result["frames"], result["latent"]) == (37, 51, 1, [4, 2, 10, 13])
+    base.with_suffix(".mp4").unlink()
+    with pytest.raises(UserError, match="leave --compat off"):
+        ae.main([*args, "--frames", "10", "--compat"])
+    assert not base.with_suffix(".mp4").exists()
+    ae.main([*args[:-1], "40x48", "--frames", "12", "--compat"])
+    assert json.loads(base.with_suffix(".json").read_text())["latent"] == [4, 3, 10, 12]
+
+
+def test_nan_weights_write_no_black_video(tmp_path, weights):
+    net = ae.load(weights)
+    torch.nn.init.constant_(net.decoder.project_in.conv.weight, float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        eval_ae.reconstruct(net, ROOT / "assets" / "city.mp4", tmp_path / "out", frames=8)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- table and stream
+
+
+def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatch, capsys):
+    """Both kinds of file; PSNR is that of the model on the clips that are held out; what is missing is said."""
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("bunny", "films"), ("city", "films/val")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / f"{name}.mp4").symlink_to(ROOT / "assets" / f"{name}.mp4")
+    monkeypatch.setattr(metrics, "colour_fields", lambda: torch.zeros(1, 3, 8, 32, 32))
+    evaluate = metrics.evaluate
+    monkeypatch.setattr(metrics, "evaluate", lambda *args: evaluate(*args, optional=()))  # no networks
+    ae.main(["eval", weights, "--data", "films", "--clips", "2", "--frames", "8", "--size", "64x64", "--results", "r.json", "--device", "cpu"])
+    result = json.loads((tmp_path / "r.json").read_text())["results"]["w"]
+    held_out = torch.stack(eval_ae.clips.validation("films", 8, (64, 64), 2))
+    net = ae.load(weights)
+    with torch.no_grad():
+        assert result["mean"]["psnr"] == pytest.approx(metrics.psnr(net(held_out), held_out), abs=1e-3)
+        assert result["latent"]["rms"] == pytest.approx(net.encode(held_out).square().mean().sqrt().item(), rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "| w |" in printed and "PSNR dB" in printed and "flicker latent frame" in printed and "inverse_rms" in printed
+
+
+def test_any_autoencoder_is_loaded(tmp_path, weights, monkeypatch):
+    assert isinstance(eval_ae.load(weights), ae.DCAEV)
+    monkeypatch.setattr(wan_vae, "load", lambda path: f"Wan VAE of {path}")
+    assert eval_ae.load(tmp_path / "folder") == f"Wan VAE of {tmp_path / 'folder'}"
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="none.pt does not exist"):
+        eval_ae.load(tmp_path / "none.pt")
+
+
+def test_a_stream_is_the_whole_clip_and_holds_nothing(weights):
+    """A film of 64 frames, played twice and a bit: the first 24 frames are those of one call, and every frame comes out."""
+    result = eval_ae.stream(ae.load(weights), ROOT / "assets" / "bunny.mp4", 150, (32, 32), check=24)
+    assert result["frames"] >= 150 and result["error_frames"] == 24 and result["error"] < 5e-5
+    assert len(result["rss_mib"]) == 19 and result["rss_mib"][-1][0] == 150 and result["rss_mib"][0][1] > 50

@@ -1,0 +1,292 @@
+"""The training programme: phases train what they say, an inflated image autoencoder is the image autoencoder, a killed run is not lost."""
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ae
+import checkpoint
+import data
+import losses
+import train
+import train_ae
+from checkpoint import UserError
+from chunk_causal import ISOLATED
+
+TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4)
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
+
+
+def tiny(seed=0, config=TINY):
+    torch.manual_seed(seed)
+    return ae.DCAEV(config)
+
+
+# ---------------------------------------------------------------------------------------------------- phases
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder of three clips of the toy world, 24 frames of 48x48, and one held out."""
+    folder = tmp_path_factory.mktemp("films")
+    for i, name in enumerate(("a", "b", "c", "val/d")):
+        scene = data.random_scene(np.random.default_rng(i))
+        data.write_video(folder / f"{name}.mp4", data.to_tensor(data.render(scene, 24, 48)), fps=10)
+    return folder
+
+
+SHORT = dict(steps=2, batch=1, frames=16, size=(32, 32), ema=0.5, images=0.0)
+
+
+def run_programme(out, films, monkeypatch, phases=None, **changes):
+    monkeypatch.chdir(out.parent)  # where the index of clips goes
+    return train_ae.train_clips("tiny", films, out, workers=0, perceptual="random", phases=phases, changes={**SHORT, "disc_width": 8, **changes})
+
+
+def test_the_three_phases(tmp_path, films, monkeypatch):
+    """Each begins with the averaged weights of the one before and trains its own layers only; the latent scale is measured at the end."""
+    last = run_programme(tmp_path / "ae", films, monkeypatch)
+    folders = [tmp_path / "ae" / name for name in ("low", "high", "refine")]
+    assert last == folders[2] / "tiny.safetensors"
+    for folder in folders:
+        assert {"log.jsonl", "log.png", "sheet.png", "tiny.safetensors", "checkpoint-0000002.pt"} <= {p.name for p in folder.iterdir()}
+    low, high, refine = (ae.load(folder / "tiny.safetensors").state_dict() for folder in folders)
+    kernels = {k for k, v in low.items() if v.ndim == 5}
+    moved = lambda a, b: {k for k in kernels if not torch.equal(a[k], b[k])}
+    inner = r"encoder\.(stages\.[23]|project_out)|decoder\.(stages\.[23]|project_in)"
+    assert moved(low, high) == {k for k in kernels if re.match(inner, k)}
+    assert moved(high, refine) == {k for k in kernels if re.match(r"decoder\.(stages\.1|project_out)", k)}
+
+    logs = [train.read_log(folder)[-1] for folder in folders]
+    assert all({"psnr", "ssim", "latent_rms", "l1", "mse", "perceptual", "train_psnr"} <= log.keys() for log in logs)
+    assert {"adversarial", "lambda", "disc", "gradient_disc"} <= logs[2].keys() and "disc" not in logs[1]
+    metadata = checkpoint.load_tensors(last)[1]
+    assert metadata["training"]["perceptual_network"] == "random" and metadata["log"][-1]["step"] == 2
+    dataset = train_ae.clips.Clips(films, 16, (32, 32), "train", 0)
+    x = next(train_ae.clips.loader(dataset, 16, workers=0))
+    net = ae.load(last)
+    with torch.no_grad():
+        assert 0.8 < (net.config.scale * net.encode(x)).square().mean().sqrt() < 1.25
+
+
+def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
+    """Killed in the second step of the GAN phase: finished phases are not trained again, and the weights are those of the uninterrupted run, to the bit."""
+    whole = checkpoint.load_tensors(run_programme(tmp_path / "whole", films, monkeypatch, ("low", "refine"), images=0.5))[0]
+    hinge_d, calls = losses.hinge_d, []
+
+    def killed(*logits):
+        calls.append(logits)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return hinge_d(*logits)
+
+    monkeypatch.setattr(losses, "hinge_d", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5)
+    monkeypatch.setattr(losses, "hinge_d", hinge_d)
+    with pytest.raises(UserError, match="lr .* -> 0.5"):
+        run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5, lr=0.5)
+    resumed = checkpoint.load_tensors(run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5))[0]
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+
+
+def step(net, phase, x, number=0, disc=None, perceptual=None):
+    autocast = torch.autocast("cpu", enabled=False)
+    return list(train_ae.step_losses(net, phase, perceptual, disc, 0, autocast, x, number))
+
+
+PLAIN = train_ae.Phase("all", (32, 32), 16, 1, 1, 1e-3, "", images=0.0, perceptual=0.0)
+
+
+def test_a_step_of_stills_takes_each_frame_alone():
+    """As many frames as the clips have, each encoded and decoded as a clip of its own: the loss is that of the model on single images."""
+    net, x = tiny(), torch.rand(2, 3, 16, 32, 32) * 2 - 1
+    pictures = train_ae.stills(x, 4)
+    assert pictures.shape == (8, 3, 4, 32, 32) and torch.equal(pictures[1, :, 3], x[0, :, 5])
+    (name, loss, values), = step(net, train_ae.dataclasses.replace(PLAIN, images=1.0), x)
+    y = net.decoder(net.encoder(pictures, ISOLATED)[0], ISOLATED)[0]
+    assert name == "net" and torch.allclose(loss, (y - pictures).abs().mean())
+    share = [rng.random() < 0.2 for rng in (np.random.default_rng((0, n)) for n in range(500))]
+    assert 70 < sum(share) < 130
+
+
+def test_the_adversary_pulls_the_decoder_and_not_itself():
+    """The autoencoder's loss leaves no gradient in the discriminator, whose own loss leaves none in the autoencoder."""
+    net, disc, x = tiny(), losses.Discriminator(8, 3), torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    phase = train_ae.dataclasses.replace(PLAIN, adversarial=0.05)
+    steps = train_ae.step_losses(net, phase, None, disc, 0, torch.autocast("cpu", enabled=False), x, 0)
+    _, loss, values = next(steps)
+    assert torch.allclose(loss, values["l1"] + 0.05 * values["lambda"] * values["adversarial"]) and values["lambda"] > 0
+    loss.backward()
+    assert all(p.grad is None for p in disc.parameters()) and all(p.grad is not None for p in net.parameters())
+    before = [p.grad.clone() for p in net.parameters()]
+    name, loss, _ = next(steps)
+    loss.backward()
+    assert name == "disc" and all(p.grad.abs().sum() > 0 for p in disc.parameters() if p.ndim == 5)
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
+
+
+def test_recomputed_stages_give_the_same_gradients():
+    net, again, x = tiny(), tiny(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    train_ae.recompute_stages(again)
+    for n in (net, again):
+        step(n, PLAIN, x)[0][1].backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), again.parameters()))
+    assert net.state_dict().keys() == again.state_dict().keys()
+
+
+def test_latent_noise_spreads_by_a_share_of_the_rms():
+    z = 3 * torch.randn(4, 8, 4, 8, 8)
+    noise = train_ae.add_latent_noise(z, 0.1, seed=5) - z
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and torch.equal(train_ae.add_latent_noise(z, 0.1, 5) - z, noise)
+
+
+@pytest.mark.parametrize("frames", [8, 20])
+def test_clips_hold_two_chunks_or_more(tmp_path, films, monkeypatch, frames):
+    with pytest.raises(UserError, match=r"--frames must be a multiple of the chunk \(8\) and at least two chunks"):
+        run_programme(tmp_path / "ae", films, monkeypatch, frames=frames)
+
+
+@pytest.mark.parametrize("preset", [p for p in ae.PRESETS if not p.startswith("toy") and p != "tiny"])
+def test_every_phase_fits_every_preset(preset):
+    """Whole chunks, crops of whole latent cells, and layers to train."""
+    config = ae.PRESETS[preset]
+    with torch.device("meta"):
+        net = ae.DCAEV(config)
+    for phase in train_ae.programme(preset).values():
+        assert phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk and all(s % config.spatial_factor == 0 for s in phase.size)
+        assert sum(p.numel() for p in train_ae.part(net, phase.trained).parameters()) > 0
+    inner = sum(p.numel() for p in train_ae.part(net, "inner").parameters())
+    assert 0.2 < inner / sum(p.numel() for p in net.parameters()) < 0.9
+
+
+def test_one_clip_by_heart(tmp_path, monkeypatch):
+    """--overfit: every window of two chunks is drawn; the score is that of the whole clip, and rises."""
+    film = data.to_tensor(data.render(data.random_scene(np.random.default_rng(0)), 24, 32))
+    data.write_video(tmp_path / "film.mp4", film, fps=10)
+    monkeypatch.setattr(train_ae, "MEMORISE", train_ae.dataclasses.replace(train_ae.MEMORISE, size=(32, 32), batch=4, ema=0.0, warmup=5))
+    train_ae.main_train(["--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--length", "24", "--steps", "20", "--save-every", "10",
+                         "--out", str(tmp_path / "out")])
+    log = [line["psnr"] for line in train.read_log(tmp_path / "out") if "psnr" in line]
+    assert len(log) == 2 and log[0] < log[1]
+
+
+# ---------------------------------------------------------------------------------------------------- inflation
+
+
+def image_autoencoder(sd, n, x, patch):
+    """A 2-D DC-AE written down with plain torch: x [b, 3, h, w] -> (latent, reconstruction). Widths are constant; no temporal stage."""
+    conv = lambda x, name: F.conv2d(x, sd[f"{name}.weight"], sd.get(f"{name}.bias"), padding=1)
+    norm = lambda x, name: (x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * sd[f"{name}.weight"][:, None, None] + sd[f"{name}.bias"][:, None, None])
+    block = lambda x, name: x + norm(conv(F.silu(conv(x, f"{name}.main.conv1.conv")), f"{name}.main.conv2.conv"), f"{name}.main.conv2.norm")
+    x = F.pixel_unshuffle(conv(x, "encoder.project_in.conv.conv"), patch)
+    for i in range(1, n):
+        x = block(x, f"encoder.stages.{i}.op_list.0")
+        if i < n - 1:
+            x = F.pixel_unshuffle(conv(x, f"encoder.stages.{i}.op_list.1.main.conv.conv"), 2) + F.avg_pool2d(x, 2)
+    z = conv(x, "encoder.project_out.conv")
+    x = conv(z, "decoder.project_in.conv")
+    for i in range(n - 1, 0, -1):
+        if i < n - 1:
+            x = F.pixel_shuffle(conv(x, f"decoder.stages.{i}.op_list.0.main.conv.conv"), 2) + F.interpolate(x, scale_factor=2)
+        x = block(x, f"decoder.stages.{i}.op_list.{int(i < n)}")
+    x = F.silu(norm(x, "decoder.project_out.op_list.0"))
+    return z, F.pixel_shuffle(conv(x, "decoder.project_out.op_list.2.conv.conv"), patch)
+
+
+def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
+    """Synthetic 2-D weights, stated in a second way above: every frame of the clip gives the image's latent and reconstruction."""
+    config = ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 4, chunk=8)
+    net = tiny(config=config)
+    names = {k: v for k, v in net.state_dict().items() if not re.search(r"stages\.(4|3\.op_list\.1\.main\.conv\.conv)", k)
+             or k.startswith("decoder.stages.3.op_list.1")}
+    flat = {k: torch.randn(v.shape[:2] + v.shape[3:]) / (9 * v.shape[1]) ** 0.5 if v.ndim == 5 else torch.randn(v.shape) for k, v in names.items()
+            if not k.startswith("decoder.stages.3.op_list.0")}
+    said = train_ae.inflate(net, {**flat, "encoder.stages.3.op_list.0.attention.qkv.weight": torch.zeros(3, 3)})
+    assert said == f"inflated {len(flat)} of {len(net.state_dict())} tensors; 1 tensors of the image autoencoder had no place."
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z, y = image_autoencoder(flat, 4, x, 2)
+        clip = x[:, :, None].expand(-1, -1, 16, -1, -1)
+        latent = net.encode(clip)
+        assert torch.allclose(latent, z[:, :, None].expand_as(latent), atol=1e-5)
+        assert torch.allclose(net.decode(latent), y[:, :, None].expand(-1, -1, 16, -1, -1), atol=1e-4)
+        assert torch.allclose(net.decode_image(net.encode_image(x)), y, atol=1e-4)
+
+
+def test_an_image_model_of_other_widths_is_refused():
+    with pytest.raises(UserError, match="no tensor of the image autoencoder fits"):
+        train_ae.inflate(tiny(), {"encoder.project_in.conv.conv.weight": torch.zeros(5, 3, 3, 3)})
+
+
+# ---------------------------------------------------------------------------------------------------- the toy
+
+
+def run_toy(out, **changes):
+    return train_ae.train(**dict(preset="tiny", out=out, steps=4, batch=1, frames=16, lr=1e-3, save_every=2) | changes)
+
+
+def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    whole = checkpoint.load_tensors(run_toy(tmp_path / "whole"))[0]
+    toy_batch = data.toy_batch
+
+    def stop_at_the_fourth(seed, *args, **more):
+        if seed == (0, 3):
+            raise KeyboardInterrupt
+        return toy_batch(seed, *args, **more)
+
+    monkeypatch.setattr(data, "toy_batch", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "resumed")
+    monkeypatch.setattr(data, "toy_batch", toy_batch)
+    with pytest.raises(UserError, match="lr 0.001 -> 0.002"):
+        run_toy(tmp_path / "resumed", lr=2e-3)
+    resumed, metadata = checkpoint.load_tensors(run_toy(tmp_path / "resumed"))
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+    assert [r["step"] for r in metadata["log"]] == [2, 4] and metadata["training"]["steps"] == 4
+
+    net = ae.load(tmp_path / "resumed" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
+    z = net.config.scale * net.encode(data.toy_batch(1, 8, 16)[0])
+    assert 0.8 < z.square().mean().sqrt() < 1.25
+
+
+def test_growing_copies_the_shallow_blocks_and_trains_the_deep_ones(tmp_path, monkeypatch):
+    monkeypatch.setitem(ae.PRESETS, "deep", ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 8, chunk=8, patch=4))
+    teacher = tiny(3)
+    ae.save(teacher, tmp_path / "tiny.safetensors")
+
+    def grown(steps):
+        net = tiny(4, ae.PRESETS["deep"])
+        train_ae.grow(net, teacher, tmp_path / f"grow{steps}", steps, 4, 16, 16, 0.1, 0, torch.autocast("cpu", torch.bfloat16))
+        return net.state_dict()
+
+    start, end, theirs = grown(0), grown(4), teacher.state_dict()
+    # common: project_in, the blocks of stages 1 and 2 and what resamples between them; new: what lies below stage 2
+    common = [k for k in end if not re.search(r"encoder\.(stages\.2\.op_list\.1|stages\.[34]|project_out)"
+                                              r"|decoder\.(stages\.2\.op_list\.0|stages\.[34]|project_in)", k)]
+    assert 20 < len(common) < len(end) and all(torch.equal(end[k], start[k]) and torch.equal(end[k], theirs[k]) for k in common)
+    deep = [k for k in end if k not in common and end[k].ndim == 5]
+    assert deep and not any(torch.equal(end[k], start[k]) for k in deep)
+    assert grown(4).keys() == end.keys() and all(torch.equal(v, end[k]) for k, v in grown(4).items())  # done already: nothing is trained again
+    path = run_toy(tmp_path / "toy", preset="deep", grow_from=tmp_path / "tiny.safetensors", grow_steps=1, grow_clips=16, steps=1)
+    assert ae.load(path).config.latent_channels == 8
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--preset small needs --data with a folder of clips, or --overfit with one clip"):
+        ae.main(["train", "--preset", "small", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="does not exist"):
+        ae.main(["train", "--preset", "small", "--data", str(tmp_path / "none"), "--out", str(tmp_path)])
+    called = {}
+    monkeypatch.setattr(train_ae, "train", lambda preset, out, **more: called.update(preset=preset, out=out, **more))
+    ae.main(["train", "--preset", "toy", "--grow-from", "w", "--lr", "3e-4", "--steps", "600", "--out", "o"])  # as the README has it
+    assert called == dict(preset="toy", out="o", grow_from="w", grow_steps=2400, grow_clips=4096, lr=3e-4, steps=600, seed=0, save_every=200, bf16=True)

@@ -1,0 +1,191 @@
+"""One Wan transformer, many files: every published layout, read as one dict of tensors under their original names.
+
+The same weights are published in many spellings (spec wan 3). Values are identical, so changing layout is renaming; only two
+kinds of file also need arithmetic. `original` undoes all of it, tensor by tensor and not before a tensor is read:
+
+    original release   blocks.0.self_attn.q.weight
+    diffusers          blocks.0.attn1.to_q.weight                              another name for every module
+    repacked           model.diffusion_model.blocks.0.self_attn.q.weight       a prefix; DC-VideoGen's training writes "0."
+    fp8                blocks.0.self_attn.q.weight + .scale_weight             W = fp8 * scale
+    adapter training   blocks.0.self_attn.q.base_layer.weight + .lora_A, .lora_B     W = base + 2 B A
+
+The other direction, `save_folder`, writes a folder as the hubs have it: config.json, and one file or shards with an index.
+"""
+import re
+from math import prod
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from checkpoint import Stored, UserError, read
+
+# (original, diffusers); the first that matches whole path components wins.
+BLOCK_NAMES = [                              # inside blocks.i.
+    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.o", "attn2.to_out.0"),
+    ("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"),
+    ("cross_attn.q", "attn2.to_q"), ("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"),
+    ("cross_attn.k_img", "attn2.add_k_proj"), ("cross_attn.v_img", "attn2.add_v_proj"),
+    ("cross_attn.norm_k_img", "attn2.norm_added_k"),
+    ("self_attn", "attn1"), ("cross_attn", "attn2"),     # norm_q, norm_k
+    ("norm3", "norm2"),                                  # the one norm with weights, before cross-attention
+    ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+    ("modulation", "scale_shift_table"),
+]
+TOP_NAMES = [
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+    ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
+]
+
+
+def to_diffusers(name):
+    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name already spelt so is kept)."""
+    return _respell(name, source=0)
+
+
+def to_original(name):
+    """Name of a Wan transformer's tensor or module in the original spelling (a name already spelt so is kept)."""
+    return _respell(name, source=1)
+
+
+def _respell(name, source):
+    block, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
+    for pair in BLOCK_NAMES if block else TOP_NAMES:
+        if rest == pair[source] or rest.startswith(pair[source] + "."):
+            return block + pair[1 - source] + rest[len(pair[source]):]
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+def open_checkpoint(path, heads=None):
+    """A weight file, an index of shards, or a folder -> ({original name: Stored}, the settings of `dit.Config` as a dict)
+
+    Settings come from the header of files written by `dit.save`, else from the shapes and, in a folder, from config.json in
+    either style for what shapes do not show.
+    """
+    path = Path(path)
+    tensors, metadata = checkpoint.open_tensors(path)
+    tensors, stored = original(tensors), metadata.get("wan_dit")
+    if stored:
+        return tensors, {**stored, "patch": tuple(stored["patch"])}
+    folder = path if path.is_dir() else path.parent if path.name.endswith(".index.json") else None
+    told = checkpoint.read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+    settings = sizes(tensors, heads or told.get("num_heads") or told.get("num_attention_heads"))
+    settings |= {k: told[k] for k in ("eps", "text_len") if k in told}
+    settings["layers"] = max(settings["layers"], told.get("num_layers", 0))  # missing last blocks: the strict loader says so
+    return tensors, settings
+
+
+def sizes(tensors, heads=None):
+    """What the shapes under original names say of `dit.Config` -> dict. They do not show the heads: 128 channels each by default."""
+    try:
+        dim, in_channels, *patch = tensors["patch_embedding.weight"].shape
+        image, positions = tensors.get("img_emb.proj.0.weight"), tensors.get("img_emb.emb_pos")
+        if len(patch) != 3:
+            raise UserError("these are not the weights of a Wan transformer: patch_embedding.weight must have 5 axes.")
+        if heads is None and dim % 128:
+            raise UserError(f"width {dim} is not a multiple of 128, so the number of heads must be given: heads=...")
+        return dict(
+            dim=dim, ffn_dim=tensors["blocks.0.ffn.0.weight"].shape[0], heads=heads or dim // 128,
+            layers=1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in tensors) if m),
+            in_channels=in_channels, out_channels=tensors["head.head.weight"].shape[0] // prod(patch), patch=tuple(patch),
+            text_dim=tensors["text_embedding.0.weight"].shape[1], freq_dim=tensors["time_embedding.0.weight"].shape[1],
+            image_dim=None if image is None else image.shape[0],
+            image_positions=None if positions is None else positions.shape[1])
+    except KeyError as e:
+        raise UserError(f"these are not the weights of a Wan transformer: the tensor {e.args[0]} is missing.") from e
+
+
+def original(tensors):
+    """{name: tensor or Stored} in any published layout -> the transformer under its original names, nothing read yet.
+
+    Whatever belongs to no known layout stays under its own name, for the strict loader to refuse.
+    """
+    tensors = _renamed(tensors, lambda k: k.removeprefix("model.diffusion_model.").removeprefix("0."))
+    unused = ("null_embedding", "scaled_fp8")  # DC-VideoGen's training, ComfyUI's mark on fp8 files; old diffusers exports:
+    tensors = {k: v for k, v in tensors.items() if k not in unused and "norm_added_q" not in k}
+    tensors = _merge_adapters(_apply_scales(tensors))
+    return _renamed(tensors, to_original) if any(k.startswith("condition_embedder.") for k in tensors) else tensors
+
+
+def _renamed(tensors, spell):
+    names = {}
+    for key in tensors:
+        if names.setdefault(spell(key), key) != key:
+            raise UserError(f"these weights hold {spell(key)} twice, as {names[spell(key)]} and as {key}: get a file with one model.")
+    return {name: tensors[key] for name, key in names.items()}
+
+
+def _apply_scales(tensors):
+    """fp8 files of ComfyUI: `X.weight` is stored divided by one number, `X.scale_weight`."""
+    tensors = dict(tensors)
+    for key in [k for k in tensors if k.endswith(".scale_weight")]:
+        scale, name = tensors.pop(key), key.removesuffix("scale_weight") + "weight"
+        if name not in tensors or prod(scale.shape) != 1:
+            raise UserError(f"{key} is not the scale of one weight: this fp8 layout is not supported, use bf16, fp16 or fp32 weights.")
+        value = tensors[name]
+        tensors[name] = Stored(tuple(value.shape), torch.float32, lambda v=value, s=scale: read(v).float() * read(s).float().reshape(()))
+    odd = [k for k in tensors if "scale" in k and "scale_shift_table" not in k]
+    if odd:
+        raise UserError(f"these weights come with {len(odd)} scales of an unknown kind (first: {odd[0]}): use bf16, fp16 or fp32 weights, "
+                        "or fp8 weights with ComfyUI's scale_weight.")
+    return tensors
+
+
+def _merge_adapters(tensors, factor=2.0):
+    """Checkpoints of adapter training: W = base_layer + (alpha / rank) lora_B lora_A; the published recipe has alpha = 2 rank.
+
+    With a magnitude vector (DoRA) each row of W is then scaled to the length that the vector says.
+    """
+    tensors = dict(tensors)
+    for key in [k for k in tensors if ".base_layer." in k]:
+        base, (stem, leaf) = tensors.pop(key), key.split(".base_layer.")
+        tensors[f"{stem}.{leaf}"] = base
+        if leaf != "weight":
+            continue
+        down, up, length = (tensors.pop(f"{stem}.lora_{part}", None)
+                            for part in ("A.default.weight", "B.default.weight", "magnitude_vector.default"))
+        if down is None or up is None:
+            raise UserError(f"{stem} has a base layer but not both adapter matrices (lora_A, lora_B): the checkpoint is not complete.")
+
+        def merged(base=base, down=down, up=up, length=length):
+            w = read(base).float() + factor * (read(up).float() @ read(down).float())
+            return w if length is None else w * (read(length).float().reshape(-1) / w.norm(dim=1))[:, None]
+
+        tensors[f"{stem}.weight"] = Stored(tuple(base.shape), torch.float32, merged)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+def save_folder(folder, tensors, config, format, metadata=None, shard_bytes=5e9):
+    """Write config.json and the weights as diffusers (format "diffusers") or the original release ("original") lays them out.
+
+    tensors: original names; tensors or Stored, of which one at a time is in memory. config: `dit.Config`.
+    """
+    c = config
+    if format == "diffusers":
+        tensors = {to_diffusers(k): v for k, v in tensors.items()}
+        told = dict(_class_name="WanTransformer3DModel", patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads,
+                    in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
+                    num_layers=c.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, image_dim=c.image_dim,
+                    added_kv_proj_dim=c.dim if c.image_dim else None, rope_max_seq_len=1024, pos_embed_seq_len=c.image_positions)
+    elif format == "original":
+        kind = "flf2v" if c.image_positions else "i2v" if c.in_channels > c.out_channels else "t2v"
+        told = dict(_class_name="WanModel", model_type=kind, patch_size=c.patch, text_len=c.text_len, in_dim=c.in_channels, dim=c.dim,
+                    ffn_dim=c.ffn_dim, freq_dim=c.freq_dim, text_dim=c.text_dim, out_dim=c.out_channels, num_heads=c.heads,
+                    num_layers=c.layers, eps=c.eps)
+    else:
+        raise UserError(f'the format "{format}" is unknown: use original or diffusers.')
+    checkpoint.save_shards(folder, tensors, {"format": "pt", **(metadata or {})}, shard_bytes)
+    checkpoint.write_json(folder / "config.json", told)
