@@ -145,7 +145,8 @@ def load_transformer(path, dtype):
 def load(preset="wan2.1-t2v-1.3b", scratch=None):
     """Every layout written, then loaded as fp32 and as bf16, each in a process of its own."""
     rows, folder = [], Path(tempfile.mkdtemp(dir=scratch))
-    print(f"{'layout':20s} {'':16s} {'seconds':>8s} {'files':>8s} {'result':>8s} {'anonymous peak':>15s} {'over result':>12s} {'of files':>9s}   GB")
+    print(f"{'layout':20s} {'':16s} {'seconds':>8s} {'files':>8s} {'result':>8s} {'anonymous peak':>15s} {'over result':>12s} "
+          f"{'of files':>9s}   GB")
     try:
         for layout in ("original", "diffusers", "training container"):
             path = folder / ("w.pt" if layout == "training container" else layout)
@@ -155,10 +156,11 @@ def load(preset="wan2.1-t2v-1.3b", scratch=None):
                 row = dict(saved, result=files) if doing == "save" else fresh("load_transformer", path=str(path), dtype=doing)
                 grown = row["peak"]["anonymous"] - row["before"]["anonymous"]
                 extra = grown - (0 if doing == "save" else row["result"])
-                rows.append(dict(layout=layout, doing=doing if doing == "save" else f"load as {doing}", files=files, **row,
-                                 anonymous_growth=grown, beyond_result=extra, files_growth=row["peak"]["of files"] - row["before"]["of files"]))
-                print(f"{layout:20s} {rows[-1]['doing']:16s} {row['seconds']:8.1f} {files / 1e9:8.2f} {row['result'] / 1e9:8.2f} {grown / 1e9:15.2f} "
-                      f"{extra / 1e9:12.2f} {rows[-1]['files_growth'] / 1e9:9.2f}", flush=True)
+                mapped = row["peak"]["of files"] - row["before"]["of files"]
+                doing = doing if doing == "save" else f"load as {doing}"
+                rows.append(dict(layout=layout, doing=doing, files=files, **row, anonymous_growth=grown, beyond_result=extra, files_growth=mapped))
+                print(f"{layout:20s} {doing:16s} {row['seconds']:8.1f} {files / 1e9:8.2f} {row['result'] / 1e9:8.2f} {grown / 1e9:15.2f} "
+                      f"{extra / 1e9:12.2f} {mapped / 1e9:9.2f}", flush=True)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
         shutil.rmtree(folder)
@@ -186,7 +188,8 @@ def forward(preset, layers, latent, batch, dtype):
 def activations():
     """The formula beside measurements on the CPU, for widths of the 1.3B and the 14B model and few layers (the peak is within one)."""
     rows = []
-    for preset, latent, batch in (("dc-wan2.1-t2v-1.3b", (8, 22, 40), 1), ("dc-wan2.1-t2v-1.3b", (4, 22, 40), 2), ("dc-wan2.1-t2v-14b", (3, 22, 40), 1)):
+    small, large = "dc-wan2.1-t2v-1.3b", "dc-wan2.1-t2v-14b"
+    for preset, latent, batch in ((small, (8, 22, 40), 1), (small, (4, 22, 40), 2), (large, (2, 22, 40), 1)):
         for dtype in ("float32", "bfloat16"):
             row = fresh("forward", preset=preset, layers=2, latent=latent, batch=batch, dtype=dtype)
             rows.append(dict(preset=preset, latent=latent, batch=batch, dtype=dtype, **row, ratio=row["estimated"] / row["measured"]))

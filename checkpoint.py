@@ -177,9 +177,11 @@ def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion
     n = len(shards)
     files = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     index = folder / f"{stem}.safetensors.index.json"
-    others = {f.name for pattern in ("*.safetensors", "*.index.json") for f in folder.glob(pattern)} - {*files, *([index.name] if n > 1 else [])}
+    there = {f.name for pattern in ("*.safetensors", "*.index.json") for f in folder.glob(pattern)}
+    others = there - {*files, *([index.name] if n > 1 else [])}
     if others:
-        raise UserError(f"{folder} already holds other weights ({min(others)}), and together they could not be read: choose an empty folder.")
+        raise UserError(f"{folder} already holds other weights ({min(others)}), and together they could not be read: "
+                        "choose an empty folder.")
     for file, shard in zip(files, shards):
         save_tensors(folder / file, shard, metadata)
     if n > 1:
@@ -260,7 +262,8 @@ def _open_file(file):
         for name in f.keys():
             entry = f.get_slice(name)
             if entry.get_dtype() not in DTYPES:
-                raise UserError(f"{name} in {file} has the type {entry.get_dtype()}, which is not supported: use bf16, fp16 or fp32 weights.")
+                raise UserError(f"{name} in {file} has the type {entry.get_dtype()}, which is not supported: "
+                                "use bf16, fp16 or fp32 weights.")
             tensors[name] = Stored(tuple(entry.get_shape()), DTYPES[entry.get_dtype()], lambda name=name: fetch(name), file.name)
         return tensors, _metadata(f)
 

@@ -1,9 +1,12 @@
 """The paper's comparison, on film: what may a frame see? (paper, section on DC-AE-V, figures on temporal modelling and on chunk size)
 
-Every arm is the same small f32t4 autoencoder, trained from the same seed on the same clips in the same order for the same number of steps.
-What differs is one thing per group:
+Every arm is the same small f32t4 autoencoder, trained from the same start on the same clips in the same order for the same number of
+steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated (`train_ae.inflate`, spec 3.7):
+what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. What differs is one thing per
+group:
 
-    temporal   chunk-causal, causal, non-causal convolutions; trained on 16 frames (two chunks of 8), judged on those and on clips six times as long
+    temporal   chunk-causal, causal, non-causal convolutions; trained on 16 frames (two chunks of 8), judged on those and on clips six times
+               as long
     latent     16 or 64 latent channels in place of 32
     chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself
                and the one before it. (A causal convolution sees two back.)
@@ -13,9 +16,9 @@ chunk-causal does not; quality rises with the chunk. The arms are tiny and their
 levels. A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
 length that know nothing of each other.
 
-Judged is on whole films that no arm has seen (HELD_OUT), 64x64 pixels, scaled down and cropped in the middle.
+Judged is on films that no arm has seen (HELD_OUT). All clips are 64x64 crops, a quarter of the frame's side or more.
 
-    python assets/fetch.py && python ae.py compare            all arms, about 70 minutes on one core -> results/compare.json, compare.png
+    python assets/fetch.py && python ae.py compare            all arms, about an hour on one core -> results/compare.json, compare.png
     python ae.py compare --groups temporal --steps 300        a quick look
 
 Killed and started again it goes on where it stopped. --score judges again what is trained.
@@ -26,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import ae
 import checkpoint
@@ -33,12 +38,16 @@ import clips
 import data
 import metrics
 import train as training
+from chunk_causal import Conv3d
 from muon import Muon
+from train_ae import inflate
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
 LENGTHS = {16: 48, 80: 18, LONG: 18}  # frames of the clips that arms are judged on: how many
 HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirrel_cls")
-STEPS = {"temporal": 1500, "chunk": 400, "latent": 1500}
+ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
+IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
+STEPS = {"temporal": 700, "chunk": 300, "latent": 700}
 BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4)
 
 
@@ -66,6 +75,12 @@ ARMS = [*(Arm("temporal", t, {"temporal": t}) for t in ("chunk_causal", "causal"
         *(Arm("latent", str(z), {"latent_channels": z}) for z in (16, 64))]  # 32 is temporal-chunk_causal
 
 
+def draw(films, frames, n):
+    """`n` random crops of the films held out, the same every time: [n, 3, frames, h, w]."""
+    dataset = clips.Clips(films, frames, SIZE, "val", zoom=ZOOM)
+    return torch.stack([dataset.sample(i) for i in range(n)]).float() / 127.5 - 1
+
+
 def hold_out(folders, out):
     """Gather films of several folders in one, as links: those of HELD_OUT under val/, which `clips.Clips` keeps from training."""
     for film in sorted(p for folder in folders for p in clips.find_clips(folder) if p.suffix.lower() in clips.VIDEOS):
@@ -79,13 +94,34 @@ def hold_out(folders, out):
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train_arm(arm, films, out, steps, lr=4e-3, seed=0):
-    """Train one arm -> (net in eval mode, what it took). Muon, L1 + MSE in pixels: the toy's recipe without noise."""
-    torch.manual_seed(seed)
-    net = ae.DCAEV(arm.config)
-    dataset = clips.Clips(films, arm.frames, SIZE, "train", seed, cache=out / "cache")
-    config = dict(arm=arm.name, changes=arm.changes, frames=arm.frames, batch=arm.batch, lr=lr, seed=seed, starts=len(dataset))
-    run = training.Run(out / arm.name, config, {"net": net}, {"net": Muon(net, lr)}, training.Plan(steps, save_every=100, keep=1))
+class Still(nn.Module):
+    """What is left of a 3-D convolution on single frames: its middle tap."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight[:, :, 1].detach() * 3**0.5), conv.bias  # a third of the inputs: as strong as before
+
+    def forward(self, x, state=None):
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=1)[:, :, None], state
+
+
+def image_autoencoder(config):
+    """The 2-D autoencoder of these widths, for clips of one frame; what resamples time does nothing."""
+    net = ae.DCAEV(dataclasses.replace(config, temporal_factor=1, chunk=1))
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv3d):
+                setattr(module, name, Still(child))
+    for p in (*net.encoder.stages[-2].op_list[-1].parameters(), *net.decoder.stages[-2].op_list[0].parameters()):
+        nn.init.zeros_(p).requires_grad_(False)
+    return net
+
+
+def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
+    """Train on clips of so many frames -> (net in eval mode, what it took). Muon, L1 + MSE in pixels: the toy's recipe without noise."""
+    dataset = clips.Clips(films, frames, SIZE, "train", seed, cache=out / "cache", zoom=ZOOM)
+    config = dict(frames=frames, batch=batch, lr=lr, seed=seed, starts=len(dataset), **settings)
+    run = training.Run(out / name, config, {"net": net}, {"net": Muon(net, lr)}, training.Plan(steps, save_every=100, keep=1))
 
     def error(x, number):
         with torch.autocast("cpu", torch.bfloat16):
@@ -93,11 +129,21 @@ def train_arm(arm, films, out, steps, lr=4e-3, seed=0):
         l1, mse = (y - x).abs().mean(), (y - x).square().mean()
         yield "net", l1 + mse, {"loss": (l1 + mse).detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
 
-    run.fit(clips.loader(dataset, arm.batch, run.number, workers=0), error, what=arm.name)
+    run.fit(clips.loader(dataset, batch, run.number, workers=0), error, what=name)
     log = training.read_log(run.folder)
-    seconds = sorted(line["seconds_per_step"] for line in log)
-    return net.eval(), dict(steps=steps, frames=arm.frames, batch=arm.batch, parameters=sum(p.numel() for p in net.parameters()),
-                            seconds_per_step=round(seconds[len(seconds) // 2], 3), train_psnr=[(line["step"], round(line["psnr"], 3)) for line in log])
+    seconds = sorted(line["seconds_per_step"] for line in log)[len(log) // 2]
+    return net.eval(), dict(steps=steps, frames=frames, batch=batch, parameters=sum(p.numel() for p in net.parameters()),
+                            seconds_per_step=round(seconds, 3), train_psnr=[(line["step"], round(line["psnr"], 3)) for line in log])
+
+
+def train_arm(arm, films, out, steps, image_steps, seed=0):
+    """The image autoencoder (once per number of latent channels), inflated and trained as this arm -> (net, what it took)."""
+    z = arm.config.latent_channels
+    torch.manual_seed(seed)
+    image, _ = fit(f"image-{z}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
+    net = ae.DCAEV(arm.config)
+    inflate(net, image.state_dict())
+    return fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=2e-3, changes=arm.changes, image_steps=image_steps)
 
 
 # ---------------------------------------------------------------------------------------------------- judging
@@ -122,7 +168,9 @@ def score(net, arm, short, long):
     y = torch.cat([whole(net, x) for x in short.split(4)])
     result = dict(psnr=metrics.psnr(y, short), ssim=metrics.ssim(y, short), long={})
     period = dict(chunk_causal=max(arm.config.chunk, 4), causal=4, non_causal=arm.frames)[arm.config.temporal]
-    ways = {"whole": whole, "pieces": lambda net, x: pieces(net, x, arm.frames)} if arm.config.temporal == "non_causal" else {"streamed": lambda net, x: net(x)}
+    ways = {"streamed": lambda net, x: net(x)}
+    if arm.config.temporal == "non_causal":
+        ways = {"whole": whole, "pieces": lambda net, x: pieces(net, x, arm.frames)}
     for way, run in ways.items():
         y = torch.cat([run(net, x) for x in long.split(1)])
         frames = metrics.psnr_frames(y, long).mean(dim=0)
@@ -171,8 +219,8 @@ def table(arms):
     lines = ["| arm | steps | PSNR dB | SSIM | long clips | first frames | beyond | flicker |", "|---|---|---|---|---|---|---|---|"]
     for name, arm in arms.items():
         for way, long in arm["long"].items():
-            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['psnr'])} | {number(arm['ssim'], 4)} | {way} {number(long['psnr'])} "
-                         f"| {number(long['psnr_start'])} | {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
+            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['psnr'])} | {number(arm['ssim'], 4)} "
+                         f"| {way} {number(long['psnr'])} | {number(long['psnr_start'])} | {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
     return "\n".join(lines)
 
 
@@ -187,6 +235,7 @@ def main_compare(argv):
     p.add_argument("--results", default="results", help="folder for compare.json and compare.png")
     p.add_argument("--groups", nargs="+", choices=list(STEPS), default=list(STEPS))
     p.add_argument("--steps", type=int, help=f"optimiser steps of each arm (default: {', '.join(f'{g} {n}' for g, n in STEPS.items())})")
+    p.add_argument("--image-steps", type=int, default=IMAGE_STEPS, help="optimiser steps of the image autoencoder that all start from")
     p.add_argument("--score", action="store_true", help="train nothing, judge what is finished")
     p.add_argument("--seed", type=int, default=0, help="of weights and clips")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -194,15 +243,15 @@ def main_compare(argv):
     torch.set_num_threads(args.threads)
     out, arms = Path(args.out), {}
     films = hold_out(args.data, out)
-    held_out = {frames: torch.stack(clips.validation(films, frames, SIZE, n)) for frames, n in LENGTHS.items()}
+    held_out = {frames: draw(films, frames, n) for frames, n in LENGTHS.items()}
     for arm in ARMS:
         steps = args.steps or STEPS[arm.group]
         if arm.group not in args.groups or args.score and not (out / arm.name / f"checkpoint-{steps:07d}.pt").exists():
             continue
-        net, took = train_arm(arm, films, out, steps, seed=args.seed)
+        net, took = train_arm(arm, films, out, steps, args.image_steps, args.seed)
         arms[arm.name] = {**took, **score(net, arm, held_out[arm.frames], held_out[LONG])}
         checkpoint.write_json(Path(args.results) / "compare.json", dict(
-            **checkpoint.provenance(), size=SIZE, held_out=HELD_OUT, seed=args.seed, base=dataclasses.asdict(BASE),
-            flat_colour=metrics.psnr(held_out[16].mean(dim=(2, 3, 4), keepdim=True).expand_as(held_out[16]), held_out[16]), arms=arms))
+            **checkpoint.provenance(), size=SIZE, zoom=ZOOM, image_steps=args.image_steps, held_out=HELD_OUT, seed=args.seed,
+            base=dataclasses.asdict(BASE), flat_colour=metrics.psnr(held_out[16].mean(dim=(2, 3, 4), keepdim=True).expand_as(held_out[16]), held_out[16]), arms=arms))
         plot(Path(args.results) / "compare.png", arms)
         print(table(arms), flush=True)

@@ -248,6 +248,11 @@ class WanText:
             self.write_cache(new)
         return pad_sequence([self.known[clean_prompt(p)].float() for p in prompts], batch_first=True)
 
+    def stored_bytes(self):
+        """Size of the text encoder's files; 0 where there are none."""
+        path = Path(self.encoder_path or "")
+        return sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors") if self.encoder_path else []))
+
     def uncached(self, prompts):
         """Those of the prompts that need the encoder, cleaned, each once."""
         return [p for p in dict.fromkeys(map(clean_prompt, prompts)) if p not in self.known]

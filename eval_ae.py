@@ -145,8 +145,8 @@ def stream(net, clip, frames, size, check=80):
     whole = net.decoder(z)[0]
     memory = [m for _, m in rows]
     quarter = len(memory) // 4
-    return dict(clip=str(clip), frames=seen, size=list(size), config=repr(c), seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1),
-                error=(torch.cat(kept, dim=2) - whole).abs().max().item(), error_frames=x.shape[2],
+    return dict(clip=Path(clip).name, frames=seen, size=list(size), config=repr(c),
+                seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1), error=(torch.cat(kept, dim=2) - whole).abs().max().item(), error_frames=x.shape[2],
                 whole_clip_mib=round(3 * 4 * frames * size[0] * size[1] / 2**20, 1),  # the pixels alone, which are never held
                 growth_mib=round(max(memory[-quarter:]) - max(memory[quarter : 2 * quarter]), 2), rss_mib=rows)
 
@@ -171,8 +171,9 @@ def main_eval(argv):
         film = a.data if Path(a.data).is_file() else Path(__file__).parent / "assets" / "bunny.mp4"
         results = {name: stream(net, film, a.stream, a.size) for name, net in nets.items()}
         for name, r in results.items():
-            print(f"{name}: {r['frames']} frames of {a.size[0]}x{a.size[1]}, {r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB resident "
-                  f"at the end, {r['growth_mib']:+} MiB from the second quarter to the last; {r['error']:.1e} from the whole clip ({r['error_frames']} frames)")
+            print(f"{name}: {r['frames']} frames of {a.size[0]}x{a.size[1]}, {r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB "
+                  f"resident at the end, {r['growth_mib']:+} MiB from the second quarter to the last; {r['error']:.1e} from the whole clip "
+                  f"({r['error_frames']} frames)")
     else:
         held_out = [(f"clip {i}", x.to(a.device)) for i, x in enumerate(clips.validation(a.data, a.frames, a.size, a.clips))]
         results = {name: evaluate(net, held_out) for name, net in nets.items()}
@@ -188,7 +189,8 @@ def main_eval(argv):
 
 
 def main_reconstruct(argv):
-    r = argparse.ArgumentParser(prog="ae.py reconstruct", description="A video file through the autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM.")
+    r = argparse.ArgumentParser(prog="ae.py reconstruct", description="A video file through the autoencoder: side-by-side mp4, contact "
+                                "sheet, PSNR, SSIM.")
     r.add_argument("clip", help="video file")
     toy = Path(__file__).parent / "weights" / "toy.safetensors"
     r.add_argument("--weights", default=toy, help="official .pt, or .safetensors (default: the toy's)")

@@ -14,11 +14,11 @@ high for film and low for reconstructions; the decoder learns to raise it. With 
 lambda = |dL1/dw| / |dG/dw|, w the decoder's last weight, makes both pull equally hard at the pixels however sure D is of itself (VQGAN,
 Esser et al. 2021).
 
-What is known. The losses of DC-AE-V are not published (spec dc-ae-v 7.2); only that it has no KL term. The image DC-AE trains the whole
-network with L1 and LPIPS and brings in a GAN only at the end, for the decoder's head (7.1). Open-Sora 2.0's video autoencoder of the same
-ratio takes a = 0.5 with LPIPS, then b = 0.05 with a 3-D patch discriminator of five layers and the hinge (7.3). Our choices: the formula
-of `distance`, the layers it reads, the shape and normalisation of `Discriminator`, and everything that `Perceptual` does to fit a video
-into memory. Nothing here is LPIPS unless `Perceptual.name` says so.
+What is published. Not the losses of DC-AE-V (spec dc-ae-v 7.2); only that it has no KL term. The image DC-AE brings in a GAN at the very
+end, and trains nothing but the decoder's head with it (7.1). Open-Sora 2.0's video autoencoder for the same task takes a = 0.5 with LPIPS,
+and later b = 0.05 with a 3-D patch discriminator of five layers and the hinge (7.3).
+What is our choice. lambda in a video autoencoder; `FeatureDistance` and the layers it reads, where LPIPS cannot be had; the shape and norm of
+`Discriminator`; that `Perceptual` looks at a few frames only. Nothing here is LPIPS unless `Perceptual.name` says so.
 """
 import importlib.util
 from pathlib import Path

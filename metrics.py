@@ -40,8 +40,9 @@ def psnr_frames(y, x):
 
 
 def finite_mean(frames):
-    """The mean of the finite values; infinity where there are none (every frame is equal)."""
-    return frames[frames.isfinite()].mean().item() if frames.isfinite().any() else math.inf
+    """The mean of the values that are not infinite; infinity where all are (every frame is equal). NaN stays NaN."""
+    counted = frames[frames != math.inf]
+    return counted.mean().item() if counted.numel() else math.inf
 
 
 def ssim(y, x):

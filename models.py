@@ -290,15 +290,20 @@ class Model:
         """The unconditional context for n videos."""
         return self.contexts([])[1].expand(n, -1, -1) if self.negative is not None else self.text.null(n)
 
-    def see(self, n, shape, size, image=None, last=None):
-        """Pictures [n, 3, h, w] in [-1, 1] of any size, or None -> what the transformer sees of them in a video of `size`. UserError for a
-        picture too many or too few."""
-        if image is None:
-            if last is not None or self.task == "i2v":
-                raise UserError(f"{self.name} needs the first frame: give a picture with --image.")
-            return Seen(self.condition(n, shape), None, None)
-        if self.task == "t2v":
+    def check_pictures(self, image, last=None):
+        """UserError for a picture too many or too few (None: not given)."""
+        if self.task == "t2v" and (image is not None or last is not None):
             raise UserError(f"{self.name} is a text-to-video model: leave --image away.")
+        if last is not None and self.net.config.in_channels == self.net.config.out_channels:
+            raise UserError(f"{self.name} takes only a first frame: leave --last-image away.")
+        if image is None and (last is not None or self.task == "i2v"):
+            raise UserError(f"{self.name} needs the first frame: give a picture with --image.")
+
+    def see(self, n, shape, size, image=None, last=None):
+        """Pictures [n, 3, h, w] in [-1, 1] of any size, or None -> what the transformer sees of them in a video of `size`."""
+        self.check_pictures(image, last)
+        if image is None:
+            return Seen(self.condition(n, shape), None, None)
         fit = lambda x: None if x is None else resize(x, size, self.picture)
         s = self.ae.config.spatial_factor
         pad = lambda x: None if x is None else F.pad(x, (0, shape[2] * s - size[1], 0, shape[1] * s - size[0]), mode="replicate")
@@ -306,8 +311,6 @@ class Model:
         first, last = pad(fit(image)), pad(fit(last))
         if self.net.config.in_channels > self.net.config.out_channels:
             return Seen(self.condition(n, shape, first, last), None, clip)
-        if last is not None:
-            raise UserError(f"{self.name} takes only a first frame: leave --last-image away.")
         return Seen(None, self.encode(first[:, :, None]), clip)
 
     def condition(self, n, shape, image=None, last=None):
@@ -381,6 +384,11 @@ def load_model(name="dc", weights=(), loras=(), dtype=torch.float32, device="cpu
     "high" | "low"]) put on the transformer. dtype: of the transformer's matrix products.
     """
     path, weights = Path(name), [Path(w) for w in ([weights] if isinstance(weights, (str, Path)) else weights)]
+    for file, _, *expert in loras:
+        if not Path(file).is_file():  # known now, not when the transformer is read
+            raise UserError(f"{file} does not exist: give the path of a LoRA file.")
+        if expert and not (name in RELEASED and RELEASED[name].boundary):
+            raise UserError(f"{name} has one transformer, no experts: use --lora {file} instead of --lora-{expert[0]}.")
     if name in RELEASED:
         return released(name, weights or [Path("checkpoints") / name], loras, dtype, device, text_cache).to(device)
     if path.is_dir():
@@ -485,22 +493,40 @@ def adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cac
                  clip=encoders.WanImage(parts["image encoder"], device, rule="dc") if net.config.image_dim else None, **settings_of(row))
 
 
-def table():
-    """The released models as a table: files, parameters, bf16 memory of the transformer, defaults."""
-    lines = []
-    for name, row in RELEASED.items():
-        with torch.device("meta"):
-            size = sum(p.numel() * (4 if dit.keeps_fp32(n) else 2) for n, p in dit.WanDiT(dit.PRESETS[row.preset]).named_parameters())
-        lines.append(f"{name:22s} {row.repo or '-':34s} {size / 2**30 * (2 if row.boundary else 1):6.1f} GiB  {row.size[0]}x{row.size[1]} x {row.frames} at {row.fps} fps, "
-                     f"{row.steps} steps, shift {row.shift:g}, guidance {row.guidance}, {row.solver}")
-        lines += [f"    {part:22s} {' or '.join(patterns)}" for part, patterns in row.files.items()]
+def weight_bytes(config, dtype):
+    """Memory of a transformer's weights -> (all of them, those on the device while the blocks are streamed: ends and two blocks)."""
+    with torch.device("meta"):
+        sizes = {n: p.numel() * (4 if dit.keeps_fp32(n) else dtype.itemsize) for n, p in dit.WanDiT(config).named_parameters()}
+    waiting = sum(size for n, size in sizes.items() if n.startswith("blocks.") and not n.startswith(("blocks.0.", "blocks.1.")))
+    return sum(sizes.values()), sum(sizes.values()) - waiting
+
+
+def table(dtype=torch.bfloat16):
+    """The released models in Markdown: defaults, and the estimated GiB that each needs on a device at its default size."""
+    lines = ["| model | default video | tokens | transformer | denoising, resident | denoising, streamed | autoencoder | decode, whole | decode, 4x4 tiles |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name in RELEASED:
+        m = outline(name, dtype)
+        shape, gib = m.latent_shape(m.frames, m.size), lambda n: f"{n / 2**30:.1f}"
+        weights, streamed = weight_bytes(m.net.config, dtype)
+        step = dit.activation_bytes(m.net.config, shape, dtype=dtype)
+        autoencoder = sum(p.numel() for p in m.ae.parameters()) * m.ae_dtype.itemsize
+        tile = tuple(math.ceil(n / 4) for n in shape[1:])
+        decode = [autoencoder + m.ae.decode_peak(shape, t, m.ae_dtype) for t in (None, tile)]
+        lines.append(f"| `{name}` | {m.frames} x {m.size[0]}x{m.size[1]} | {dit.tokens(m.net.config, shape):,d} | "
+                     + " | ".join(map(gib, (weights, weights + step, streamed + step, autoencoder, *decode))) + " |")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The released models: their files in every known layout, transformer memory in bf16, defaults.")
+    parser = argparse.ArgumentParser(description="The released models: their files in every known layout, defaults, and memory (estimated, bf16).")
     parser.parse_args()
-    print(table())
+    for name, row in RELEASED.items():
+        print(f"{name}: {row.repo or 'no known place to fetch it from'}; {row.frames} frames of {row.size[0]}x{row.size[1]} at {row.fps} fps, "
+              f"{row.steps} steps, shift {row.shift:g}, guidance {row.guidance}, {row.solver}")
+        for part, patterns in row.files.items():
+            print(f"    {part:22s} {' or '.join(patterns)}")
+    print("\nGiB on the device (estimated):\n\n" + table())
 
 
 if __name__ == "__main__":

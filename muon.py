@@ -57,10 +57,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(m, steps=5):
-    """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2): Newton-Schulz, no decomposition."""
+    """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2): Newton-Schulz, no decomposition.
+
+    A kernel is a short, very wide matrix (128 x 3456), and each step of the iteration as written above goes through all of it twice. But
+    X only ever gets a polynomial p of the small A = X X^T in front of it, and the next A is p A p. So the polynomials are multiplied up,
+    and X once: a quarter of the time, and the same to 1e-3 (`tests/test_muon.py`).
+    """
     x = m.T if m.shape[0] > m.shape[1] else m
     x = x / (x.norm() + 1e-7)
+    a, one = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    product = one
     for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+        p = 3.4445 * one - 4.7750 * a + 2.0315 * a @ a
+        product, a = p @ product, p @ a @ p
+    x = product @ x
     return x.T if m.shape[0] > m.shape[1] else x

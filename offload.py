@@ -7,10 +7,9 @@ into the other:
     copy      | 0 |  1  |  2  |  3  | ...           into buffers A, B, A, B, ...
     compute       |  0  |  1  |  2  | ...           from buffers A, B, A, B, ...
 
-PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer than that (in bf16 on an H100
-from about 17,600 tokens: 23 ms) the copies cost nothing; else the copies set the pace. Results are the same bits as with resident blocks.
-
-On the CPU the same code runs without streams or overlap: no use, but testable.
+PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer than that, the copies cost nothing;
+else they set the pace. (By the roofline in spec wan 11 an H100 computes a block of 17,600 tokens in 23 ms. Estimates: no GPU has run
+this yet.) Results are the same bits as with resident blocks. On the CPU the same code runs without streams or overlap, for tests.
 """
 import copy
 from math import prod

@@ -37,6 +37,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import dit
+import encoders
 import flow
 import models
 import tiling
@@ -160,18 +161,17 @@ def plan(model, frames, size, dtype, fold, offload=None, tile=None, free=None):
 
     offload: "none" (transformer and autoencoder stay on the device), "parts" (one of them at a time), "blocks" (the transformer's
     blocks stream through two buffers); the first that fits, unless given. tile: of the decode, in latent cells; the largest that
-    fits. Text and image encoder run before anything else is loaded. Figures are estimates; the report's peak is measured after the run.
+    fits. Text and image encoder run before anything else is loaded; a text encoder larger than the GPU runs on the CPU. Figures are
+    estimates; the report's peak is measured after the run.
     """
     c, shape = model.net.config, model.latent_shape(frames, size)
-    with torch.device("meta"):
-        size_of = {n: p.numel() * (4 if dit.keeps_fp32(n) else dtype.itemsize) for n, p in dit.WanDiT(c).named_parameters()}
-    weights = sum(size_of.values())
-    streamed = weights - sum(v for n, v in size_of.items() if n.startswith("blocks.") and not n.startswith(("blocks.0.", "blocks.1.")))
+    weights, streamed = models.weight_bytes(c, dtype)
     autoencoder = sum(p.numel() for p in model.ae.parameters()) * model.ae_dtype.itemsize
     step = dit.activation_bytes(c, shape, fold, dtype)
     free = free or free_memory(model.device)
     budget = 0.9 * free  # the allocator loses some to fragments
-    for offload in [offload] if offload else ["none", "parts", "blocks"] if isinstance(model.net, models.Deferred) else ["none"]:
+    ways = ["none"] if not isinstance(model.net, models.Deferred) else ["none", "parts"] if model.device.type == "cpu" else ["none", "parts", "blocks"]
+    for offload in [offload] if offload else ways:
         resident = weights + autoencoder if offload == "none" else 0
         denoise = resident + step + {"none": 0, "parts": weights, "blocks": streamed}[offload]
         base = resident or autoencoder
@@ -181,12 +181,14 @@ def plan(model, frames, size, dtype, fold, offload=None, tile=None, free=None):
             break
     if model.task != "t2v":
         model.encode_tile = tiling.choose(model.ae, shape, budget - autoencoder, model.ae_dtype, side="encoder")
+    if isinstance(model.text, encoders.WanText) and model.text.stored_bytes() > budget:
+        model.text.device = "cpu"
     report = dict(offload=offload, tile=here, gib={k: round(v / 2**30, 3) for k, v in dict(
         transformer=weights, autoencoder=autoencoder, denoising_peak=denoise, decode_peak=decode, free=free).items()})
     if max(denoise, decode) > budget:
         part, need = ("denoising", denoise) if denoise > budget else ("the decode", decode)
         raise UserError(f"{part} of {frames} frames of {size[0]}x{size[1]} needs about {need / 2**30:.1f} GiB, but {model.device} has {free / 2**30:.1f} GiB free: "
-                        "use a smaller --size, fewer --frames, --dtype bf16" + (" or --offload blocks." if offload != "blocks" else "."))
+                        "use a smaller --size, fewer --frames, --dtype bf16" + (" or --offload blocks." if "blocks" in ways and offload != "blocks" else "."))
     return offload, here, report
 
 
@@ -231,7 +233,7 @@ def arguments(argv=None):
     add(how, "--cfg-batch", action=argparse.BooleanOptionalAction, help="both guidance passes as one batch (default: for few tokens)")
     add(how, "--plain", action="store_true", help="recompute at every step what could be kept; slower, equal to rounding")
     add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 for released models on a GPU)")
-    add(how, "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
     add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
     add(how, "--tile", type=data.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
     add(how, "--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free on the device)")
@@ -258,6 +260,17 @@ def lora_arg(text):
         return file, float(strength)
     except ValueError:
         return text, 1.0  # a colon in the path
+
+
+def device_arg(text):
+    """cpu, cuda, cuda:1, ... -> torch.device"""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device: give cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text} is not there: torch finds {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def guidance_arg(text):
@@ -323,6 +336,10 @@ def main(argv=None):
           + ("decode " + (f"in tiles of {args.tile[0]}x{args.tile[1]} latent cells" if args.tile else "untiled")))
     if args.plan:
         return
+    if not args.decode:
+        model.check_pictures(image, last)
+        if isinstance(args.guidance, tuple) and model.low is None:
+            raise UserError(f"{model.name} has one transformer, no experts: give one number with --guidance.")
     model.to(args.device)
 
     label = Path(args.model).stem if Path(args.model).exists() else args.model
@@ -337,7 +354,9 @@ def main(argv=None):
             context, null = model.contexts([args.prompt], args.negative)
         base.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=base.parent).close()  # a folder that cannot be written is told now, not after the work
-        noise = None if args.noise is None else checkpoint.load_tensors(args.noise)[0]["noise"]
+        noise = None if args.noise is None else checkpoint.load_tensors(args.noise)[0].get("noise")
+        if args.noise and noise is None:
+            raise UserError(f"{args.noise} holds no tensor called noise: give a .safetensors file that does.")
         with seconds("transformer"):
             z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, noise,
                          progress=True, null=null, last_image=last, cfg_batch=args.cfg_batch, plain=args.plain)

@@ -4,8 +4,9 @@ Long runs end in the middle: a laptop is closed, a node is taken away, a disk fi
 the steps since its last checkpoint is the same for every network, and stands here once:
 
 * everything random in a step is drawn from the number of the step, so "where was I?" is one integer;
-* a checkpoint (weights, their moving average, optimisers, torch's random state, step, config) is written beside the last one and then renamed: a full
-  disk or a `kill -9` leaves the old one. On one machine a resumed run equals the uninterrupted one, on the CPU bit for bit;
+* a checkpoint (weights, their moving average, optimisers, torch's random state, step, config) is written beside the last one and then
+  renamed: a full disk or a `kill -9` leaves the old one. On one machine a resumed run equals the uninterrupted one, on the CPU bit for
+  bit;
 * a folder that belongs to a run with another config is refused, and the difference is shown;
 * a loss or gradient that is not finite stops the run before it reaches the weights, and is traced to the layer it came from;
 * every number goes to `log.jsonl`, one line per few steps, and is drawn in `log.png`.
@@ -16,10 +17,10 @@ the steps since its last checkpoint is the same for every network, and stands he
 `losses(batch, number)` yields (name of an optimiser, loss, {what to log: value}), once per optimiser. It is a generator, and each loss goes
 backward before the next one is made, so the second loss of a GAN may reuse what the first one computed.
 
-Several processes (`torchrun --nproc-per-node 8 ae.py train ...`): each takes its own batches, gradients are averaged. The averaging is a plain all-reduce
-after the backward pass, not DDP or FSDP: it works for any loss and any set of trained layers, and for a convolutional network it costs next
-to nothing (8.6 GB of gradients of the full DC-AE-V against a step of seconds). With its 2.1 billion parameters, fp32 masters, Adam and average take
-43 GB per GPU; sharding them would be the next step for a GPU with less than 80 GB.
+Several processes (`torchrun --nproc-per-node 8 ae.py train ...`): each takes its own batches, gradients are averaged. The averaging is a
+plain all-reduce after the backward pass, not DDP or FSDP: it works for any loss and any set of trained layers, and for a convolutional
+network it costs next to nothing (8.6 GB of gradients of the full DC-AE-V against a step of seconds). With its 2.1 billion parameters,
+fp32 masters, Adam and average take 43 GB per GPU; sharding them would be the next step for a GPU with less than 80 GB.
 """
 import contextlib
 import json

@@ -10,13 +10,15 @@ A deep autoencoder is trained in three phases, after the image DC-AE, each start
 
 At the end of each phase the latent scale 1/RMS is measured on training clips and stored: the diffusion model sees scale * encode(x).
 
-What is known and what is our choice. Known of DC-AE-V (spec 7.1): chunks of 40 frames, no KL term, joint training on images and video (from a
-name), EMA, evaluation and by a reviewer's word training on 80 frames. Known of the image DC-AE: the three phases. From Open-Sora 2.0 (spec 7.3): weights
-1, 0.5, 0.05, a fifth of the steps on stills, AdamW betas (0.9, 0.98), lr 5e-5, clipping at 1. Our choice, since nothing is published (spec 7.2): all
-step counts, sizes and batches below, which layers count as inner and as head, the learning rate of `low`, the noise on the latent.
+What is known and what is our choice. Known of DC-AE-V (spec 7.1): chunks of 40 frames, no KL term, joint training on images and video
+(from a name), EMA, evaluation and by a reviewer's word training on 80 frames. Known of the image DC-AE: the three phases. From Open-Sora
+2.0 (spec 7.3): weights 1, 0.5, 0.05, a fifth of the steps on stills, AdamW betas (0.9, 0.98), lr 5e-5, clipping at 1. Our choice, since
+nothing is published (spec 7.2): all step counts, sizes and batches below, which layers count as inner and as head, the learning rate of
+`low`, the noise on the latent.
 
     python ae.py train --data CLIPS --preset small                   all three phases on a laptop
-    python ae.py train --data CLIPS --preset f32t4c32 --phases low   the first phase at full size; several GPUs: torchrun --nproc-per-node 8 ae.py train ...
+    python ae.py train --data CLIPS --preset f32t4c32 --phases low   the first phase at full size
+    torchrun --nproc-per-node 8 ae.py train ...                      any of them on several GPUs
     python ae.py train --data CLIPS --preset f32t4c32 --inflate dc-ae-2d.safetensors      starts from an image autoencoder
     python ae.py train --overfit assets/bunny.mp4 --preset small     one clip by heart: shows that model and losses work
     python ae.py train --preset toy-base                             the toy base's autoencoder on the toy world (20 minutes on one core)
@@ -71,24 +73,26 @@ class Phase:
     l1: float = 1.0
     mse: float = 0.0
     perceptual: float = 0.5
+    perceptual_frames: int = 8  # of each clip
     adversarial: float = 0.0
     noise: float = 0.0  # standard deviation, relative to the latent's RMS, of noise added before decoding
     disc_width: int = 64
     disc_lr: float = 1e-4
 
 
-#: For the published sizes on a node of GPUs. Times follow from counted operations at 40 % of 8 H100; none of these has been run.
+#: For the published sizes on 8 H100. None of these has been run: times follow from the operations of spec 9 (forward, once more for
+#: `recompute_stages`, twice for the backward pass) at 40 % of the peak.
 FULL = {
-    "low": Phase("all", (256, 256), 80, 2, 200_000, 1e-4, "about 12 days on 8 H100 (estimated, never run); 31 dB (spec 8.3)"),
-    "high": Phase("inner", (512, 512), 120, 1, 20_000, 5e-5, "about 3 days on 8 H100 (estimated, never run)"),
-    "refine": Phase("head", (256, 256), 80, 2, 20_000, 5e-5, "about 1 day on 8 H100 (estimated, never run)", adversarial=0.05),
+    "low": Phase("all", (256, 256), 80, 2, 200_000, 1e-4, "7 s per step, 16 days; the released model has 31.1 dB (spec 8.3)"),
+    "high": Phase("inner", (512, 512), 120, 1, 20_000, 5e-5, "11 s per step, 2.5 days"),
+    "refine": Phase("head", (256, 256), 80, 2, 20_000, 5e-5, "2.5 s per step, 14 hours; sharper, PSNR a little lower", adversarial=0.05),
 }
 #: For `small` on a laptop: Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
-_LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, disc_width=16)
+_LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, perceptual_frames=2, disc_width=16)
 LAPTOP = {
-    "low": Phase("all", (64, 64), 16, 8, 2000, 2e-3, "about an hour on one core", **_LAPTOP),
-    "high": Phase("inner", (128, 128), 32, 1, 300, 5e-4, "10 minutes on one core", **_LAPTOP),
-    "refine": Phase("head", (64, 64), 16, 4, 300, 2e-4, "10 minutes on one core", adversarial=0.05, **_LAPTOP),
+    "low": Phase("all", (64, 64), 16, 8, 2000, 2e-3, "1.7 s per step on one core, an hour", **_LAPTOP),
+    "high": Phase("inner", (128, 128), 32, 1, 300, 5e-4, "1 s per step, 5 minutes", **_LAPTOP),
+    "refine": Phase("head", (64, 64), 16, 4, 300, 2e-4, "1.2 s per step, 6 minutes", adversarial=0.05, **_LAPTOP),
 }
 
 
@@ -103,8 +107,8 @@ def programme(preset):
 def part(net, which):
     """The layers that a phase trains, as a module list.
 
-    all: everything. inner: the two deepest stages of encoder and decoder, on both sides of the temporal resampling, and the projections to and from the latent.
-    head: the decoder's last stage and projection to pixels.
+    all: everything. inner: the two deepest stages of encoder and decoder, on both sides of the temporal resampling, and the projections to
+    and from the latent. head: the decoder's last stage and projection to pixels.
     """
     enc, dec, first = net.encoder, net.decoder, net.config.first
     return nn.ModuleList({"all": [enc, dec], "inner": [*enc.stages[-2:], enc.project_out, dec.project_in, *dec.stages[-2:]],
@@ -117,7 +121,7 @@ def optimiser(which, module, lr):
 
 
 def prepare(net, device, compiled=False):
-    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want (it brings nothing on the CPU), and `recompute_stages`."""
+    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want, and `recompute_stages`; both cost time on a CPU."""
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last_3d)
@@ -185,7 +189,8 @@ def step_losses(net, phase, perceptual, disc, seed, autocast, x, number):
 def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, bf16=True, perceptual="auto", **settings):
     """Train `net` in place through one phase in folder `out` -> path of its weights (the averaged ones).
 
-    `stream(number)`: an iterator of batches from that batch number on. `held_out`: list of clips [3, t, h, w]. `settings`: whatever else decides the result.
+    `stream(number)`: an iterator of batches from that batch number on. `held_out`: list of clips [3, t, h, w]. `settings`: whatever else
+    decides the result; `preset` names the file.
     """
     c, device = net.config, next(net.parameters()).device
     if phase.frames % c.piece or phase.frames < 2 * c.piece:
@@ -199,7 +204,7 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
     if phase.adversarial:
         disc = nets["disc"] = losses.Discriminator(phase.disc_width).to(device)
         optimisers["disc"] = torch.optim.AdamW(disc.parameters(), phase.disc_lr, betas=(0.9, 0.98), weight_decay=0)
-    feature_distance = losses.Perceptual(perceptual).to(device) if phase.perceptual else None
+    feature_distance = losses.Perceptual(perceptual, phase.perceptual_frames).to(device) if phase.perceptual else None
     plan = training.Plan(phase.steps, phase.warmup, phase.decay, 1.0, phase.accumulate, phase.ema, save_every)
     config = {**dataclasses.asdict(phase), **dataclasses.asdict(c), "seed": seed, "bf16": bf16, **settings,
               "perceptual_network": feature_distance.name if feature_distance else None}
@@ -288,27 +293,30 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
 def inflate(net, tensors):
     """Start `net` from an image autoencoder's weights (spec 3.7) -> a sentence about what fitted.
 
-    A 3x3 kernel becomes the middle tap of a 3x3x3 one, the other taps zero; biases and norms are copied. What resamples time, and the stage
-    behind it, has no counterpart in an image: its convolutions start from zero, so that only the shortcuts are left, averaging four frames and repeating them. A
-    clip that stands still then gives, frame by frame, what the image autoencoder gives. Names are those of our own files with the last stage
-    missing; tensors of other names (the attention blocks of the published DC-AE) are left out, and counted.
+    A 3x3 kernel becomes the middle tap of a 3x3x3 one (the last, where it is causal), the other taps zero; biases and norms are copied.
+    What resamples time has no counterpart in an image, nor has the stage behind it, unless it is there by name: these start from zero, so
+    that only the shortcuts are left, averaging four frames and repeating them. A clip that stands still then gives, frame by frame, what
+    the image autoencoder gives. Names are those of our own files; tensors of other names (the attention blocks of the published DC-AE)
+    are left out, and counted.
     """
     own, used, n = net.state_dict(), set(), len(net.config.widths)
+    now = 2 if net.config.temporal == "causal" else 1  # the tap on the frame itself
     for name, value in own.items():
         flat = tensors.get(name)
-        if flat is not None and flat.ndim == 4 and value.ndim == 5 and flat.shape == value[:, :, 1].shape:
+        if flat is not None and flat.ndim == 4 and value.ndim == 5 and flat.shape == value[:, :, now].shape:
             value.zero_()
-            value[:, :, 1] = flat
+            value[:, :, now] = flat
             used.add(name)
         elif flat is not None and flat.shape == value.shape:
             value.copy_(flat)
             used.add(name)
     if not used:
         raise UserError("no tensor of the image autoencoder fits this preset by name and shape: use a DC-AE of the same widths.")
-    temporal = (*(p for stage in (net.encoder.stages[n - 1], net.decoder.stages[n - 1]) for p in stage.parameters()),
-                *net.encoder.stages[n - 2].op_list[-1].parameters(), *net.decoder.stages[n - 2].op_list[0].parameters())
-    for p in temporal:
-        p.zero_()
+    temporal = (f"encoder.stages.{n - 1}.", f"encoder.stages.{n - 2}.op_list.{len(net.encoder.stages[n - 2].op_list) - 1}.",
+                f"decoder.stages.{n - 1}.", f"decoder.stages.{n - 2}.op_list.0.")
+    for name, value in own.items():
+        if name.startswith(temporal) and name not in used:
+            value.zero_()
     return f"inflated {len(used)} of {len(own)} tensors; {len(tensors) - len(used)} tensors of the image autoencoder had no place."
 
 
@@ -319,9 +327,9 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
           bf16=True, save_every=200):
     """Train a toy preset on the toy world -> path of its weights.
 
-    Loss: L1 + MSE in pixels. `noise` on the latent spreads the information evenly over it, which the diffusion model needs. Muon, for AdamW hardly gets
-    off the ground here (`muon.py`). `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a gentle
-    fine-tune in pixels is left, lr 3e-4: 2e-3 undoes part of what was gained.
+    Loss: L1 + MSE in pixels. `noise` on the latent spreads the information evenly over it, which the diffusion model needs. Muon, for
+    AdamW hardly gets off the ground here (`muon.py`). `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a
+    gentle fine-tune in pixels is left, lr 3e-4: 2e-3 undoes part of what was gained.
     """
     device, out = training.start(), Path(out)
     phase = Phase("all", (64, 64), frames, batch, steps, lr, "", "muon", 50, "linear", ema=0.0, images=0.0, mse=1.0, perceptual=0.0, noise=noise)
@@ -406,7 +414,7 @@ def main_train(argv):
     p.add_argument("--frames", type=int, help="frames per clip: whole chunks, two or more")
     p.add_argument("--size", type=data.size_arg, metavar="HxW", help="of the crops")
     p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--perceptual", default="auto", help="network of the perceptual loss (default: the best one installed)")
+    p.add_argument("--perceptual", default="auto", help="network of that loss, or none (default: the best one installed)")
     p.add_argument("--workers", type=int, default=2, help="threads that decode clips (default: %(default)s)")
     p.add_argument("--cache", metavar="FOLDER", help="where to keep decoded clips; about ten times faster to read")
     p.add_argument("--compile", action="store_true", help="torch.compile")
@@ -421,6 +429,8 @@ def main_train(argv):
     if a.threads:
         torch.set_num_threads(a.threads)
     changes = {k: v for k in ("steps", "batch", "accumulate", "frames", "size", "lr") if (v := getattr(a, k)) is not None}
+    if a.perceptual == "none":
+        changes["perceptual"] = 0.0
     how = dict(seed=a.seed, save_every=a.save_every, bf16=not a.fp32)
     if a.overfit:
         path = memorise(a.preset, a.overfit, a.out, a.length, changes=changes, compiled=a.compile, **how)

@@ -398,9 +398,10 @@ class WanVAE(nn.Module):
 
     def _pad(self, x, first):
         """Repeat the last row and column up to a whole cell, and the last frame up to a whole latent frame."""
-        f = self.config.spatial_factor
-        t = 0 if first else -x.shape[2] % self.config.temporal_factor
-        return F.pad(x, (0, -x.shape[4] % f, 0, -x.shape[3] % f, 0, t), mode="replicate").to(self.conv1.weight.dtype)
+        c = self.config
+        t, h, w = 0 if first else -x.shape[2] % c.temporal_factor, -x.shape[3] % c.spatial_factor, -x.shape[4] % c.spatial_factor
+        x = F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
+        return x.to(self.conv1.weight.dtype)
 
     @staticmethod
     def _recut(pieces, channels, size):

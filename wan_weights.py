@@ -176,8 +176,8 @@ def save_folder(folder, tensors, config, format, metadata=None, shard_bytes=5e9)
     c = config
     if format == "diffusers":
         tensors = {to_diffusers(k): v for k, v in tensors.items()}
-        told = dict(_class_name="WanTransformer3DModel", patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads,
-                    in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
+        told = dict(_class_name="WanTransformer3DModel", patch_size=c.patch, num_attention_heads=c.heads,
+                    attention_head_dim=c.dim // c.heads, in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
                     num_layers=c.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, image_dim=c.image_dim,
                     added_kv_proj_dim=c.dim if c.image_dim else None, rope_max_seq_len=1024, pos_embed_seq_len=c.image_positions)
     elif format == "original":

@@ -272,7 +272,7 @@ def test_the_transformer_takes_latent_mask_and_condition_in_this_order():
 def count_encodes(monkeypatch):
     """A list that grows by the number of clips of every call of an autoencoder's encoder."""
     encoded, encode = [], ae.DCAEV.encode
-    monkeypatch.setattr(ae.DCAEV, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    monkeypatch.setattr(ae.DCAEV, "encode", lambda self, x, **more: encoded.append(len(x)) or encode(self, x, **more))
     return encoded
 
 

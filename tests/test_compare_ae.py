@@ -36,16 +36,28 @@ def test_ways_to_meet_a_long_clip():
             assert torch.allclose(nets[temporal](x), compare_ae.whole(nets[temporal], x), atol=5e-5)
 
 
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("temporal-causal", "chunk-20", "latent-16")], ids=lambda arm: arm.name)
+def test_arms_start_from_one_image_autoencoder(arm):
+    """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever the arm may see of time."""
+    image, net, x = compare_ae.image_autoencoder(arm.config), ae.DCAEV(arm.config), torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    compare_ae.inflate(net, image.state_dict())
+    with torch.no_grad():
+        y = compare_ae.whole(image, x)
+        assert y.std() > 0.05 and torch.allclose(compare_ae.whole(net, x.expand(-1, -1, 40, -1, -1)), y.expand(-1, -1, 40, -1, -1), atol=1e-4)
+
+
 def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    """Two steps of two arms on toy films: results, plot and table; the second call judges what is there; the film held out is trained on by none."""
+    """Two steps of two arms on toy films: results, plot, table; the second call judges what is there; the film held out is trained on by none."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("a", "b", "cup")):
         (tmp_path / "films").mkdir(exist_ok=True)
-        data.write_video(tmp_path / "films" / f"{name}.mp4", data.to_tensor(data.render(data.random_scene(np.random.default_rng(i)), 32, 64)), fps=10)
+        film = data.render(data.random_scene(np.random.default_rng(i)), 32, 64)
+        data.write_video(tmp_path / "films" / f"{name}.mp4", data.to_tensor(film), fps=10)
     monkeypatch.setattr(compare_ae, "ARMS", [arm for arm in ARMS if arm.name in ("temporal-chunk_causal", "temporal-non_causal")])
     monkeypatch.setattr(compare_ae, "LONG", 32)
     monkeypatch.setattr(compare_ae, "LENGTHS", {16: 2, 32: 1})
-    ae.main(["compare", "--data", "films", "--steps", "2"])
+    monkeypatch.setattr(compare_ae, "IMAGES", 2)
+    ae.main(["compare", "--data", "films", "--steps", "2", "--image-steps", "1"])
     result = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert list(result["arms"]) == ["temporal-chunk_causal", "temporal-non_causal"]
     assert set(result["arms"]["temporal-non_causal"]["long"]) == {"whole", "pieces"}
@@ -56,6 +68,6 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     assert sorted(p.rsplit("/")[-1] for p in dataset.paths) == ["a.mp4", "b.mp4"]
 
     monkeypatch.setattr(compare_ae.training.Run, "_one_step", None)  # nothing is trained again
-    ae.main(["compare", "--data", "films", "--steps", "2", "--score"])
+    ae.main(["compare", "--data", "films", "--steps", "2", "--image-steps", "1", "--score"])
     again = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert {k: v["psnr"] for k, v in again["arms"].items()} == {k: v["psnr"] for k, v in result["arms"].items()}

@@ -24,6 +24,7 @@ from checkpoint import UserError
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 CASES = json.loads((GOLDEN / "wan_dit_tiny.json").read_text())["cases"]
 TENSORS = load_file(GOLDEN / "wan_dit_tiny.safetensors")
+TOLERANCE = 1e-5  # outputs reach 5; moving the input by one ulp moves the output of case dc_t2v by up to 6e-6
 TINY = dit.Config(dim=64, ffn_dim=96, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6)
 
 
@@ -58,7 +59,7 @@ def relative(a, b):
 def test_output_equals_reference(case):
     weights, inputs, expected = golden(case)
     v = dit.from_state_dict(weights, heads=2)(*inputs)
-    assert (v - expected["out"]).abs().max() < 5e-6
+    assert (v - expected["out"]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("merge_padding", [True, False])
@@ -75,7 +76,7 @@ def test_output_equals_reference_with_everything_computed_ahead(case, merge_padd
         t = t[:, :: t.shape[1] // x.shape[2]]
         assert t.shape == (1, 3)
     v = net(x, net.embed_time(t), prompt)
-    assert (v - expected["out"]).abs().max() < 5e-6
+    assert (v - expected["out"]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,7 +97,7 @@ def test_activations_equal_reference(case):
         if key.startswith("act/"):
             ours = seen[key.removeprefix("act/")].flatten(1, -2) if key == "act/patch" else seen[key.removeprefix("act/")]
             ours = ours[:, : value.shape[1]] if key == "act/text_embedding" else ours.reshape(value.shape)
-            assert (ours - value).abs().max() < 5e-6, key
+            assert (ours - value).abs().max() < TOLERANCE, key
 
 
 # --------------------------------------------------------------------------------- named and sized like the checkpoints

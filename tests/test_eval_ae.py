@@ -69,7 +69,7 @@ def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatc
     for name, folder in (("bunny", "films"), ("city", "films/val")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / f"{name}.mp4").symlink_to(ROOT / "assets" / f"{name}.mp4")
-    monkeypatch.setattr(metrics, "colour_fields", lambda: torch.zeros(1, 3, 8, 32, 32))
+    monkeypatch.setattr(metrics, "colour_fields", lambda side: torch.zeros(1, 3, 8, 32, 32))
     evaluate = metrics.evaluate
     monkeypatch.setattr(metrics, "evaluate", lambda *args: evaluate(*args, optional=()))  # no networks
     ae.main(["eval", weights, "--data", "films", "--clips", "2", "--frames", "8", "--size", "64x64", "--results", "r.json", "--device", "cpu"])

@@ -193,8 +193,10 @@ def fake_lpips(monkeypatch, error=None):
 def test_lpips_gets_pictures_in_its_range(monkeypatch):
     calls = fake_lpips(monkeypatch)
     net = losses.Perceptual("auto", frames=2)
-    x = torch.rand(2, 3, 5, 16, 16) * 2 - 1
-    assert net.name == "lpips" and "VGG" in net.description and net(x + 0.25, x).item() == pytest.approx(0.25, abs=1e-6)
+    x = (torch.rand(2, 3, 5, 16, 16) * 2 - 1).requires_grad_()
+    distance = net(x.detach() + 0.25, x)
+    assert net.name == "lpips" and "VGG" in net.description and distance.item() == pytest.approx(0.25, abs=1e-6)
+    assert not distance.requires_grad  # what is imitated gets no gradient
     trunk, *looks = calls
     assert trunk == "vgg" and len(looks) == 2
     assert all(shape == (2, 3, 16, 16) and -1 <= low < -0.9 and 0.9 < high <= 1 for shape, low, high in looks)

@@ -39,13 +39,14 @@ def step_errors(x, steps):
 
 
 def test_flicker_by_hand():
-    """Motion off by 2 levels between frames of one chunk and by 3 where chunks of 4 meet: flicker 1.5. What moves does not count."""
+    """Motion off by 1, 2, 2 levels between frames of one chunk and by 3 where chunks of 4 meet: flicker 3 / (5 / 3)."""
     x = 0.5 * torch.rand(2, 3, 12, 8, 8) - 0.25
-    y = step_errors(x, [2.0, 2, 2, 3] * 2 + [2.0, 2, 2])
-    assert metrics.temporal_error(y, x)[1].tolist() == pytest.approx([2, 2, 2, 3] * 2 + [2, 2, 2], rel=1e-4)
-    assert metrics.flicker(y, x, 4) == pytest.approx(1.5, rel=1e-4)
-    assert metrics.flicker(y, x, 8) == pytest.approx(3 / ((3 + 9 * 2) / 10), rel=1e-4)  # of the two borders, one is inside now
-    assert metrics.flicker(y, x, 4, lead=1) == pytest.approx(2 / (18 / 8), rel=1e-4)  # Wan's borders: before frames 1, 5, 9
+    steps = [1.0, 2, 2, 3] * 2 + [1.0, 2, 2]
+    y = step_errors(x, steps)
+    assert metrics.temporal_error(y, x)[1].tolist() == pytest.approx(steps, rel=1e-4)
+    assert metrics.flicker(y, x, 4) == pytest.approx(1.8, rel=1e-4)
+    assert metrics.flicker(y, x, 8) == pytest.approx(3 / ((sum(steps) - 3) / 10), rel=1e-4)  # of the two borders, one is inside now
+    assert metrics.flicker(y, x, 4, lead=1) == pytest.approx(1 / ((sum(steps) - 3) / 8), rel=1e-4)  # Wan's: before frames 1, 5, 9
 
 
 def test_flicker_of_perfect_and_of_short_clips():
@@ -70,10 +71,12 @@ def test_grid_is_the_rms_of_a_repeating_pattern():
 
 
 def test_grid_sees_a_faint_pattern_through_noise_and_slopes():
-    """Noise of 8 levels, a wrong slope, a wrong colour: none of them is a grid. A grid of half a level under them all is found."""
+    """Noise of 8 levels, a wrong colour, a slope, a dark rim: none of them is a grid. A grid of half a level under them all is found."""
     fields = metrics.colour_fields(frames=2, side=128)
-    spoiled = 0.9 * fields + 0.03 + torch.linspace(-0.05, 0.05, 128) + 8 / 127.5 * torch.randn(fields.shape)
-    assert metrics.grid(fields, fields, 8) == 0 and metrics.grid(spoiled, fields, 8) < 0.1
+    rim = 0.3 * torch.linspace(-1, 1, 128).square()
+    spoiled = 0.8 * fields - 0.03 + torch.linspace(-0.1, 0.1, 128) - rim - rim[:, None] + 8 / 127.5 * torch.randn(fields.shape)
+    spoiled = spoiled.clamp(-0.9, 0.9)
+    assert metrics.grid(fields, fields, 8) == 0 and metrics.grid(spoiled, fields, 8) < 0.15
     lines = torch.zeros(128)
     lines[::8] = 1  # a brighter column at the left of each cell
     lines *= 0.5 / lines.std(correction=0)
@@ -174,6 +177,17 @@ def test_evaluate_with_networks(monkeypatch):
     short = metrics.evaluate(brighter, [*clips, ("brief", x[0, :, :8])])
     assert "fvd" not in one["mean"] and "two clips" in one["left_out"]["fvd"]
     assert "fvd" not in short["mean"] and short["left_out"]["fvd"] == "brief has 8 frames, but I3D needs 9."
+
+
+def test_a_broken_autoencoder_does_not_look_perfect():
+    """NaN in one frame is NaN in every mean."""
+    def reconstruct(x):
+        y = noisy(2.0)(x)
+        y[:, :, 3] = math.nan
+        return y
+
+    mean = metrics.evaluate(reconstruct, [("clip", torch.zeros(3, 8, 16, 16))], borders={"chunk": (4, 0)}, optional=())["mean"]
+    assert all(math.isnan(mean[column]) for column in ("psnr", "ssim", "flicker chunk"))
 
 
 def test_evaluate_refuses_other_shapes_and_no_clips():

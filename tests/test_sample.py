@@ -190,6 +190,27 @@ def test_a_text_to_video_model_refuses_a_picture(model):
         sample.generate(text_only, context, torch.zeros(1, 3, 32, 32), **SMALL)
 
 
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("gib, offload, whole", [(200, "none", True), (48, "none", False), (36, "parts", False), (16, "blocks", False)])
+def test_the_plan_moves_as_little_as_fits(gib, offload, whole):
+    """DC-VideoGen 14B at 720p, 27 GiB of weights, on GPUs of several sizes: known from shapes alone, before anything is loaded."""
+    model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
+    model.device = torch.device("cuda")
+    way, tile, report = sample.plan(model, 80, (704, 1280), torch.bfloat16, fold=1, free=gib * 2**30)
+    assert (way, tile is None) == (offload, whole)
+    assert max(report["gib"]["denoising_peak"], report["gib"]["decode_peak"]) <= 0.9 * gib
+    assert 26 < report["gib"]["transformer"] < 28
+
+
+def test_what_cannot_fit_is_refused_before_the_work():
+    model = models.outline("wan2.1-t2v-14b", torch.bfloat16)
+    model.device = torch.device("cuda")
+    with pytest.raises(UserError, match="denoising of 81 frames of 720x1280 needs about 11.* GiB, but cuda has 4.0 GiB free: use a smaller --size"):
+        sample.plan(model, 81, (720, 1280), torch.bfloat16, fold=1, free=4 * 2**30)
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 QUICK = ["--frames", "5", "--size", "50x70", "--steps", "2"]

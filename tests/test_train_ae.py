@@ -76,7 +76,7 @@ def test_the_three_phases(tmp_path, films, monkeypatch):
 
 
 def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
-    """Killed in the second step of the GAN phase: finished phases are not trained again, and the weights are those of the uninterrupted run, to the bit."""
+    """Killed in the second step of the GAN phase: what is finished is not trained again, the weights are those of the uninterrupted run, to the bit."""
     whole = checkpoint.load_tensors(run_programme(tmp_path / "whole", films, monkeypatch, ("low", "refine"), images=0.5))[0]
     hinge_d, calls = losses.hinge_d, []
 
@@ -183,7 +183,8 @@ def test_one_clip_by_heart(tmp_path, monkeypatch):
 def image_autoencoder(sd, n, x, patch):
     """A 2-D DC-AE written down with plain torch: x [b, 3, h, w] -> (latent, reconstruction). Widths are constant; no temporal stage."""
     conv = lambda x, name: F.conv2d(x, sd[f"{name}.weight"], sd.get(f"{name}.bias"), padding=1)
-    norm = lambda x, name: (x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * sd[f"{name}.weight"][:, None, None] + sd[f"{name}.bias"][:, None, None])
+    affine = lambda x, name: x * sd[f"{name}.weight"][:, None, None] + sd[f"{name}.bias"][:, None, None]
+    norm = lambda x, name: affine(x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt(), name)
     block = lambda x, name: x + norm(conv(F.silu(conv(x, f"{name}.main.conv1.conv")), f"{name}.main.conv2.conv"), f"{name}.main.conv2.norm")
     x = F.pixel_unshuffle(conv(x, "encoder.project_in.conv.conv"), patch)
     for i in range(1, n):
@@ -206,8 +207,8 @@ def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
     net = tiny(config=config)
     names = {k: v for k, v in net.state_dict().items() if not re.search(r"stages\.(4|3\.op_list\.1\.main\.conv\.conv)", k)
              or k.startswith("decoder.stages.3.op_list.1")}
-    flat = {k: torch.randn(v.shape[:2] + v.shape[3:]) / (9 * v.shape[1]) ** 0.5 if v.ndim == 5 else torch.randn(v.shape) for k, v in names.items()
-            if not k.startswith("decoder.stages.3.op_list.0")}
+    like = lambda v: torch.randn(v.shape[:2] + v.shape[3:]) / (9 * v.shape[1]) ** 0.5 if v.ndim == 5 else torch.randn(v.shape)
+    flat = {k: like(v) for k, v in names.items() if not k.startswith("decoder.stages.3.op_list.0")}
     said = train_ae.inflate(net, {**flat, "encoder.stages.3.op_list.0.attention.qkv.weight": torch.zeros(3, 3)})
     assert said == f"inflated {len(flat)} of {len(net.state_dict())} tensors; 1 tensors of the image autoencoder had no place."
     x = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -289,4 +290,5 @@ def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
     called = {}
     monkeypatch.setattr(train_ae, "train", lambda preset, out, **more: called.update(preset=preset, out=out, **more))
     ae.main(["train", "--preset", "toy", "--grow-from", "w", "--lr", "3e-4", "--steps", "600", "--out", "o"])  # as the README has it
-    assert called == dict(preset="toy", out="o", grow_from="w", grow_steps=2400, grow_clips=4096, lr=3e-4, steps=600, seed=0, save_every=200, bf16=True)
+    assert called == dict(preset="toy", out="o", grow_from="w", grow_steps=2400, grow_clips=4096, lr=3e-4, steps=600, seed=0, save_every=200,
+                          bf16=True)
