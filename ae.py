@@ -13,8 +13,9 @@ chunk after chunk with the state handed on, give the same latent.
 
     python ae.py reconstruct assets/bunny.mp4          a clip through the toy autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM
     python ae.py reconstruct CLIP --weights dc-ae-v-1.0-f32t4c32-bf16.pt     the same through official weights
-    python ae.py train --preset toy-base                                trains the toy base's autoencoder (20 minutes on one core)
-    python ae.py train --preset toy --grow-from weights/toy-base.safetensors    trains the deep one (an hour on one core)
+    python ae.py train --data CLIPS --preset small      trains one on a folder of film (`train_ae.py`); --preset toy: on the toy world
+    python ae.py eval WEIGHTS ... --data CLIPS          PSNR, SSIM, LPIPS, FVD, flicker, grid of any autoencoder (`eval_ae.py`)
+    python ae.py compare                                chunk-causal against causal and non-causal, on film (`compare_ae.py`)
 """
 import os
 
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow
 
 import argparse
 import dataclasses
+import importlib
 import math
 import re
 import sys
@@ -36,7 +38,7 @@ import checkpoint
 import kernels
 import tiling
 from checkpoint import UserError
-from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
+from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers
 
 
 @dataclass(frozen=True)
@@ -460,20 +462,14 @@ def save(net, path, dtype=torch.float32, **metadata):
 
 
 def main(argv=None):
-    """Each command lives in a file of its own above this one, which is imported only when asked for."""
+    """Each command lives in a file above this one, which is imported only when asked for."""
+    argv = sys.argv[1:] if argv is None else argv
+    files = {"reconstruct": "eval_ae", "train": "train_ae", "eval": "eval_ae", "compare": "compare_ae"}
     p = argparse.ArgumentParser(description="DC-AE-V, the deep compression video autoencoder.", usage="ae.py COMMAND ... (COMMAND --help says more)")
-    p.add_argument("command", choices=("reconstruct", "train", "eval", "compare"), help="reconstruct: a video file through the autoencoder; "
-                   "train: on the toy world or on a folder of clips; eval: table of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal "
-                   "against causal and non-causal, chunk sizes, latent channels")
-    args, rest = p.parse_known_args(argv[:1] if argv is not None else sys.argv[1:2])
-    rest = argv[1:] if argv is not None else sys.argv[2:]
-    if args.command == "train":
-        import train_ae as module
-    elif args.command == "compare":
-        import compare_ae as module
-    else:
-        import eval_ae as module
-    getattr(module, f"main_{args.command}")(rest)
+    p.add_argument("command", choices=files, help="reconstruct: a video file through the autoencoder; train: on the toy world or on a folder of "
+                   "clips; eval: table of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal against causal and non-causal")
+    command = p.parse_args(argv[:1]).command
+    getattr(importlib.import_module(files[command]), f"main_{command}")(argv[1:])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ group:
 
     temporal   chunk-causal, causal, non-causal convolutions; trained on 16 frames (two chunks of 8), judged on those and on clips six times
                as long
+    shallow    the same three at f8t4c16, where little of space is lost, and what is lost is time
     latent     16 or 64 latent channels in place of 32
     chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself
                and the one before it. (A causal convolution sees two back.)
@@ -47,8 +48,9 @@ LENGTHS = {16: 48, 80: 18, LONG: 18}  # frames of the clips that arms are judged
 HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirrel_cls")
 ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
 IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
-STEPS = {"temporal": 700, "chunk": 300, "latent": 700}
-BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4)
+STEPS = {"temporal": 700, "shallow": 700, "chunk": 300, "latent": 700}
+BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4)  # f32t4c32
+SHALLOW = ae.Config((0, 16, 32, 32), (0, 1, 1, 1), 16, chunk=8, patch=4)  # f8t4c16
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Arm:
     changes: dict = field(default_factory=dict)
     frames: int = 16
     batch: int = 4
+    base: ae.Config = BASE
 
     @property
     def name(self):
@@ -67,10 +70,11 @@ class Arm:
 
     @property
     def config(self):
-        return dataclasses.replace(BASE, **self.changes)
+        return dataclasses.replace(self.base, **self.changes)
 
 
 ARMS = [*(Arm("temporal", t, {"temporal": t}) for t in ("chunk_causal", "causal", "non_causal")),
+        *(Arm("shallow", t, {"temporal": t}, base=SHALLOW) for t in ("chunk_causal", "causal", "non_causal")),
         *(Arm("chunk", str(c), {"chunk": c}, frames=80, batch=1) for c in (40, 8, 1, 20, 4)),
         *(Arm("latent", str(z), {"latent_channels": z}) for z in (16, 64))]  # 32 is temporal-chunk_causal
 
@@ -137,13 +141,12 @@ def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
 
 
 def train_arm(arm, films, out, steps, image_steps, seed=0):
-    """The image autoencoder (once per number of latent channels), inflated and trained as this arm -> (net, what it took)."""
-    z = arm.config.latent_channels
+    """The image autoencoder (once per size of the latent), inflated and trained as this arm -> (net, what it took)."""
     torch.manual_seed(seed)
-    image, _ = fit(f"image-{z}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
+    image, _ = fit(f"image-f{arm.config.spatial_factor}c{arm.config.latent_channels}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
     net = ae.DCAEV(arm.config)
     inflate(net, image.state_dict())
-    return fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=2e-3, changes=arm.changes, image_steps=image_steps)
+    return fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=2e-3, arm=arm.name, changes=arm.changes, image_steps=image_steps)
 
 
 # ---------------------------------------------------------------------------------------------------- judging
@@ -181,30 +184,29 @@ def score(net, arm, short, long):
 
 
 def plot(path, arms):
-    """PSNR over frame index, quality against chunk size, quality against latent channels."""
+    """PSNR over frame index at f32 and f8, quality against chunk size, quality against latent channels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4))
-    for name, arm in arms.items():
-        for way, long in arm["long"].items() if name.startswith("temporal") else ():
-            axes[0].plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
-    axes[0].axvline(16, color="black", linestyle=":", label="end of the training length")
-    axes[0].set(title=f"PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
+    fig, axes = plt.subplots(1, 4, figsize=(20, 4))
+    for ax, group, title in zip(axes, ("temporal", "shallow"), ("f32t4c32", "f8t4c16")):
+        for name, arm in arms.items():
+            for way, long in arm["long"].items() if name.startswith(group) else ():
+                ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
+        ax.axvline(16, color="black", linestyle=":", label="end of the training length")
+        ax.set(title=f"{title}: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
+        ax.legend(fontsize=7)
     points = lambda group, pick: sorted((int(n.split("-")[1]), pick(a)) for n, a in arms.items() if n.startswith(group))
-    for label, pick in {"80 frames, streamed": lambda a: a["psnr"]}.items():
-        axes[1].plot(*zip(*points("chunk", pick) or [(0, 0)]), marker="o", label=label)
-    axes[1].set(title="quality against chunk size", xlabel="frames per chunk", ylabel="dB")
-    twin = axes[1].twinx()
+    axes[2].plot(*zip(*points("chunk", lambda a: a["psnr"]) or [(0, 0)]), marker="o")
+    axes[2].set(title="quality against chunk size, clips of 80 frames", xlabel="frames per chunk", ylabel="dB")
+    twin = axes[2].twinx()
     twin.plot(*zip(*points("chunk", lambda a: a["long"]["streamed"]["flicker"]) or [(0, 0)]), marker="x", color="tab:red")
     twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
     channels = points("latent", lambda a: a["psnr"]) + ([(32, arms["temporal-chunk_causal"]["psnr"])] if "temporal-chunk_causal" in arms else [])
-    axes[2].plot(*zip(*sorted(channels) or [(0, 0)]), marker="o")
-    axes[2].set(title="quality against latent channels", xlabel="channels", ylabel="dB")
-    for ax in axes[:2]:
-        ax.legend(fontsize=7)
+    axes[3].plot(*zip(*sorted(channels) or [(0, 0)]), marker="o")
+    axes[3].set(title="quality against latent channels", xlabel="channels", ylabel="dB")
     for ax in axes:
         ax.grid(alpha=0.3)
     fig.tight_layout()

@@ -335,10 +335,11 @@ def cut(net, side, shape, tile, dtype):
 def choose(net, shape, budget, dtype=torch.float32, side="decoder"):
     """The largest tile whose estimated peak fits into `budget` bytes: None (whole frames), or (rows, columns) in latent cells.
 
-    shape: (t, h, w) of the latent, batch 1. Tiles come from halving the longer side. Where none fits: the one that needs least.
+    shape: (t, h, w) of the latent, batch 1. Tiles come from halving the longer side, down to 128 pixels: with smaller ones nearly all the
+    arithmetic goes into halos. Where none fits: the one that needs least.
     """
     tile, options = tuple(shape[1:]), [None]
-    while max(tile) > 1:
+    while max(tile) * net.config.spatial_factor > 128:
         tile = (-(-tile[0] // 2), tile[1]) if tile[0] > tile[1] else (tile[0], -(-tile[1] // 2))
         options.append(tile)
     needs = {}

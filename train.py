@@ -4,7 +4,7 @@ Long runs end in the middle: a laptop is closed, a node is taken away, a disk fi
 the steps since its last checkpoint is the same for every network, and stands here once:
 
 * everything random in a step is drawn from the number of the step, so "where was I?" is one integer;
-* a checkpoint (weights, their moving average, optimisers, torch's random state, step, config) is written beside the last one and then
+* a checkpoint (weights, their moving average, optimisers, torch's CPU random state, step, config) is written beside the last one and then
   renamed: a full disk or a `kill -9` leaves the old one. On one machine a resumed run equals the uninterrupted one, on the CPU bit for
   bit;
 * a folder that belongs to a run with another config is refused, and the difference is shown;
@@ -75,6 +75,8 @@ class Run:
         self.config = json.loads(json.dumps(self.config, default=str))  # as it comes back from a file: tuples are lists, paths are strings
         self.rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimisers.items()}
         self.net = next(iter(nets.values()))
+        for p in (p for net in nets.values() for p in net.parameters() if processes() > 1):
+            dist.broadcast(p.data, 0)  # whatever seeds the others had
         self.average = {k: p.detach().float().clone() for k, p in trained(self.net).items()} if plan.ema else {}
         self._resume()
 
@@ -107,7 +109,7 @@ class Run:
     def _one_step(self, batches, losses):
         k, parts = self.plan.accumulate, {"rate": self.plan.rate(self.step)}
         for name, opt in self.optimisers.items():
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             for group, peak in zip(opt.param_groups, self.rates[name]):
                 group["lr"] = peak * parts["rate"]
         for micro in range(k):
@@ -118,14 +120,13 @@ class Run:
                 (loss / k).backward()
                 for key, value in values.items():
                     parts[key] = parts.get(key, 0) + float(value) / k
-        norms = {}
         for name, opt in self.optimisers.items():
             params = [p for group in opt.param_groups for p in group["params"]]
             average_gradients(params)
-            norms[name] = torch.nn.utils.clip_grad_norm_(params, self.plan.clip or math.inf)
-            if not torch.isfinite(norms[name]):
+            norm = torch.nn.utils.clip_grad_norm_(params, self.plan.clip or math.inf)
+            if not torch.isfinite(norm):
                 self._stop(f"the gradient of '{name}' is not finite", lambda: list(losses(batch, number)))
-            parts["gradient" if len(self.optimisers) == 1 else f"gradient_{name}"] = norms[name].item()
+            parts["gradient" if len(self.optimisers) == 1 else f"gradient_{name}"] = norm.item()
         for opt in self.optimisers.values():  # only now that all gradients are known to be finite
             opt.step()
         self.step += 1

@@ -20,7 +20,7 @@ nothing is published (spec 7.2): all step counts, sizes and batches below, which
     python ae.py train --data CLIPS --preset f32t4c32 --phases low   the first phase at full size
     torchrun --nproc-per-node 8 ae.py train ...                      any of them on several GPUs
     python ae.py train --data CLIPS --preset f32t4c32 --inflate dc-ae-2d.safetensors      starts from an image autoencoder
-    python ae.py train --overfit assets/bunny.mp4 --preset small     one clip by heart: shows that model and losses work
+    python ae.py train --overfit out/clips/box.mp4 --preset small    one clip by heart: shows that model and losses work
     python ae.py train --preset toy-base                             the toy base's autoencoder on the toy world (20 minutes on one core)
     python ae.py train --preset toy --grow-from weights/toy-base.safetensors     the deep toy (an hour on one core)
 
@@ -267,11 +267,13 @@ def batches(dataset, batch, workers, device, number):
 
 
 #: One clip by heart: no stills, nothing held out, pixels only. Every window of two chunks is drawn; judged is the whole clip.
-MEMORISE = Phase("all", (128, 128), 16, 2, 3000, 2e-3, "over 35 dB on the clip itself", **{**_LAPTOP, "perceptual": 0.0, "images": 0.0})
+MEMORISE = Phase("all", (128, 128), 16, 1, 500, 3e-3, "over 35 dB on the clip itself; 1 s per step, 8 minutes",
+                 **{**_LAPTOP, "perceptual": 0.0, "images": 0.0})
 
 
 def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, **more):
-    """Overfit the first `length` frames of one clip -> path of the weights. The log's psnr is that of the whole clip, streamed."""
+    """Overfit the first `length` frames of one clip -> path of the weights. The log's psnr is that of the whole clip, streamed; it
+    is in OUT/overfit.json too."""
     phase = dataclasses.replace(MEMORISE, **changes)
     film = data.read_clip(clip, length, phase.size)
     device = training.start()
@@ -283,7 +285,12 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
             yield torch.stack([film[:, s : s + phase.frames] for s in starts.tolist()]).to(device)
 
     net = prepare(ae.DCAEV(ae.PRESETS[preset]), device, compiled)
-    return run_phase(net, phase, "memorise", out, windows, [film], seed, preset=preset, data=str(clip), length=length, **more)
+    path = run_phase(net, phase, "memorise", out, windows, [film], seed, preset=preset, data=Path(clip).name, length=length, **more)
+    log = [{k: line[k] for k in ("step", "psnr", "ssim", "seconds_per_step")} for line in training.read_log(out) if "psnr" in line]
+    checkpoint.write_json(Path(out) / "overfit.json", dict(
+        **checkpoint.provenance(), clip=Path(clip).name, length=length, preset=preset, phase=dataclasses.asdict(phase), log=log,
+        parameters=sum(p.numel() for p in net.parameters())))
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------- from images to video

@@ -483,9 +483,9 @@ def infer_config(tensors, **constants):
     if not constants:
         raise UserError(f"the mean and std of {z} latent channels are not known here (known: {', '.join(map(str, NORMALISATION))}): load a "
                         "diffusers folder whose config.json has them, or give the Config.")
-    return Config(width, decoder_width, z, patch=math.isqrt(cin // 3), multipliers=[level[0] // width for level in levels],
-                  depth=len(levels[0]), temporal=temporal, shortcuts=any(re.search(r"downsamples\.\d+\.downsamples|downsampler", n) for n in tensors),
-                  **constants)
+    shortcuts = any(re.search(r"downsamples\.\d+\.downsamples|downsampler", name) for name in tensors)
+    return Config(width, decoder_width, z, patch=math.isqrt(cin // 3), shortcuts=shortcuts, multipliers=[level[0] // width for level in levels],
+                  depth=len(levels[0]), temporal=temporal, **constants)
 
 
 def from_state_dict(sd, config=None, dtype=torch.float32):

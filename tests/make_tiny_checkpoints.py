@@ -340,8 +340,7 @@ def write_tokenizer(folder):
     special = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                for i, (piece, _) in enumerate(pieces()[:3])]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    template = lambda *letters: [{"Sequence": {"id": letter, "type_id": 0}} if letter in "AB" else {"SpecialToken": {"id": letter, "type_id": 0}}
-                                 for letter in letters]
+    template = lambda *parts: [{"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
     write_json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},

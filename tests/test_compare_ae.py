@@ -13,7 +13,7 @@ from compare_ae import ARMS, BASE
 
 def test_arms_differ_in_one_thing():
     """Within a group all have the same clips, batches and steps, and but for the latent channels as many weights."""
-    for group, field in (("temporal", "temporal"), ("chunk", "chunk"), ("latent", "latent_channels")):
+    for group, field in (("temporal", "temporal"), ("shallow", "temporal"), ("chunk", "chunk"), ("latent", "latent_channels")):
         arms = [arm for arm in ARMS if arm.group == group]
         assert len({(arm.frames, arm.batch) for arm in arms}) == 1
         for arm in arms:
@@ -36,7 +36,7 @@ def test_ways_to_meet_a_long_clip():
             assert torch.allclose(nets[temporal](x), compare_ae.whole(nets[temporal], x), atol=5e-5)
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("temporal-causal", "chunk-20", "latent-16")], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("temporal-causal", "shallow-non_causal", "chunk-20", "latent-16")], ids=lambda arm: arm.name)
 def test_arms_start_from_one_image_autoencoder(arm):
     """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever the arm may see of time."""
     image, net, x = compare_ae.image_autoencoder(arm.config), ae.DCAEV(arm.config), torch.rand(1, 3, 1, 32, 32) * 2 - 1

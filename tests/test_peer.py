@@ -3,8 +3,8 @@ files, part by part and as complete pipelines; and what we export they read.
 
     python -m pytest -m peer tests/test_peer.py         needs requirements-dev.txt; without it the tests are skipped
 
-Tiny random models (make_tiny_checkpoints.py), fp32. The two programs round differently (diffusers makes sinusoids and rotary tables in fp32), so
-a transformer agrees to 1e-5 or so; so does a latent after 20 guided steps, 1e-4 is what is asked for here.
+Tiny random models (make_tiny_checkpoints.py), fp32. The two programs round differently: diffusers makes sinusoids and rotary tables in fp32.
+A transformer agrees to 1e-5 or so, and so does a latent after 20 guided steps; 1e-4 is what is asked for here.
 """
 import numpy as np
 import pytest
@@ -43,10 +43,11 @@ def strictly(kind, folder, **more):
 
 
 def inputs(config, grid=(3, 8, 12)):
-    """Random arguments for a transformer: ours, and the same for diffusers' class."""
+    """Random arguments for a transformer: ours, and the same by the names that diffusers gives them."""
     x, t, context = torch.randn(2, config.in_channels, *grid), torch.tensor([999.0, 17.0]), torch.randn(2, config.text_len, TEXT_DIM)
     clip = torch.randn(2, 257, IMAGE_DIM) if config.image_dim else None
-    return (x, t, context, clip), dict(hidden_states=x, timestep=t, encoder_hidden_states=context, encoder_hidden_states_image=clip, return_dict=False)
+    names = "hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"
+    return (x, t, context, clip), dict(zip(names, (x, t, context, clip)), return_dict=False)
 
 
 # ---------------------------------------------------------------------------------------------------- part by part
@@ -55,7 +56,8 @@ def inputs(config, grid=(3, 8, 12)):
 @pytest.mark.parametrize("name, part", [(name, part) for name in BASE for part in ("transformer", "transformer_2")[: 1 + ("a14b" in name)]])
 @torch.no_grad()
 def test_transformers(tiny_folders, name, part):
-    ours = dit.load(tiny_folders / FOLDERS[name][0][0] / ({"transformer": "high_noise_model", "transformer_2": "low_noise_model"}[part] if "a14b" in name else ""))
+    expert = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}[part] if "a14b" in name else ""
+    ours = dit.load(tiny_folders / FOLDERS[name][0][0] / expert)
     theirs = strictly(diffusers.WanTransformer3DModel, tiny_folders / FOLDERS[name][1][0] / part)
     arguments, named = inputs(ours.config)
     torch.testing.assert_close(ours(*arguments), theirs(**named)[0], rtol=0, atol=5e-5)
@@ -89,9 +91,9 @@ def test_autoencoders(tiny_folders, name, file):
 @torch.no_grad()
 def test_text_encoder_and_tokenizer(tiny_folders):
     """Cleaned, tokenised, encoded, padded to 512 with zeros; the .pth is stored in bf16, the folder in fp32."""
-    ours = encoders.WanText(tiny_folders / "Wan2.1-T2V-14B" / "models_t5_umt5-xxl-enc-bf16.pth", tiny_folders / "Wan2.1-T2V-14B" / "google" / "umt5-xxl",
-                            dtype=torch.float32, text_dim=TEXT_DIM)
-    folder = tiny_folders / "Wan2.1-T2V-14B-Diffusers"
+    original, folder = tiny_folders / "Wan2.1-T2V-14B", tiny_folders / "Wan2.1-T2V-14B-Diffusers"
+    parts = original / "models_t5_umt5-xxl-enc-bf16.pth", original / "google" / "umt5-xxl"
+    ours = encoders.WanText(*parts, dtype=torch.float32, text_dim=TEXT_DIM)
     pipe = diffusers.WanPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=torch.float32)
     strictly(transformers.UMT5EncoderModel, folder / "text_encoder")
     prompts = ["a cat is playing", models.NEGATIVE, "", "very long prompt " * 250, "a 🐱 &amp; a  dog\n", "caf\u00c3\u00a9"]
@@ -142,8 +144,8 @@ def tensor(picture):
 
 
 @pytest.mark.parametrize("name, pictures", [
-    ("wan2.1-t2v-1.3b", 0), ("wan2.1-t2v-14b", 0), ("wan2.1-i2v-14b-480p", 1), ("wan2.1-i2v-14b-720p", 1), ("wan2.2-t2v-a14b", 0), ("wan2.2-i2v-a14b", 1),
-    ("wan2.2-i2v-a14b", 2), ("wan2.2-ti2v-5b", 0), ("wan2.2-ti2v-5b", 1)])
+    ("wan2.1-t2v-1.3b", 0), ("wan2.1-t2v-14b", 0), ("wan2.1-i2v-14b-480p", 1), ("wan2.1-i2v-14b-720p", 1), ("wan2.2-t2v-a14b", 0),
+    ("wan2.2-i2v-a14b", 1), ("wan2.2-i2v-a14b", 2), ("wan2.2-ti2v-5b", 0), ("wan2.2-ti2v-5b", 1)])
 @torch.no_grad()
 def test_pipelines(tiny_folders, name, pictures):
     """Prompt, negative prompt, pictures and noise in, 20 guided steps, frames out: WanPipeline and WanImageToVideoPipeline from the diffusers
@@ -159,20 +161,21 @@ def test_pipelines(tiny_folders, name, pictures):
     given = [noise_picture(SIZE), noise_picture(SIZE).transpose(Image.FLIP_LEFT_RIGHT)][:pictures]
     noise = torch.randn(1, model.net.config.out_channels, *model.latent_shape(FRAMES, SIZE))
 
-    steps = []
+    latents = []
     more = dict(zip(("image", "last_image"), given)) | (dict(guidance_scale_2=low) if model.low else {})
-    theirs = pipe(prompt=prompt, negative_prompt=model.negative, height=SIZE[0], width=SIZE[1], num_frames=FRAMES, num_inference_steps=20, guidance_scale=high,
-                  latents=noise, output_type="pt", callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]) or {}, **more).frames[0]
+    theirs = pipe(prompt=prompt, negative_prompt=model.negative, height=SIZE[0], width=SIZE[1], num_frames=FRAMES, num_inference_steps=20,
+                  guidance_scale=high, latents=noise, output_type="pt",
+                  callback_on_step_end=lambda pipe, i, t, kept: latents.append(kept["latents"]) or {}, **more).frames[0]
 
     context, null = model.contexts([prompt])
-    z = sample.generate(model, context, *(tensor(p) for p in given[:1]), frames=FRAMES, size=SIZE, steps=20, guidance=(low, high) if model.low else high,
-                        shift=pipe.scheduler.config.flow_shift, solver="unipc_diffusers", noise=noise, null=null,
-                        last_image=tensor(given[1]) if pictures == 2 else None)
+    first, last = ([tensor(p) for p in given] + [None, None])[:2]
+    z = sample.generate(model, context, first, FRAMES, SIZE, steps=20, guidance=(low, high) if model.low else high, solver="unipc_diffusers",
+                        shift=pipe.scheduler.config.flow_shift, noise=noise, null=null, last_image=last)
     ours = torch.cat(list(model.decode(z, FRAMES, SIZE)), dim=2)[0].transpose(0, 1) / 2 + 0.5
 
     start = 1 if name == "wan2.2-ti2v-5b" and pictures else 0  # diffusers puts the picture's latent in place after the last call back
-    assert len(steps) == 20
-    torch.testing.assert_close(z[:, :, start:], steps[-1][:, :, start:], rtol=0, atol=1e-4)
+    assert len(latents) == 20
+    torch.testing.assert_close(z[:, :, start:], latents[-1][:, :, start:], rtol=0, atol=1e-4)
     difference = (ours.clamp(0, 1) - theirs).abs()
     assert ours.shape == theirs.shape and (difference <= 1 / 255).double().mean() >= 0.999
     assert theirs.std() > 0.05 and (theirs[0] - theirs[-1]).abs().mean() > 0.02  # there is something to compare

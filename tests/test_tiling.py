@@ -106,9 +106,9 @@ def test_longer_videos_hand_the_states_of_all_tiles_on(net, monkeypatch):
 
 def test_compat_and_tiles_exclude_each_other():
     net = MAKE["dc-ae-v"]()
-    for call in (lambda: net.decode(latent(net), tile=(4, 4), compat=True), lambda: net.encode(torch.rand(1, 3, 8, 16, 16), tile=(4, 4), compat=True)):
+    for code, x in ((net.decode, latent(net)), (net.encode, torch.rand(1, 3, 8, 16, 16))):
         with pytest.raises(UserError, match="leave the tile or compat away"):
-            call()
+            code(x, tile=(4, 4), compat=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the halo

@@ -67,7 +67,8 @@ def test_reference_image_condition():
 
 def test_the_config_is_inferred_and_the_constants_are_the_published_ones(net, name):
     c, published, notes = net.config, wan_vae.PRESETS[name], NOTES[name]
-    assert c == dataclasses.replace(published, width=notes["config"]["dim"], decoder_width=notes["config"].get("dec_dim", notes["config"]["dim"]))
+    width = notes["config"]["dim"]
+    assert c == dataclasses.replace(published, width=width, decoder_width=notes["config"].get("dec_dim", width))
     assert c.mean == tuple(notes["mean"]) and c.std == tuple(notes["std"])
     assert (c.spatial_factor, c.temporal_factor, c.lead, c.scale) == ({"wan2.1": 8, "wan2.2": 16}[name], 4, 1, 1.0)
 
@@ -203,7 +204,8 @@ def test_every_kind_of_file_gives_the_same_model(net, name, tmp_path):
 
 def test_other_sizes_and_constants(tmp_path):
     """Levels, depth, latent channels and temporal flags come from the shapes, the constants from a folder's config.json."""
-    config = wan_vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1, temporal=(True, False))
+    config = wan_vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1,
+                            temporal=(True, False))
     net = wan_vae.WanVAE(config).eval()
     wan_vae.save_diffusers(net, tmp_path)
     loaded = wan_vae.load(tmp_path)
