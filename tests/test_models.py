@@ -74,12 +74,12 @@ def picture(tmp_path_factory):
 
 @pytest.fixture
 def run(tiny_folders, text_cache, picture, tmp_path, monkeypatch):
-    """run(name, folders, *more arguments) -> (video file without suffix, latent): the command line with one step, six frames of 24x34, and a
+    """run(name, folders, *more arguments) -> (video file without suffix, latent): the command line with one step, three frames of 24x34, and a
     picture for a model that takes one, where `more` does not say otherwise."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main sets it: put back
 
     def run(name, folders, *more, weights=tiny_folders, with_picture=True):
-        defaults = {"--prompt": PROMPT, "--negative": NEGATIVE, "--frames": 6, "--size": "24x34", "--steps": 1, "--text-cache": text_cache,
+        defaults = {"--prompt": PROMPT, "--negative": NEGATIVE, "--frames": 3, "--size": "24x34", "--steps": 1, "--text-cache": text_cache,
                     "--device": "cpu", "--out": tmp_path / "out", "--name": name}
         if models.RELEASED[name].task != "t2v" and with_picture:
             defaults["--image"] = picture
@@ -124,7 +124,7 @@ def test_every_layout_makes_the_same_video(run, name, with_picture):
     for folders in FOLDERS[name]:
         file, z = run(name, folders, "--shift", 4, "--steps", steps, with_picture=with_picture)  # some folders bring a shift of their own
         latents.append(z)
-    assert data.read_clip(f"{file}.mp4").shape == (3, 6, 24, 34) and data.clip_info(f"{file}.mp4").fps == ROWS[name][3]
+    assert data.read_clip(f"{file}.mp4").shape == (3, 3, 24, 34) and data.clip_info(f"{file}.mp4").fps == ROWS[name][3]
     assert 0.3 < latents[0].std() < 10
     for z in latents[1:]:
         torch.testing.assert_close(z, latents[0], rtol=0, atol=1e-5)
@@ -149,7 +149,7 @@ def test_any_length_and_size_is_what_comes_out(load, name, frames, size):
 def test_an_odd_size_gets_a_row_and_a_column_more_in_the_mp4_only(run):
     """H.264 needs even sizes."""
     file, _ = run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], "--size", "33x47")
-    assert data.read_clip(f"{file}.mp4").shape == (3, 6, 34, 48)
+    assert data.read_clip(f"{file}.mp4").shape == (3, 3, 34, 48)
 
 
 # ---------------------------------------------------------------------------------------------------- defaults
@@ -498,7 +498,7 @@ def test_other_ways_to_the_same_video(run):
 
 
 def test_noise_from_a_file(run, tmp_path):
-    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(5))  # 6 frames of 24x34
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(5))  # 3 frames of 24x34
     checkpoint.save_tensors(tmp_path / "noise.safetensors", {"noise": noise})
     make = lambda *more: run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], *more)[1]
     given = make("--noise", tmp_path / "noise.safetensors")
