@@ -240,6 +240,7 @@ def _only_file(path):
         return path
     for suffixes in ((".safetensors",), (".pt", ".pth", ".bin")):
         files = [f for f in path.iterdir() if f.suffix in suffixes]
+        files = [f for f in files if f.stem in ("diffusion_pytorch_model", "model")] or files  # a LoRA or text cache may lie beside it
         if len(files) == 1:
             return files[0]
         if files:
