@@ -143,16 +143,18 @@ def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
 def train_arm(arm, films, out, steps, image_steps, short, seed=0):
     """The image autoencoder (once per size of the latent), inflated and trained as this arm -> (net, what it took).
 
-    `start_psnr` is that of the inflated net on clips `short`: an arm must beat it. The learning rate is low for that reason: at 2e-3, 700 steps of the f32 arms
-    ended below their start.
+    `start_psnr` is that of the inflated net on clips `short`: an arm must beat it. The learning rate is low for that reason: at 2e-3 the f32
+    arms ended their 700 steps below it.
     """
     torch.manual_seed(seed)
-    image, _ = fit(f"image-f{arm.config.spatial_factor}c{arm.config.latent_channels}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
+    latent = f"f{arm.config.spatial_factor}c{arm.config.latent_channels}"
+    image, _ = fit(f"image-{latent}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
     net = ae.DCAEV(arm.config)
     inflate(net, image.state_dict())
     with torch.no_grad():
         start = metrics.psnr(torch.cat([whole(net, x) for x in short.split(4)]), short)
-    net, took = fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=5e-4, arm=arm.name, changes=arm.changes, image_steps=image_steps)
+    net, took = fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=5e-4, arm=arm.name, changes=arm.changes,
+                    image_steps=image_steps)
     return net, dict(start_psnr=start, **took)
 
 
@@ -228,8 +230,8 @@ def table(arms):
     lines = ["| arm | steps | start dB | PSNR dB | SSIM | long clips | first frames | beyond | flicker |", "|---|---|---|---|---|---|---|---|---|"]
     for name, arm in arms.items():
         for way, long in arm["long"].items():
-            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['start_psnr'])} | {number(arm['psnr'])} | {number(arm['ssim'], 4)} "
-                         f"| {way} {number(long['psnr'])} | {number(long['psnr_start'])} | {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
+            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['start_psnr'])} | {number(arm['psnr'])} "
+                         f"| {number(arm['ssim'], 4)} | {way} {number(long['psnr'])} | {number(long['psnr_start'])} | {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
     return "\n".join(lines)
 
 
@@ -259,8 +261,10 @@ def main_compare(argv):
             continue
         net, took = train_arm(arm, films, out, steps, args.image_steps, held_out[arm.frames], args.seed)
         arms[arm.name] = {**took, **score(net, arm, held_out[arm.frames], held_out[LONG])}
+        short = held_out[16]
+        flat = metrics.psnr(short.mean(dim=(2, 3, 4), keepdim=True).expand_as(short), short)
         checkpoint.write_json(Path(args.results) / "compare.json", dict(
             **checkpoint.provenance(), size=SIZE, zoom=ZOOM, image_steps=args.image_steps, held_out=HELD_OUT, seed=args.seed,
-            base=dataclasses.asdict(BASE), flat_colour=metrics.psnr(held_out[16].mean(dim=(2, 3, 4), keepdim=True).expand_as(held_out[16]), held_out[16]), arms=arms))
+            base=dataclasses.asdict(BASE), shallow=dataclasses.asdict(SHALLOW), flat_colour=flat, arms=arms))
         plot(Path(args.results) / "compare.png", arms)
         print(table(arms), flush=True)

@@ -146,7 +146,8 @@ def stream(net, clip, frames, size, check=80):
     memory = [m for _, m in rows]
     quarter = len(memory) // 4
     return dict(clip=Path(clip).name, frames=seen, size=list(size), config=repr(c),
-                seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1), error=(torch.cat(kept, dim=2) - whole).abs().max().item(), error_frames=x.shape[2],
+                seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1),
+                error=(torch.cat(kept, dim=2) - whole).abs().max().item(), error_frames=x.shape[2],
                 whole_clip_mib=round(3 * 4 * frames * size[0] * size[1] / 2**20, 1),  # the pixels alone, which are never held
                 growth_mib=round(max(memory[-quarter:]) - max(memory[quarter : 2 * quarter]), 2), rss_mib=rows)
 

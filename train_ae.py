@@ -121,7 +121,7 @@ def optimiser(which, module, lr):
 
 
 def prepare(net, device, compiled=False):
-    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want, and `recompute_stages`; both cost time on a CPU."""
+    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want, and `recompute_stages`."""
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last_3d)
