@@ -5,8 +5,8 @@ steps. The start is an image autoencoder of the same widths, trained once on sin
 what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. What differs is one thing per
 group:
 
-    temporal   chunk-causal, causal, non-causal convolutions; trained on 16 frames (two chunks of 8), judged on those and on clips six times
-               as long
+    temporal   chunk-causal, causal, non-causal convolutions; trained on 32 frames (two chunks of 16), judged on those and on clips three
+               times as long
     shallow    the same three at f8t4c16, where little of space is lost, and what is lost is time
     latent     16 or 64 latent channels in place of 32
     chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself
@@ -44,13 +44,13 @@ from muon import Muon
 from train_ae import inflate
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
-LENGTHS = {16: 48, 80: 18, LONG: 18}  # frames of the clips that arms are judged on: how many
+LENGTHS = {32: 24, 80: 18, LONG: 18}  # frames of the clips that arms are judged on: how many
 HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirrel_cls")
 ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
 IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
-STEPS = {"temporal": 700, "shallow": 700, "chunk": 300, "latent": 700}
-BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4)  # f32t4c32
-SHALLOW = ae.Config((0, 16, 32, 32), (0, 1, 1, 1), 16, chunk=8, patch=4)  # f8t4c16
+STEPS = {"temporal": 600, "shallow": 400, "chunk": 200, "latent": 400}
+BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=16, patch=4)  # f32t4c32
+SHALLOW = ae.Config((0, 16, 32, 32), (0, 1, 1, 1), 16, chunk=16, patch=4)  # f8t4c16
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Arm:
     group: str
     label: str
     changes: dict = field(default_factory=dict)
-    frames: int = 16
-    batch: int = 4
+    frames: int = 32
+    batch: int = 2
     base: ae.Config = BASE
 
     @property
@@ -204,7 +204,7 @@ def plot(path, arms):
         for name, arm in arms.items():
             for way, long in arm["long"].items() if name.startswith(group) else ():
                 ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
-        ax.axvline(16, color="black", linestyle=":", label="end of the training length")
+        ax.axvline(32, color="black", linestyle=":", label="end of the training length")
         ax.set(title=f"{title}: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
         ax.legend(fontsize=7)
     points = lambda group, pick: sorted((int(n.split("-")[1]), pick(a)) for n, a in arms.items() if n.startswith(group))
@@ -261,7 +261,7 @@ def main_compare(argv):
             continue
         net, took = train_arm(arm, films, out, steps, args.image_steps, held_out[arm.frames], args.seed)
         arms[arm.name] = {**took, **score(net, arm, held_out[arm.frames], held_out[LONG])}
-        short = held_out[16]
+        short = held_out[32]
         flat = metrics.psnr(short.mean(dim=(2, 3, 4), keepdim=True).expand_as(short), short)
         checkpoint.write_json(Path(args.results) / "compare.json", dict(
             **checkpoint.provenance(), size=SIZE, zoom=ZOOM, image_steps=args.image_steps, held_out=HELD_OUT, seed=args.seed,
