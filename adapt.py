@@ -10,20 +10,24 @@ embeddings they have never seen, and training end to end first improves and then
     assemble  blocks, time and text embedders from the base; E_S from 1a; a new head
     stage 1b  align the head (and embedder) with the flow-matching loss, blocks frozen
     stage 2   LoRA on the blocks, embedder and head in full: the light end-to-end fine-tune
+    export    the LoRA in three layouts, and merged: a folder that sample.py takes as a model
 
-    python adapt.py --base toy              all of it on the toy, from the embedded base, in about ten minutes on two cores
-    python adapt.py --base toy --pretrain   trains the toy base itself (about an hour on one core)
-    python adapt.py --base toy --score      prompt fit of base and adapted model on 256 held-out prompts -> results/toy.json
+    python adapt.py --base toy                                              the toy, from its embedded base, in about ten minutes on two cores
+    python adapt.py --base wan2.1 --weights DIR [DIR] --data CLIPS          Wan 2.1 1.3B, with what was published for it (`bases.py`)
+    torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...          the same on eight GPUs, weights and optimiser sharded
+    python adapt.py --base wan2.1-t2v-14b --gpus 8 --plan                   what that needs, before it is paid for
+    python adapt.py --base toy --pretrain | --score | --compare             train the toy base; score both toys; the comparison of ways to adapt
 
-After each stage it prints R^2 of the embedding, the validation loss, the norm ratio of the embedders and the prompt fit, and renders the
-same prompts; out/adapt/stages.png shows what each stage gave. Rerun after an interruption: finished work is kept.
+Every stage has a folder in --out. Rerun the same command after an interruption: what is finished is not done again, what was begun goes on,
+and other settings are refused. `--stage head` stops after stage 1b. The base is never changed; what is trained (fp32) lies beside its weights
+(bf16). After each stage `journal.py` says whether it works: report.json, stages.png.
 """
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every other process down; must precede torch
 
 import argparse
-import hashlib
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -32,466 +36,451 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from torch import nn
 from tqdm import tqdm
 
 import ae
+import align
+import bases
+import cache
 import checkpoint
 import data
 import dit
-import encoders
 import flow
 import lora
-import metrics
 import models
-import sample
+import toy
+import train as training
+from bases import DTYPES
 from checkpoint import UserError
-from muon import Muon
+from journal import Journal
 
-SHARD = 256  # clips per cache file
-WITH_IMAGE = 64  # the first so many of them are cached with an image condition too
-SHIFT = 3.0  # of the time sampling, in training as in sampling
+STAGES = ("cache", "align", "head", "lora", "export")
+ENDS = ("patch_embedding", "head")  # trained whole, from stage 1b on
 
-
-# ---------------------------------------------------------------------------------------------------- cache
+# ---------------------------------------------------------------------------------------------------- the stages in order
 
 
 @dataclass
-class Latents:
-    """Clips in one latent space: z [n, z, t, h, w], scaled as the transformer sees them; `condition` [n, 4 + z, t, h, w] is zero but for
-    the clips in `with_image`; `attributes` are the captions. The same clip has the same index in every space."""
+class Job:
+    """What all stages share."""
 
-    z: torch.Tensor
-    condition: torch.Tensor
-    with_image: torch.Tensor
-    attributes: list
+    base: bases.Base
+    settings: bases.Settings
+    args: argparse.Namespace
+    device: torch.device
+    teacher: models.Model
+    student: models.Model
+    source: object  # training data (cache.Source or one like it)
+    held: object  # held-out data
+    journal: Journal
+    started: float
 
-    def inputs(self, index):
-        """Clean transformer input [b, 2 z + 4, t, h, w]: latent, mask, condition."""
-        return torch.cat([self.z[index], self.condition[index]], dim=1).float()
-
-
-def hash_of(net, *more):
-    """A fingerprint of a network's config and weights, and of whatever else decides: work done with others is not taken for one's own."""
-    digest = hashlib.sha256(repr((net.config, more)).encode())
-    for value in net.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def folder(self, expert, stage):
+        return Path(self.args.out) / f"{expert.prefix}{stage}"
 
 
-@torch.no_grad()
-def cache_latents(model, shards, folder, seed=1):
-    """Encode `shards` x SHARD toy clips with the model's autoencoder, shard by shard, into `folder` -> Latents.
-
-    A shard that is there already, made by the same autoencoder from the same clips, is read instead; one that is damaged is made again.
-    """
-    shape, parts, attributes = model.latent_shape(model.frames, model.size), [], []
-    looks = data.toy_batch(seed, 1, model.frames, model.size[0])[0].double().sum().item()  # changes with the toy world
-    fingerprint = hash_of(model.ae, SHARD, shape, looks)
-    for shard in tqdm(range(shards), desc=f"cache latents of {model.name}", unit="shard"):
-        file = Path(folder) / fingerprint / f"seed{seed}-{shard:04d}.safetensors"
-        tensors = None
-        if file.exists():
-            try:
-                tensors, _ = checkpoint.load_tensors(file)
-            except UserError as e:
-                tqdm.write(f"made again: {e}")
-        rng = np.random.default_rng((seed, shard))
-        if tensors is None:
-            clips, scenes = data.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
-            with torch.autocast(model.device.type, torch.bfloat16):
-                z = torch.cat([model.encode(x) for x in clips.split(16)])
-                condition = torch.cat([model.condition(len(x), shape, x) for x in clips[:WITH_IMAGE, :, 0].split(16)])
-            tensors = {"z": z.half().cpu(), "condition": condition.half().cpu()}
-            checkpoint.save_tensors(file, tensors)
-        attributes += [data.random_scene(rng).attributes() for _ in range(SHARD)]
-        condition = torch.zeros(SHARD, *tensors["condition"].shape[1:], dtype=torch.half)
-        condition[:WITH_IMAGE] = tensors["condition"]
-        parts.append((tensors["z"], condition))
-    index = torch.arange(shards * SHARD)
-    return Latents(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), index[index % SHARD < WITH_IMAGE], attributes)
+def adapt(base, settings, args):
+    """AE-Adapt-V, stage by stage, into the folder args.out."""
+    started, args.device = time.perf_counter(), args.device or training.start()
+    teacher, student = base.models(args, settings)
+    source, held = base.sources(teacher, student, args, settings)  # the cache
+    for model in (teacher, student):
+        model.ae.to("cpu")  # not beside the transformer
+    journal = Journal(args.out, base=base.name, target=bases.target_of(student.ae.config))
+    job = Job(base, settings, args, args.device, teacher, student, source, held, journal, started)
+    last = STAGES.index(args.stage)
+    for number, stage in enumerate((align_ends, train_head, train_lora), 1):
+        for expert in base.experts(teacher):
+            if number <= last:
+                stage(job, expert)
+    if last == len(STAGES) - 1:
+        export(job)
 
 
-# ---------------------------------------------------------------------------------------------------- stage 1a: patch embedder
+def align_ends(job, expert):
+    """Stage 1a: the patch embedder by regression on clean latents, and the head that stage 1b starts from -> 1a/ends.safetensors."""
+    s, folder = job.settings, job.folder(expert, "1a")
+    config = config_of(job, expert, "align", "head", "clips_align", "seed")
+    config |= config_of(job, expert, "steps_align", "lr_align", "batch_align") if s.align == "sgd" else {}
+    config |= config_of(job, expert, "time_sampling", "shift") if "closed_form" == s.head or s.align == "noise_aware" else {}
+    if s.head == "closed_form" and expert.name:
+        raise UserError(f"the closed-form head is for bases with one transformer, and {job.base.name} has two: use --head zero.")
+    if finished(folder / "ends.safetensors", config):
+        return
+    E_T, net_config = expert.embedder(), job.student.net.config
+    patches = job.teacher.net.config.patch, net_config.patch
+    W_0, b_0 = initial_embedder(net_config, s.seed)
+    sgd = align_by_sgd(job, expert, E_T, patches, W_0, b_0, config) if s.align == "sgd" else None
+    if not alone(folder / "ends.safetensors"):
+        return
+
+    if before := job.base.before(job.teacher, job.held):
+        examine(job, expert, "base", *before)
+    n, begun = min(len(job.source), s.clips_align), time.perf_counter()
+    pairs = lambda source, n, what: (source.pair(i) for i in tqdm(range(n), what, unit="clip", leave=False))
+    fitted = align.Moments.of(pairs(job.source, n, "read pairs"), patches)
+    held = align.Moments.of(pairs(job.held, min(len(job.held), s.clips_align), "read held-out pairs"), patches)
+    teacher, student = job.held.pair(0)
+    scale = teacher.shape[3] // patches[0][2] // (student.shape[3] // patches[1][2])  # base tokens per deep token and axis
+    noisy = [c.out_channels * math.prod(c.patch) for c in (job.teacher.net.config, net_config)]
+    seconds = time.perf_counter() - begun
+    ways = {"random": lambda: (W_0, b_0),
+            "closed_form": lambda: align.solve_embedding(fitted, E_T),
+            "ridge_to_init": lambda: align.solve_embedding(fitted, E_T, 3e-2, W_0),
+            "noise_aware": lambda: align.solve_noised(fitted, E_T, scale, noisy, s.time_sampling, s.shift),
+            **({"sgd": lambda: sgd} if sgd else {})}
+    numbers, solved = {}, {}
+    for way, solve in ways.items():  # all but SGD cost nothing more, so all are told
+        begun = time.perf_counter()
+        weight, bias = solved[way] = solve()
+        r2, mse = align.r_squared(held, E_T, weight, bias)
+        numbers[way] = dict(r2=r2, mse=mse, norm_ratio=align.norm_ratio(weight, E_T, scale, noisy))
+        job.journal.add(dict(stage=f"{expert.prefix}1a {way}", seconds=time.perf_counter() - begun, **numbers[way]))
+    if not job.args.no_samples:
+        show_pair(job, teacher, student)
+
+    # assemble: blocks from the base, the aligned embedder, a zero or regressed head
+    base, net = build(job, expert, {})
+    training.copy_into(net, {"patch_embedding.weight": solved[s.align][0].view_as(net.patch_embedding.weight), "patch_embedding.bias": solved[s.align][1]})
+    if s.head == "closed_form":
+        batch = 64 if job.base.name == "toy" else s.batch
+        align.solve_head(net, job.source, batches=48, batch=batch, mode=s.time_sampling, shift=s.shift)
+    examine(job, expert, "1a, assembled", net, depth=depth(job, base, net), **numbers[s.align], latent_rms=rms_of(job.held), clips=n, reading=round(seconds, 1))
+    ends = {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}
+    checkpoint.save_tensors(folder / "ends.safetensors", ends, {"settings": config})
 
 
-def tokens_of(x, patch):
-    """[b, c, f, h, w] -> the flattened patches [b, f', h', w', c * prod(patch)] that a patch embedder multiplies."""
-    pt, ph, pw = patch
-    return rearrange(x, "b c (f p) (h q) (w r) -> b f h w (c p q r)", p=pt, q=ph, r=pw)
+def train_head(job, expert):
+    """Stage 1b: align the head (and go on with the embedder) by the flow-matching loss, blocks frozen -> 1b/trained.safetensors."""
+    start, s = result(job.folder(expert, "1a") / "ends.safetensors"), job.settings
+    config = config_of(job, expert, "steps_head", "lr_head", "warmup_head", "decay", "batch", start=cache.hash_tensors(start))
+
+    def ready():
+        net = build(job, expert, start)[1]
+        for part in ENDS:
+            net.get_submodule(part).requires_grad_(True)
+        return net
+
+    fit(job, expert, "1b", "1b, head aligned", ready, config, s.steps_head, s.lr_head, s.warmup_head, 0.0, 0)
 
 
-def pool(tokens, grid):
-    """Average base tokens [b, f, h, w, c] over the cells of the deep grid (f', h', w'): the target of stage 1a (spec 3.2).
-
-    Space must divide by one common integer s; in time the longer clip may be an integer multiple. UserError otherwise.
-    """
-    f, h, w = tokens.shape[1:4]
-    if f % grid[0] or h % grid[1] or w % grid[2] or h // grid[1] != w // grid[2]:
-        raise UserError(f"the base token grid {f}x{h}x{w} is no integer multiple of the deep one {'x'.join(map(str, grid))}: "
-                        "use sizes of the same bucket for both autoencoders.")
-    return reduce(tokens, "b (f p) (h q) (w r) c -> b f h w c", "mean", f=grid[0], h=grid[1], w=grid[2])
+def train_lora(job, expert):
+    """Stage 2: LoRA on the blocks (spec 5.3), embedder and head in full -> 2/trained.safetensors."""
+    start, s = result(job.folder(expert, "1b") / "trained.safetensors"), job.settings
+    config = config_of(job, expert, "steps", "lr", "warmup", "decay", "batch", "rank", "alpha", "ema", start=cache.hash_tensors(start))
+    fit(job, expert, "2", "2, LoRA", lambda: build(job, expert, start, adapters=True)[1], config, s.steps, s.lr, s.warmup, s.ema, s.steps_head)
 
 
-def paired_tokens(teacher, student, teacher_patch, student_patch):
-    """Latents of the same clips -> (x [n, c_T p_T] pooled base patches, u [n, c_S p_S] deep patches), fp64.
-
-    Pooling and the base's embedder are both linear, so patches may be pooled before they are embedded. Clips with an image
-    condition come twice, with it and without it.
-    """
-    index = torch.arange(len(teacher.z))
-    pairs = []
-    for part in index.split(SHARD):
-        t, s = teacher.inputs(part), student.inputs(part)
-        t[:, teacher.z.shape[1] :], s[:, student.z.shape[1] :] = 0, 0
-        pairs.append((t, s))
-    for part in teacher.with_image.split(SHARD):
-        pairs.append((teacher.inputs(part), student.inputs(part)))
-    x, u = [], []
-    for t, s in pairs:
-        s = tokens_of(s, student_patch)
-        u.append(s.flatten(0, 3))
-        x.append(pool(tokens_of(t, teacher_patch), s.shape[1:4]).flatten(0, 3))
-    return torch.cat(x).double(), torch.cat(u).double()
-
-
-def solve_embedding(x, u, teacher, ridge=1e-5, init=None):
-    """Closed form of stage 1a (spec 3.4) -> (weight [d, c_S p_S], bias [d]), fp32.
-
-        y = W_T x + b_T,   W_S = (S_yu + l W_0)(S_uu + l I)^-1,   b_S = mean(y) - W_S mean(u),   l = ridge * tr(S_uu) / n
-
-    with S the covariances over all tokens. W_0 is zero, or `init`: shrinking towards a Xavier initialisation keeps latent directions of low
-    variance open, which noised inputs need and clean latents do not show.
-    """
-    weight, bias = teacher.weight.detach().cpu().flatten(1).double(), teacher.bias.detach().cpu().double()
-    mean_x, mean_u = x.mean(0), u.mean(0)
-    x, u = x - mean_x, u - mean_u
-    cov_uu, cov_yu = u.T @ u / len(u), weight @ (x.T @ u) / len(u)
-    l = ridge * cov_uu.diagonal().mean()
-    start = torch.zeros_like(cov_yu) if init is None else init.detach().cpu().flatten(1).double()
-    solved = torch.linalg.solve(cov_uu + l * torch.eye(len(cov_uu), dtype=torch.float64), (cov_yu + l * start).T).T
-    return solved.float(), (weight @ mean_x + bias - solved @ mean_u).float()
+def export(job):
+    """The adapted model as files that others read, in args.out: the transformer(s) merged, the LoRA in three layouts, the autoencoder."""
+    s, out, dtype = job.settings, Path(job.args.out), DTYPES[job.settings.export]
+    if training.rank():
+        return
+    about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank, alpha=s.alpha, step=s.steps)
+    shown = {k: getattr(job.student, k) for k in models.SAMPLING}
+    for number, expert in enumerate(job.base.experts(job.teacher)):
+        suffix = "_2" if number else ""  # as diffusers calls the second transformer
+        trained = result(job.folder(expert, "2") / "trained.safetensors")
+        net = build(job, expert, trained, adapters=True, dtype=dtype, device="cpu")[1]
+        half = torch.float16 if dtype == torch.float32 else dtype
+        for layout, ending in (("comfyui", ""), ("kohya", "-kohya"), ("peft", "-peft")):  # diffusers refuses a LoRA with whole tensors
+            lora.save(net, out / f"lora{suffix}{ending}.safetensors", layout, full=() if layout == "peft" else ENDS, dtype=half, **about)
+        lora.merge(net)
+        file = f"transformer{suffix}" + (".safetensors" if job.args.format == "original" else "")
+        metadata = {"adapted": {**about, "settings": dataclasses.asdict(s), "sampling": shown}}
+        dit.save(net, out / file, metadata, dtype, job.args.format)
+    ae.save(job.student.ae, out / "ae.safetensors", dtype)
+    print(f"done in {time.perf_counter() - job.started:.0f} s. See {out / 'stages.png'} and {out / 'report.json'}, and try\n"
+          f"  python sample.py --model {out} " + (f"--weights {' '.join(map(str, job.args.weights))} " if job.args.weights else "")
+          + ("--image PICTURE " if job.student.task == "i2v" else "") + f"--prompt \"{toy.PROMPTS[0] if job.base.name == 'toy' else '...'}\"")
 
 
-def sgd_embedding(x, u, teacher, weight, bias, steps=2000, batch=512, lr=2e-3, seed=0):
-    """Stage 1a as published (spec 3.3): AdamW, betas (0.9, 0.9), on MSE -> (weight, bias). Batches are of tokens."""
-    target = F.linear(x.float(), teacher.weight.detach().cpu().flatten(1), teacher.bias.detach().cpu())
-    weight, bias = (p.detach().clone().requires_grad_() for p in (weight, bias))
-    opt = torch.optim.AdamW([weight, bias], lr=lr, betas=(0.9, 0.9), weight_decay=0)
+# ---------------------------------------------------------------------------------------------------- stage 1a as published
+
+
+def initial_embedder(config, seed):
+    """What stage 1a starts from (spec 3.3) -> weight [d, c * prod(patch)], bias [d]; the same in every process and on every day."""
     generator = torch.Generator().manual_seed(seed)
-    for step in tqdm(range(steps), desc="align embedder by SGD", unit="step", leave=False):
-        for group in opt.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        pick = torch.randint(len(u), (batch,), generator=generator)
-        loss = F.mse_loss(F.linear(u[pick].float(), weight, bias), target[pick])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    return weight.detach(), bias.detach()
+    weight = nn.init.xavier_uniform_(torch.empty(config.dim, config.in_channels * math.prod(config.patch)), generator=generator)
+    bound = (config.out_channels * math.prod(config.patch)) ** -0.5
+    return weight, nn.init.uniform_(torch.empty(config.dim), -bound, bound, generator=generator)
 
 
-def r_squared(x, u, teacher, weight, bias):
-    """(R^2, MSE) of an embedder on held-out pairs: R^2 = 1 - MSE / Var(y). MSE alone proves nothing (spec 9.8)."""
-    y = F.linear(x, teacher.weight.detach().cpu().flatten(1).double(), teacher.bias.detach().cpu().double())
-    mse = (y - F.linear(u, weight.double(), bias.double())).square().mean()
-    return (1 - mse / (y - y.mean(0)).square().mean()).item(), mse.item()
+def align_by_sgd(job, expert, teacher, patches, weight, bias, config):
+    """Stage 1a by SGD, as published: AdamW, betas (0.9, 0.9), constant rate, batches of clips -> (weight, bias). A run that can be killed."""
+    s = job.settings
+    net = nn.Linear(*reversed(weight.shape)).to(job.device)
+    training.copy_into(net, {"weight": weight, "bias": bias})
+    W, b = (p.float().to(job.device) for p in align.matrix(teacher))
+    opt = torch.optim.AdamW(net.parameters(), lr=s.lr_align, betas=(0.9, 0.9), weight_decay=0)
+    run = training.Run(job.folder(expert, "1a"), config, {"net": net}, {"net": opt},
+                       training.Plan(s.steps_align, warmup=0, decay="constant", clip=0.0, save_every=1000, log_every=100, keep=1))
+    batch = max(s.batch_align // training.processes(), 1)
+
+    def batches(number):
+        while True:
+            step, positions = run.positions(number, batch)
+            pairs = [job.source.pair(int(np.random.default_rng((s.seed, step, p)).integers(min(len(job.source), s.clips_align)))) for p in positions]
+            yield [torch.cat(side).to(job.device) for side in zip(*(align.pair_tokens(*(a[None].float() for a in pair), patches) for pair in pairs))]
+            number += 1
+
+    def losses(batch, number):
+        x, u = batch
+        loss = F.mse_loss(net(u), F.linear(x, W, b))
+        yield "net", loss, {"loss": loss.detach()}
+
+    run.fit(batches(run.number), losses, what=f"{expert.prefix}1a by SGD")
+    return net.weight.detach().cpu(), net.bias.detach().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------- stages 1b and 2: flow matching
 
 
-def batch_of(latents, text, n, rng, null=0.1, drop=0.1, image=0.2):
-    """A training batch -> (z, condition, context). Whole prompts are dropped with probability `null` (spec 5.2), single attributes
-    with `drop`, so that short prompts work too; a share `image` of the clips is conditioned on its first frame."""
-    use_image = rng.random(n) < image
-    index = np.where(use_image, rng.choice(latents.with_image.numpy(), n), rng.integers(0, len(latents.z), n))
-    prompts = [{} if rng.random() < null else {k: w for k, w in latents.attributes[i].items() if rng.random() >= drop} for i in index]
-    condition = latents.condition[index].float()
-    condition[torch.from_numpy(~use_image)] = 0
-    return latents.z[index].float(), condition, text.encode(prompts)
+def draw(shape, settings, expert, seed, step, positions):
+    """Time and noise of samples -> sigma, t, weight [b], noise [b, *shape]. Each depends on (seed, step, its position) alone, so that it does
+    not matter how a batch is divided; times are drawn again until one lies in the expert's range."""
+    rows = []
+    for position in positions:
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0] >> 1))
+        while True:
+            sigma, t, weight = flow.sample_times(1, settings.time_sampling, settings.shift, generator)
+            if expert.low <= t.item() / 1000 < expert.high:
+                break
+        rows.append((sigma, t, weight, torch.randn(1, *shape, generator=generator)))
+    return [torch.cat(column) for column in zip(*rows)]
 
 
-def flow_loss(net, z, condition, context, generator):
-    """Flow-matching loss of a batch -> (loss, per-sample mse, sigma). Noise is drawn on the CPU: the same on every device."""
-    z, condition, context = (a.to(next(net.parameters()).device) for a in (z, condition, context))
-    return flow.loss(lambda x, t: net(torch.cat([x, condition], dim=1), t, context), z, "shifted", SHIFT, generator)
-
-
-@torch.no_grad()
-def validation_loss(net, latents, text, batches=8, batch=32):
-    """Mean flow-matching loss on fixed clips, prompts, noise and times."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    return sum(flow_loss(net, *batch_of(latents, text, batch, rng), generator)[0].item() for _ in range(batches)) / batches
-
-
-def fit(net, latents, text, opt, lr, steps, batch, state_file, settings, desc, bf16=True, warmup=50, clip=1.0, seed=0, save_every=250):
-    """Train what requires gradients with the flow-matching loss -> list of (step, loss). Goes on from `state_file`, exactly.
-
-    The learning rate warms up, then falls linearly to zero. Batches and noise depend on (seed, step) only.
-    """
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    settings = {**settings, "lr": lr, "steps": steps, "batch": batch, "seed": seed, "clips": len(latents.z)}
-    step, log = 0, []
-    if state_file.exists():
-        saved = checkpoint.load_pickle(state_file)
-        if saved["settings"] != settings:
-            raise UserError(f"{state_file} was made with other settings ({saved['settings']}): use those, or another --out.")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["trained"][name])
-        opt.load_state_dict(saved["opt"])
-        step, log = saved["step"], saved["log"]
-    net.train()
-    running = []
-    with tqdm(total=steps, initial=step, desc=desc, unit="step", mininterval=2) as bar:
-        while step < steps:
-            rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed * 1_000_003 + step)
-            for group in opt.param_groups:
-                group["lr"] = lr * min((step + 1) / warmup, 1 - step / steps)
-            with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=bf16):
-                loss, *_ = flow_loss(net, *batch_of(latents, text, batch, rng), generator)
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} at step {step} of '{desc}': lower its learning rate; {state_file} holds the last good state.")
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-            opt.step()
-            step += 1
-            running.append(loss.item())
-            bar.update()
-            if step % save_every == 0 or step == steps:
-                log.append((step, sum(running) / len(running)))
-                running.clear()
-                bar.set_postfix(loss=f"{log[-1][1]:.4f}")
-                state = dict(trained={k: p.detach() for k, p in trained.items()}, opt=opt.state_dict(), step=step, log=log, settings=settings)
-                with checkpoint.atomic_path(state_file) as tmp, open(tmp, "wb") as f:  # a full disk is an OSError only this way
-                    torch.save(state, f)
-    net.eval()
-    return log
+def objective(net, batch, sigma, t, weight, noise):
+    """Flow-matching loss of a batch (spec 5.1) -> (loss, mse [b]). Noise, target and loss are fp32."""
+    device = next(net.parameters()).device
+    x = flow.add_noise(batch.z, noise, sigma).to(device)
+    v = align.velocity_of(net, batch, device)(x, t.to(device))
+    mse = (v.float() - flow.velocity_target(batch.z, noise).to(device)).square().flatten(1).mean(1)
+    return (weight.to(device) * mse).mean(), mse.detach()
 
 
 @torch.no_grad()
-def solve_head(net, latents, text, batches=48, batch=64, ridge=1e-4, seed=7):
-    """Closed form of the head (spec 4): the best linear map from the features that enter it to the velocity, by regression.
+def validation_loss(job, expert, net, held=None):
+    """The loss on fixed held-out samples, prompts, noise and times."""
+    s, n, total = job.settings, job.base.validation, 0.0
+    for step, start in enumerate(range(0, n, s.batch)):
+        positions = range(min(s.batch, n - start))
+        batch = (held or job.held).batch(step, positions)
+        total += objective(net, batch, *draw(batch.z.shape[1:], s, expert, 10_000_019, step, positions))[0].item() * len(positions)
+    return total / n
 
-    Only forward passes at random times: accumulate sum(u u^T) and sum(u v^T) of features u (with a 1 for the bias) and target patches v.
+
+def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
+    """Train what requires gradients in the net that `ready()` builds -> the file NAME/trained.safetensors with all of that, consolidated.
+
+    first: number of the source's batch at step 0, so that stage 2 does not begin with the clips of 1b.
     """
-    features = []
-    hook = net.head.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
-    d = net.config.dim + 1
-    uu, uv = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, len(net.head.head.weight), dtype=torch.float64)
-    for step in tqdm(range(batches), desc="align head by regression", unit="batch", leave=False):
-        rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(step)
-        z, condition, context = batch_of(latents, text, batch, rng)
-        sigma, t, _ = flow.sample_times(batch, "shifted", SHIFT, generator)
-        noise = torch.randn(z.shape, generator=generator)
-        inputs = torch.cat([flow.add_noise(z, noise, sigma), condition], dim=1), t, context
-        net(*(a.to(net.head.head.weight.device) for a in inputs))
-        v = rearrange(flow.velocity_target(z, noise), "b c (f p) (h q) (w r) -> (b f h w) (p q r c)",
-                      **dict(zip("pqr", net.config.patch))).double()
-        u = F.pad(features.pop().flatten(0, 1).double().cpu(), (0, 1), value=1.0)
-        uu += u.T @ u
-        uv += u.T @ v
-    hook.remove()
-    solved = torch.linalg.solve(uu + ridge * uu.diagonal().mean() * torch.eye(d, dtype=torch.float64), uv).T
-    net.head.head.weight.copy_(solved[:, :-1])
-    net.head.head.bias.copy_(solved[:, -1])
+    s, folder = job.settings, job.folder(expert, name)
+    config |= config_of(job, expert, "time_sampling", "shift", "clip", "dtype", "seed")
+    if finished(folder / "trained.safetensors", config):
+        return
+    torch.manual_seed(s.seed)
+    net = training.masters(ready()).train()
+    net.checkpointing = s.checkpoint_blocks
+    training.shard(net, net.blocks)
+    trained = training.trained(net)
+    opt = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0)
+    plan = training.Plan(steps, warmup, s.decay, s.clip, s.accumulated(training.processes()), ema, job.args.save_every)
+    run = training.Run(folder, config, {"net": net}, {"net": opt}, plan)
+
+    def batches(number):
+        while True:
+            step, positions = run.positions(number, s.batch)
+            batch = job.source.batch(first + step, positions)
+            yield batch, draw(batch.z.shape[1:], s, expert, s.seed + 1, first + step, positions)
+            number += 1
+
+    def losses(batch, number):
+        loss, mse = objective(net, batch[0], *batch[1])
+        yield "net", loss, {"loss": loss.detach(), "mse": mse.mean()}
+
+    def report(run):
+        with run.averaged():
+            return {"validation": validation_loss(job, expert, net)}
+
+    begun = time.perf_counter()
+    run.fit(batches(run.number), losses, report, what=f"{expert.prefix}{title}")
+    with run.averaged():
+        tensors = {k: training.whole(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
+    del run, opt, trained, net
+    if training.rank() == 0:
+        base, net = build(job, expert, tensors, adapters=name == "2")
+        examine(job, expert, title, net, depth=depth(job, base, net), trained=sum(v.numel() for v in tensors.values()), training=round(time.perf_counter() - begun, 1))
+        training.plot(folder)
+        checkpoint.save_tensors(folder / "trained.safetensors", tensors, {"settings": config, "step": steps})
+    training.everywhere(None)  # nobody looks for the file before it is there
 
 
-# ---------------------------------------------------------------------------------------------------- the stages in order
-
-#: rendered after every stage, with the same noise
-PROMPTS = ("a large red circle moving left slowly on a blue background",
-           "a small yellow triangle moving up quickly on a black background",
-           "a large green square moving right slowly on a white background",
-           "a small purple ring moving down quickly on a gray background",
-           "a large cyan triangle moving left quickly on a brown background",
-           "a small blue square moving up slowly on a green background")
+# ---------------------------------------------------------------------------------------------------- the model between the stages
 
 
-class Journal:
-    """What each stage gave: numbers for report.json and a strip of frames for stages.png."""
+def build(job, expert, tensors, adapters=False, dtype=None, device=None):
+    """-> (the base's transformer, the deep one with what was trained so far), frozen but for adapters and, with them, the ends.
 
-    def __init__(self, out, latents, prompts):
-        self.out, self.latents, self.prompts, self.rows, self.strips = out, latents, data.held_out_prompts(prompts), [], []
-
-    def stage(self, name, model, seconds, latents=None, **numbers):
-        """Score and render `model`, print one line, rewrite report.json and stages.png."""
-        loss = validation_loss(model.net, latents or self.latents, model.text)
-        fit_ = metrics.prompt_fit(sample.videos(model, self.prompts), self.prompts)
-        self.rows.append(dict(stage=name, seconds=round(seconds, 1), validation_loss=loss, prompt_fit=fit_, **numbers))
-        words = "  ".join(f"{k} {v:.2f}" for k, v in fit_.items())
-        extra = "  ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-        tqdm.write(f"{name:24s} {seconds:5.0f} s   loss {loss:.4f}   prompt fit: {words}   {extra}")
-        self.strips.append([x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in sample.videos(model, PROMPTS)])
-        data.contact_sheet(self.out / "stages.png", [torch.cat(row, dim=1) for row in zip(*self.strips)], columns=3 * len(self.strips),
-                           labels=PROMPTS, heads=[row["stage"] for row in self.rows if "prompt_fit" in row])
-        checkpoint.write_json(self.out / "report.json", dict(**checkpoint.provenance(), prompts=len(self.prompts), stages=self.rows))
+    They share all that is inherited: two networks in the memory of one. tensors: {name: value} over what is fresh.
+    """
+    s = job.settings
+    base = expert.load(dtype or DTYPES[s.dtype], device or job.device)
+    net = dit.inherit(base, job.student.net.config, share=True).requires_grad_(False).eval()
+    if adapters:
+        lora.wrap(net, s.rank, s.alpha, full=ENDS)
+    training.copy_into(net, tensors)
+    return base, net
 
 
-def adapt_toy(args):
-    """AE-Adapt-V on the toy, stage by stage."""
-    if not 0 < args.align_shards < args.shards:
-        raise UserError(f"--align-shards must be at least 1 and fewer than --shards, got {args.align_shards} and {args.shards}.")
-    out, started = Path(args.out), time.perf_counter()
-    base = models.load_model("base")
-    deep = models.Model("toy DC-VideoGen", dit.inherit(base.net, dit.PRESETS["toy-dc"]), ae.load(models.WEIGHTS / "toy.safetensors"), base.text)
-    base.to(args.device), deep.to(args.device)
-    settings = dict(align=args.align, head=args.head, base=hash_of(base.net), autoencoder=hash_of(deep.ae))
-    clock = lambda: time.perf_counter() - started
-
-    # cache: alignment needs the same clips in both latent spaces, a few of them; fine-tuning needs many, in the deep space only
-    teacher, teacher_held = split(cache_latents(base, args.align_shards + 1, out / "cache"))
-    student, student_held = split(cache_latents(deep, args.shards + 1, out / "cache"))
-    n = len(teacher.z)
-    journal = Journal(out, student_held, args.prompts or 64)
-    journal.stage("base", base, clock(), teacher_held)
-
-    # stage 1a: align the patch embedder
-    E_T, E_S = base.net.patch_embedding, deep.net.patch_embedding
-    patches = base.net.config.patch, deep.net.config.patch
-    x, u = paired_tokens(teacher, clips_of(student, 0, n), *patches)
-    held = paired_tokens(teacher_held, clips_of(student, n, n + SHARD), *patches)
-    W_0, b_0 = E_S.weight.detach().cpu().clone(), E_S.bias.detach().cpu().clone()
-
-    def embedding(weight, bias):
-        """How well an embedder imitates the base's, and how strongly it answers to noise."""
-        r2, mse = r_squared(*held, E_T, weight, bias)
-        return dict(r2=r2, mse=mse, norm_ratio=norm_ratio(weight, E_T, teacher, student, patches))
-
-    now = lambda: embedding(E_S.weight.detach().cpu().flatten(1), E_S.bias.detach().cpu())
-    methods = {"random": lambda: (W_0.flatten(1), b_0),
-               "sgd": lambda: sgd_embedding(x, u, E_T, W_0.flatten(1), b_0),
-               "closed_form": lambda: solve_embedding(x, u, E_T),
-               "ridge_to_init": lambda: solve_embedding(x, u, E_T, 3e-2, W_0)}
-    aligned = {}
-    for method, solve in methods.items():
-        begun = time.perf_counter()
-        aligned[method] = solve()
-        took, numbers = time.perf_counter() - begun, embedding(*aligned[method])
-        journal.rows.append(dict(stage=f"1a {method}", seconds=round(took, 2), **numbers))
-        tqdm.write(f"1a {method:20s} {took:6.2f} s   " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-
-    # assemble: blocks from the base (dit.inherit), the aligned embedder, a zero or regressed head
-    with torch.no_grad():
-        E_S.weight.copy_(aligned[args.align][0].view_as(E_S.weight))
-        E_S.bias.copy_(aligned[args.align][1])
-    if args.head == "closed_form":
-        solve_head(deep.net, student, deep.text)
-    journal.stage("1a, assembled", deep, clock(), **now())
-
-    # stage 1b: align the head with the flow-matching loss, blocks frozen
-    deep.net.requires_grad_(False)
-    ends = [p.requires_grad_() for part in (deep.net.patch_embedding, deep.net.head) for p in part.parameters()]
-    log = fit(deep.net, student, deep.text, torch.optim.AdamW(ends, lr=args.lr_head, weight_decay=0), args.lr_head, args.steps_head, args.batch,
-              out / "1b.pt", settings, "1b align head", seed=args.seed)
-    journal.stage("1b, head aligned", deep, clock(), **now())
-    dit.save(deep.net, out / "aligned.safetensors", dtype=torch.float16)
-
-    # stage 2: LoRA on the blocks, the ends in full
-    lora.wrap(deep.net, args.rank, 2 * args.rank, full=("patch_embedding", "head"))
-    trained = [p for p in deep.net.parameters() if p.requires_grad]
-    log_lora = fit(deep.net, student, deep.text, torch.optim.AdamW(trained, lr=args.lr, weight_decay=0), args.lr, args.steps, args.batch,
-                   out / "2.pt", {**settings, "rank": args.rank}, "2 LoRA", seed=args.seed + 1)
-    lora.save(deep.net, out / "lora.safetensors", "comfyui", full=("patch_embedding", "head"), base="toy-base", step=args.steps,
-              dtype=torch.float16)
-    lora.merge(deep.net)
-    journal.stage("2, LoRA", deep, clock(), **now())
-
-    dit.save(deep.net, out / "transformer.safetensors")
-    ae.save(deep.ae, out / "ae.safetensors")
-    offset = log[-1][0] if log else 0
-    metrics.plot(out / "train.png", {"training loss: 1b, then 2": log + [(offset + s, l) for s, l in log_lora]})
-    total, small = (sum(p.numel() for p in net) for net in (deep.net.parameters(), trained))
-    print(f"done in {clock():.0f} s; stage 2 trained {small:,} of {total:,} parameters. See {out / 'stages.png'}, and try\n"
-          f"  python sample.py --model {out} --prompt \"{PROMPTS[0]}\"")
+def config_of(job, expert, *names, **more):
+    """What decides the result of a stage, in plain values: the base, the data, and these settings."""
+    return dict(base=expert.fingerprint(), data=job.source.fingerprint, **{name: getattr(job.settings, name) for name in names}, **more)
 
 
-def clips_of(latents, start, stop):
-    """The clips start .. stop - 1."""
-    inside = (latents.with_image >= start) & (latents.with_image < stop)
-    return Latents(latents.z[start:stop], latents.condition[start:stop], latents.with_image[inside] - start, latents.attributes[start:stop])
+def finished(file, config):
+    """Is there a result, made with these settings? UserError where the settings were others."""
+    if not file.exists():
+        return False
+    made = checkpoint.open_tensors(file)[1].get("settings", {})
+    if different := training.difference(made, config):
+        raise UserError(f"{file.parent} was made with other settings ({different}): use the same ones, or another --out.")
+    return True
 
 
-def split(latents):
-    """(training part, held-out part: the last shard)."""
-    cut = len(latents.z) - SHARD
-    return clips_of(latents, 0, cut), clips_of(latents, cut, len(latents.z))
+def alone(file):
+    """True in process 0, which does the work that ends with `file`; the others wait here for it. (Not in an exchange, which has a time limit.)"""
+    while training.rank() and not file.exists():
+        time.sleep(0.2)
+    return training.rank() == 0
 
 
-def norm_ratio(weight, teacher, teacher_latents, student_latents, patches):
-    """How strongly the new embedder answers to noise, against the base: |W_S|^2 / (|W_T|^2 / s^2), where s^2 base tokens are averaged
-    into one deep token (spec 8, row 3). Far below 1: the blocks will see noise too faintly."""
-    area = [math.prod(tokens_of(l.z[:1], p).shape[1:4]) for l, p in zip((teacher_latents, student_latents), patches)]
-    return weight.square().sum().item() / teacher.weight.detach().square().sum().item() * area[0] / area[1]
+def result(file):
+    """The tensors of a finished stage."""
+    return checkpoint.load_tensors(file)[0]
 
 
-def pretrain_toy(args):
-    """Train the toy base transformer from nothing on the base autoencoder's latents -> out/toy-base-dit.safetensors."""
-    out = Path(args.out)
-    net = dit.WanDiT(dit.PRESETS["toy-base"])
-    base = models.Model("toy base", net, ae.load(models.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
-    latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
-    opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
-    log = fit(net, latents, base.text, opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
-    dit.save(net, out / "toy-base-dit.safetensors", dict(training=vars(args), log=log), dtype=torch.float16)
-    metrics.plot(out / "pretrain.png", {"training loss": log})
-    print(f"validation loss {validation_loss(net, held, base.text):.4f}; wrote {out / 'toy-base-dit.safetensors'}")
+# ---------------------------------------------------------------------------------------------------- is it working?
 
 
-def score_toy(args):
-    """Prompt fit of both embedded models and the reconstruction ceilings of both autoencoders -> results/toy.json."""
-    prompts = data.held_out_prompts(args.prompts or 256)
-    rng = np.random.default_rng(10_000_019)
-    scenes = [data.scene_of(a, rng) for a in prompts]
-    clips = torch.stack([data.to_tensor(data.render(s)) for s in scenes])
-    rows = {"chance": {name: metrics.chance(name) for name in (*data.WORLD, "mean")}, "clips": metrics.prompt_fit(clips, prompts)}
-    for name in ("base", "dc"):
-        model = models.load_model(name).to(args.device)
+def examine(job, expert, title, net, model=None, held=None, **numbers):
+    """Measure and render what a stage gave, and tell the journal. By process 0 alone, on a net that is not sharded.
+
+    model, held: of the transformer `net` and what it is measured on, where it is not the deep one.
+    """
+    s, model, held = job.settings, dataclasses.replace(model or job.student, net=net), held or job.held
+    batch = min(s.batch, job.base.validation)
+    bins = align.loss_by_sigma(net, held, batches=job.base.validation // batch, batch=batch, shift=1.0)  # shift 1: all sigmas alike
+    row = dict(stage=f"{expert.prefix}{title}", validation_loss=validation_loss(job, expert, net, held), **numbers,
+               sigma=[b for b in bins if b["ratio"] == b["ratio"] and b["sigma"][1] > expert.low and b["sigma"][0] < expert.high])
+    videos = []
+    if not job.args.no_samples:
+        row |= job.base.score(model, job.args)
+        videos = job.base.videos(model, expert, held, job.args.sample_steps)
+    row["seconds"] = time.perf_counter() - job.started
+    job.journal.add(row, videos, job.base.labels)
+
+
+def depth(job, base, net):
+    """Distance of the features from the base's after so many blocks, relative to their variance (spec 3.5) -> {block: ratio}."""
+    pairs = [job.held.pair(i) for i in range(min(len(job.held), 4))]
+    pairs = [pair for pair in pairs if pair[1].shape == pairs[0][1].shape]
+    batch = job.held.batch(0, range(1))  # any prompt, the same for both
+    seen = [c.expand(len(pairs), -1, -1) for c in (batch.context, batch.clip_fea) if c is not None]
+    blocks = range(0, base.config.layers, max(base.config.layers // 6, 1))
+    curve = align.depth_curve(base, net, *map(torch.stack, zip(*pairs)), seen, blocks=blocks)
+    return {str(block): relative for block, (_, relative) in curve.items()}
+
+
+def rms_of(held):
+    """Of the latents that are trained on."""
+    return held.batch(0, range(8)).z.square().mean().sqrt().item()
+
+
+def show_pair(job, teacher, student):
+    """pairs.png: the same held-out clip out of both autoencoders. If these are two clips, nothing can be aligned (spec 3.5)."""
+    rows = []
+    for model, x in ((job.teacher, teacher), (job.student, student)):
+        c, z = model.ae.config, x[None, : model.net.config.out_channels]
+        frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(n * c.spatial_factor for n in z.shape[3:])
         with torch.no_grad():
-            y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
-        rows[f"{name}: reconstruction"] = {**metrics.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}
-        rows[f"{name}: prompts"] = metrics.prompt_fit(sample.videos(model, prompts, progress=True), prompts)
-        images = clips[:64, :, 0]
-        made = []
-        for i in range(0, len(images), 32):
-            z = sample.generate(model, model.text.encode(prompts[i : i + 32]), images[i : i + 32], seed=i)
-            made += torch.cat(list(model.decode(z, 32, (64, 64))), 2).cpu().unbind()
-        first = metrics.psnr(torch.stack(made)[:, :, :1], images[:, :, None])
-        rows[f"{name}: image and prompt"] = {**metrics.prompt_fit(made, prompts[:64]), "psnr": first}
-    print(f"{'':26s}" + "".join(f"{k:>12s}" for k in (*data.WORLD, "mean", "psnr")))
-    for name, row in rows.items():
-        print(f"{name:26s}" + "".join(f"{row[k]:12.3f}" if k in row else f"{'':12s}" for k in (*data.WORLD, "mean", "psnr")))
-    checkpoint.write_json(args.results, dict(**checkpoint.provenance(), prompts=len(prompts), rows=rows))
+            rows.append(torch.cat(list(model.decode(z, frames, size)), dim=2)[0].float().cpu())
+        model.ae.to("cpu")
+    width = rows[0].shape[3]
+    data.contact_sheet(Path(job.args.out) / "pairs.png", rows, 6, [job.teacher.name, job.student.name], scale=2 if width <= 256 else 256 / width)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def arguments(argv=None):
+    """-> (arguments, settings that were given)"""
+    p = argparse.ArgumentParser(description="AE-Adapt-V: move a video diffusion transformer into a deep latent space. What is left out of the settings is "
+                                            "what was published for the base, or what was chosen for the toy (bases.py).")
+    what = p.add_argument_group("what")
+    what.add_argument("--base", default="toy", help=f"the pre-trained model: {', '.join(bases.BASES)} (default: toy); wan2.1 is wan2.1-t2v-1.3b")
+    what.add_argument("--target", choices=bases.TARGETS, default="f32t4c32", help="the deep latent space (default: f32t4c32)")
+    what.add_argument("--weights", nargs="+", default=[], metavar="DIR", help="folders with the files of base and autoencoder (default: checkpoints/BASE)")
+    what.add_argument("--ae", metavar="FILE", help="the deep autoencoder, where it is not in these folders")
+    what.add_argument("--data", nargs="+", metavar="CLIPS", help="captioned clips: folders of x.mp4 + x.txt, CSV, JSONL, web-dataset tars")
+    what.add_argument("--out", default="out/adapt", help="folder for everything (default: out/adapt)")
+    what.add_argument("--stage", choices=STAGES, default="export", help="stop after this one (default: export)")
+    for name, text in dict(plan="print what the run needs, and stop", pretrain="train the toy base itself instead", score="score the embedded toys instead",
+                           compare="the comparison of ways to adapt, on the toy, instead").items():
+        what.add_argument(f"--{name}", action="store_true", help=text)
+    what.add_argument("--gpus", type=int, default=8, help="for --plan (default: 8)")
+    clips = p.add_argument_group("clips")
+    clips.add_argument("--cache", metavar="FOLDER", help="latents and prompt states (default: OUT/cache); may be shared by runs")
+    clips.add_argument("--no-cache", action="store_true", help="keep them in memory; for small sets")
+    clips.add_argument("--buckets", help="family of frame sizes (default: 480F32MS for f32, 480F64MS for f64)")
+    clips.add_argument("--frames", type=int, default=80, help="of a clip (default: 80; the base sees the first 77)")
+    clips.add_argument("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
+    clips.add_argument("--workers", type=int, default=2, help="threads that read clips and entries (default: 2)")
+    clips.add_argument("--shards", type=int, default=10, help=f"toy: clips for stages 1b and 2, in shards of {toy.SHARD} (default: 10)")
+    clips.add_argument("--align-shards", type=int, default=3, help="toy: the first of them, used for stage 1a (default: 3)")
+    settings = p.add_argument_group("settings")
+    choices = dict(align=("sgd", "closed_form", "ridge_to_init", "noise_aware", "random"), head=("zero", "closed_form"), time_sampling=("released", "shifted"),
+                   null=("negative", "empty"), decay=("constant", "linear", "cosine"), dtype=tuple(DTYPES), export=tuple(DTYPES))
+    for field in dataclasses.fields(bases.Settings):
+        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        more = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=choices.get(field.name), metavar=None if kind is str else "N")
+        settings.add_argument(flag, default=None, **more)
+    how = p.add_argument_group("how")
+    how.add_argument("--format", choices=["original", "diffusers"], default="original", help="of the exported transformer (default: original)")
+    how.add_argument("--no-samples", action="store_true", help="render nothing after the stages")
+    how.add_argument("--sample-steps", type=int, default=12, help="of these samples (default: 12)")
+    how.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
+    how.add_argument("--prompts", type=int, help="toy: held-out prompts to score with (default: 64, with --score 256)")
+    how.add_argument("--results", default="results/toy.json", help="toy: where --score writes")
+    how.add_argument("--device", type=torch.device, help="(default: a GPU if there is one)")
+    how.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    args = p.parse_args(argv)
+    args.cache = args.cache or str(Path(args.out) / "cache")
+    return args, {f.name: v for f in dataclasses.fields(bases.Settings) if (v := getattr(args, f.name)) is not None}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="AE-Adapt-V: move a video diffusion transformer into a deep latent space.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--base", choices=["toy"], default="toy", help="the pre-trained model")
-    parser.add_argument("--pretrain", action="store_true", help="train the toy base itself instead")
-    parser.add_argument("--score", action="store_true", help="score the embedded models on held-out prompts instead")
-    parser.add_argument("--out", default="out/adapt", help="folder for caches, checkpoints and results")
-    parser.add_argument("--align", choices=["closed_form", "ridge_to_init", "sgd", "random"], default="ridge_to_init", help="stage 1a")
-    parser.add_argument("--head", choices=["zero", "closed_form"], default="closed_form", help="the head that stage 1b starts from")
-    parser.add_argument("--shards", type=int, default=10, help=f"clips for stages 1b and 2, in shards of {SHARD}")
-    parser.add_argument("--align-shards", type=int, default=3, help="the first of them, also used for stage 1a; fewer than --shards")
-    parser.add_argument("--steps-head", type=int, default=800, help="steps of stage 1b")
-    parser.add_argument("--lr-head", type=float, default=8e-3)
-    parser.add_argument("--steps", type=int, default=1400, help="steps of stage 2 (or of --pretrain)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="of stage 2 (or of --pretrain)")
-    parser.add_argument("--rank", type=int, default=32, help="of the LoRA; alpha is twice that, as published")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prompts", type=int, help="held-out prompts to score with (default: 64, with --score 256)")
-    parser.add_argument("--results", default="results/toy.json", help="where --score writes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    args = parser.parse_args(argv)
+    args, given = arguments(argv)
+    base = bases.find(args.base)
+    settings = dataclasses.replace(base.settings, **given)
+    if "rank" in given and "alpha" not in given:
+        settings = dataclasses.replace(settings, alpha=2 * settings.rank)  # the published ratio
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    (pretrain_toy if args.pretrain else score_toy if args.score else adapt_toy)(args)
+    torch.manual_seed(settings.seed)
+    if args.plan:
+        import plan
+
+        return plan.show(base, settings, args)
+    if args.compare:
+        import compare_adapt
+
+        return compare_adapt.main([])
+    if args.pretrain or args.score:
+        vars(args).update(vars(settings), device=args.device or training.start())
+        return (toy.pretrain if args.pretrain else toy.score)(args)
+    adapt(base, settings, args)
 
 
 if __name__ == "__main__":

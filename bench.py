@@ -4,6 +4,8 @@
     python bench.py --suite load          host memory of loading and saving a 5.7 GB transformer (Wan 2.1 1.3B in fp32, random) in three
                                           layouts, ten minutes, 12 GB of memory and of disk -> results/load.json
     python bench.py --suite activations   `dit.activation_bytes` against what forwards take, a minute -> results/activations.json
+    python bench.py --suite shortcuts     quality and work of guidance intervals, reused velocities and fp8, on the toy, MINUTES -> results/shortcuts.json
+    python bench.py --suite gpu           on one GPU, ten minutes: bench_gpu.py -> results/bench_gpu.json
 
 Machines are shared and noisy, so of times only ratios within one run are quoted. Models take turns, and medians are compared. Memory is
 measured in fresh processes (Linux: /proc/self/status). Anonymous memory is what the machine must have; pages of mapped files count
@@ -28,7 +30,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 import dit
+import metrics
 import models
 import sample
 from checkpoint import UserError
@@ -198,9 +202,43 @@ def activations():
     return dict(layers=2, unit="bytes", rows=rows)
 
 
+# ---------------------------------------------------------------------------------------------------- shortcuts
+
+
+#: name -> arguments of sample.generate beyond the model's own
+SHORTCUTS = {"full": {}, "half the steps": dict(steps=10),
+             **{f"guidance in {low:g} to {high:g}": dict(interval=(low, high)) for low, high in ((0.0, 0.9), (0.3, 1.0), (0.5, 1.0), (0.3, 0.9))},
+             **{f"reuse {r:g}": dict(reuse=r) for r in (0.02, 0.05, 0.1, 0.2)},
+             "bf16": dict(dtype="bf16"), "fp8 products": dict(fp8=True)}
+
+
+@torch.no_grad()
+def shortcuts(prompts=32):
+    """What the approximate shortcuts of guided.py and fp8.py cost on the adapted toy: how much of the network's work is left, how well the
+    videos fit their prompts, and how near they are to those of the full run with the same noise."""
+    words, rows, full = data.held_out_prompts(prompts), [], None
+    for name, more in SHORTCUTS.items():
+        model = models.load_model("dc")
+        more = dict(more)
+        model.net.cast_weights(getattr(torch, {"bf16": "bfloat16"}.get(more.pop("dtype", None), "float32")))
+        work = [0]
+        model.net.register_forward_pre_hook(lambda module, args: work.__setitem__(0, work[0] + len(args[0])))
+        videos = torch.stack(sample.videos(model, words, seed=0, **more))
+        full = videos if full is None else full
+        mse = (videos - full).div(2).square().mean((1, 2, 3, 4))
+        fit = metrics.prompt_fit(list(videos), words)
+        row = dict(name=name, work=work[0] / (2 * model.steps * prompts), fit=fit["mean"], shape=fit["shape"],
+                   psnr=None if videos is full else (-10 * mse.log10()).mean().item())
+        rows.append(row)
+        print(f"{name:24s} work {row['work']:4.0%}   fit {row['fit']:.3f}   shape {row['shape']:.2f}   "
+              + (f"{row['psnr']:.1f} dB to the full run" if row["psnr"] else ""), flush=True)
+    return dict(prompts=prompts, rows=rows)
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
-SUITES = {"toy": "results/bench_toy.json", "load": "results/load.json", "activations": "results/activations.json"}
+SUITES = {"toy": "results/bench_toy.json", "load": "results/load.json", "activations": "results/activations.json",
+          "shortcuts": "results/shortcuts.json", "gpu": "results/bench_gpu.json"}
 
 
 def main(argv=None):
@@ -208,15 +246,19 @@ def main(argv=None):
     parser.add_argument("--suite", choices=SUITES, default="toy", help="what to measure")
     parser.add_argument("--repeats", type=int, default=9, help="of --suite toy")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="--suite gpu with tiny shapes on the CPU")
     parser.add_argument("--scratch", help="folder for the files of --suite load (default: the system's)")
     parser.add_argument("--out", help="where to write the results (default: results/...)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes started from here
+    if args.suite == "gpu":  # writes after every row
+        import bench_gpu
+        return bench_gpu.run(args.out or SUITES["gpu"], args.dry_run)
     started = checkpoint.provenance()
     found = {"toy": lambda: dict(repeats=args.repeats, **toy(args.repeats)), "load": lambda: load(scratch=args.scratch),
-             "activations": activations}[args.suite]()
+             "activations": activations, "shortcuts": shortcuts}[args.suite]()
     checkpoint.write_json(args.out or SUITES[args.suite], dict(**started, suite=args.suite, **found))
 
 

@@ -28,6 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+import kernels
+
 TEMPORAL = ("chunk_causal", "causal", "non_causal")
 
 
@@ -74,13 +76,12 @@ class Conv3d(nn.Conv3d):
         self.chunk, self.temporal = chunk, temporal
 
     def _conv_forward(self, x, weight, bias):
-        # oneDNN computes the bf16 weight gradient of a 3-frame kernel wrongly (from uninitialised memory) when the clip has exactly two frames
-        # (torch 2.13, CPU). Two frames cost nothing, so they get fp32; every other length was checked to be right.
-        if x.shape[2] == 2 and x.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
+        # oneDNN (torch 2.13, CPU) computes from uninitialised memory in bf16 with a kernel of three frames: the output of a single frame with few
+        # channels, and the weight gradient of exactly two. So short a clip costs nothing, so it gets fp32; every other length was checked.
+        if x.shape[2] <= 2 and x.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
             with torch.autocast("cpu", enabled=False):
-                y = super()._conv_forward(x.float(), weight.float(), None if bias is None else bias.float())
-                return y.to(torch.bfloat16)
-        return super()._conv_forward(x, weight, bias)
+                return self._conv_forward(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.bfloat16)
+        return kernels.convolution(x, weight, bias, self.padding)
 
     def forward(self, x, state=None):
         if self.temporal == "causal":
@@ -94,25 +95,36 @@ class Conv3d(nn.Conv3d):
         if past is None:
             past = x.new_zeros(()).expand(x.shape[0], x.shape[1], 2, *x.shape[3:])
         x = torch.cat([past.to(x.dtype), x], dim=2)
-        return F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1)), x[:, :, -2:].clone()
+        return kernels.convolution(x, self.weight, self.bias, (0, 1, 1)), x[:, :, -2:].clone()
 
     def _chunk_causal(self, x, past):
         n, rest = divmod(x.shape[2], self.chunk)
         if rest or n == 0:
             raise ValueError(f"a chunk-causal convolution needs a multiple of {self.chunk} frames, got {x.shape[2]}: pad the clip.")
+        if kernels.plain():
+            return self._by_definition(x, past)
         # The zeros at both ends of a chunk come free with the convolution's own padding. What they leave out is one tap
         # on one frame: W0 on the frame before each chunk. Adding that afterwards avoids copying the whole activation.
         y = super().forward(x if n == 1 else rearrange(x, "b c (n t) h w -> (b n) c t h w", n=n))
         last = x[:, :, self.chunk - 1 :: self.chunk]  # b c n h w: the last frame of every chunk
         before, first = (last[:, :, :-1], 1) if past is None else (torch.cat([past.to(x.dtype), last[:, :, :-1]], 2), 0)
         if before.shape[2]:
-            left = F.conv2d(rearrange(before, "b c n h w -> (b n) c h w"), self.weight[:, :, 0], padding=1)
+            left = kernels.convolution(rearrange(before, "b c n h w -> (b n) c h w"), self.weight[:, :, 0], None, (1, 1))
             y = rearrange(y, "(b n) c t h w -> b n c t h w", n=n)
             y[:, first:, :, 0] += rearrange(left, "(b n) c h w -> b n c h w", b=x.shape[0])
             y = rearrange(y, "b n c t h w -> b c (n t) h w")
         elif n > 1:
             y = rearrange(y, "(b n) c t h w -> b c (n t) h w", n=n)
         return y, last[:, :, -1:].clone()
+
+    def _by_definition(self, x, past):
+        """The plain twin: every chunk X becomes [L | X | 0], L the frame before it, and goes through a convolution without padding in time."""
+        out, left = [], torch.zeros_like(x[:, :, :1]) if past is None else past.to(x.dtype)
+        for chunk in x.split(self.chunk, dim=2):
+            padded = torch.cat([left, chunk, torch.zeros_like(chunk[:, :, :1])], dim=2)
+            out.append(F.conv3d(padded, self.weight, self.bias, padding=(0, 1, 1)))
+            left = chunk[:, :, -1:]
+        return torch.cat(out, dim=2), left.clone()
 
 
 def pixel_unshuffle(x, r, t=1):

@@ -1,25 +1,37 @@
 """The paper's comparison, on film: what may a frame see? (paper, section on DC-AE-V, figures on temporal modelling and on chunk size)
 
-Every arm is the same small f32t4 autoencoder, trained from the same start on the same clips in the same order for the same number of
-steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated (`train_ae.inflate`, spec 3.7):
-what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. What differs is one thing per
-group:
+**What each rule allows** (group `limits`): the best linear coder of every rule, in closed form, so that no training blurs the answer. Film is cut
+into 8x8 patches; c numbers may be kept per patch and four frames, as in an f8t4 autoencoder with c latent channels (c = 2 compresses 384 times, as
+f32t4c32 does). Frames that may see each other are coded together, by the principal components of what the decoder cannot predict
+linearly from the numbers that came before:
 
-    temporal   chunk-causal, causal, non-causal convolutions; trained on 32 frames (two chunks of 16), judged on those and on clips three
-               times as long
-    shallow    the same three at f8t4c16, where little of space is lost, and what is lost is time
+    causal          4 frames at a time          chunk-causal    a chunk at a time          non-causal    the whole clip at once
+
+The reason for the difference is in this: what stays the same for 16 frames is coded once for 16 frames, with four times as many numbers, if the
+decoder may look at all of them. A causal one must code it with the first latent frame.
+
+**What a short training makes of it**: every arm is the same small autoencoder, trained from the same start on the same clips in the same order for the
+same number of steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated (`train_ae.inflate`,
+spec 3.7): what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. One thing differs per group:
+
+    temporal   chunk-causal, causal, non-causal convolutions at f32t4c32; trained on 32 frames (two chunks of 16), judged on those and on clips
+               three times as long
+    shallow    the same three at f8t4c2: the same compression with less depth to train
     latent     16 or 64 latent channels in place of 32
     chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself
                and the one before it. (A causal convolution sees two back.)
 
 Expected from the paper: inside the training length chunk-causal is close to non-causal and far above causal; beyond it non-causal degrades and
-chunk-causal does not; quality rises with the chunk. The arms are tiny and their training is short, so differences count here, not
-levels. A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
+chunk-causal does not; quality rises with the chunk. The limits show it (but for the degrading, which needs a trained net). The tiny arms do not: a convolution treats every
+moment alike, and to split a chunk's content over its latent frames they must learn to treat them differently, by what the zeros at the
+chunk's borders tell them of their place. `still` measures how far they got: the share of the latent's variance within the chunks of a clip that stands still.
+A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
 length that know nothing of each other.
 
 Judged is on films that no arm has seen (HELD_OUT). All clips are 64x64 crops, a quarter of the frame's side or more.
 
-    python assets/fetch.py && python ae.py compare            all arms, about an hour on one core -> results/compare.json, compare.png
+    python assets/fetch.py && python ae.py compare --groups limits      3 minutes on one core -> results/limits.json, limits.png
+    python ae.py compare            all arms, two hours on one core -> results/compare.json, compare.png
     python ae.py compare --groups temporal --steps 300        a quick look
 
 Killed and started again it goes on where it stopped. --score judges again what is trained.
@@ -32,6 +44,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
+from tqdm import tqdm
 
 import ae
 import checkpoint
@@ -49,8 +63,9 @@ HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirr
 ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
 IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
 STEPS = {"temporal": 600, "shallow": 400, "chunk": 200, "latent": 400}
-BASE = ae.Config((0, 16, 32, 32, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=16, patch=4)  # f32t4c32
-SHALLOW = ae.Config((0, 16, 32, 32), (0, 1, 1, 1), 16, chunk=16, patch=4)  # f8t4c16
+# The first width is three times the patch's area: with less, the first convolution would mix the three colours into fewer (16: into one, 24 dB).
+BASE = ae.Config((0, 48, 64, 64, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=16, patch=4)  # f32t4c32
+SHALLOW = ae.Config((0, 48, 64, 64), (0, 1, 1, 2), 2, chunk=16, patch=4)  # f8t4c2
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,101 @@ def hold_out(folders, out):
         if not link.exists():
             link.symlink_to(film.resolve())
     return out / "films"
+
+
+# ---------------------------------------------------------------------------------------------------- what each rule allows
+
+#: rule -> (frames coded together, whether what came before is known). Of the clips of 80 frames that this is done on.
+RULES = {"each latent frame alone": (4, False), "causal": (4, True), "chunk-causal 8": (8, True), "chunk-causal 16": (16, True),
+         "chunk-causal 20": (20, True), "chunk-causal 40": (40, True), "non-causal": (80, True), "non-causal, pieces of 32": (32, False)}
+PATCH, KEPT = 8, 40  # side of a patch; numbers that describe one, of 192: the rest, at 35 dB, is lost to all rules alike
+CHANNELS = (1, 2, 4, 8, 16)  # numbers per patch and four frames
+
+
+def to_patches(x):
+    """[b, 3, t, h, w] -> [b, patches, t, 192]."""
+    return rearrange(x, "b c t (h p) (w q) -> b (h w) t (c p q)", p=PATCH, q=PATCH)
+
+
+class Linear:
+    """The best linear coders of film under a temporal rule, from second moments alone.
+
+    A patch over t frames is a vector of t * KEPT numbers (after the principal components of single patches); C is its covariance over `clips`, an
+    iterable of [b, 3, t, h, w]. A group of frames f is coded by the n leading eigenvectors v of C[f, f]. Knowing z = v'x[f], the best linear
+    guess of everything is C[:, f] v (v' C[f, f] v)^-1 z. Take it off, from C and from the clip: what is left is what the next
+    group has to code. For each group this is the best choice; it does not spend numbers on the groups to come.
+    """
+
+    def __init__(self, clips):
+        clips = list(clips)
+        sample = torch.cat([to_patches(x)[:, :, ::4].flatten(0, 2) for x in clips])
+        self.mean = sample.mean(dim=0)
+        self.basis = torch.linalg.eigh((sample - self.mean).T @ (sample - self.mean))[1].flip(1)[:, :KEPT]
+        flat = torch.cat([self.project(x).flatten(0, 1) for x in clips]).flatten(1)
+        self.centre = flat.mean(dim=0)
+        flat -= self.centre
+        self.covariance = flat.T @ flat / len(flat)
+
+    def project(self, x):
+        return (to_patches(x) - self.mean) @ self.basis  # b patches t KEPT
+
+    def psnr(self, x, together, past, channels):
+        """PSNR of every frame of clips x [b, 3, t, h, w], coded `together` frames at a time: [b, t]."""
+        C, left, t = self.covariance.clone(), self.project(x).flatten(2) - self.centre, x.shape[2]
+        lost = (to_patches(x) - self.mean).square().sum(-1) - self.project(x).square().sum(-1)  # b patches t
+        error = torch.empty_like(lost)
+        for start in range(0, t, together):
+            count = min(together, t - start)
+            f = slice(start * KEPT, (start + count) * KEPT)
+            v = torch.linalg.eigh(C[f, f])[1][:, -channels * count // 4 :]
+            guess = torch.linalg.solve(v.T @ C[f, f] @ v, v.T @ C[f])  # n, t * KEPT
+            z = left[..., f] @ v
+            if past:
+                C, left = C - C[:, f] @ v @ guess, left - z @ guess
+            else:
+                left[..., f] -= z @ guess[:, f]
+            error[:, :, start : start + count] = left[..., f].unflatten(-1, (count, KEPT)).square().sum(-1)
+        return 10 * torch.log10(4 * 3 * PATCH**2 / (error + lost).mean(dim=1))
+
+
+def limits(films, cache, seed=0, train=240, held=24, frames=80):
+    """Every rule at 2 channels, causal and chunk-causal at all CHANNELS -> {(rule, channels): dict(psnr, psnr_frames)}."""
+    dataset = clips.Clips(films, frames, SIZE, "train", seed, cache=cache, zoom=ZOOM)
+    linear, result = Linear(dataset.sample(i)[None].float() / 127.5 - 1 for i in tqdm(range(train), "clips", mininterval=5)), {}
+    x = draw(films, frames, held)
+    for rule, channels in dict.fromkeys([(rule, 2) for rule in RULES] + [(r, c) for r in ("causal", "chunk-causal 16", "chunk-causal 40") for c in CHANNELS]):
+        psnr = linear.psnr(x, *RULES[rule], channels).mean(dim=0)
+        result[f"{rule}, {channels}"] = dict(psnr=psnr.mean().item(), psnr_frames=[round(v, 3) for v in psnr.tolist()])
+        print(f"{rule}, {channels} channels: {psnr.mean():.2f} dB", flush=True)
+    return result
+
+
+def plot_limits(path, result):
+    """PSNR over frame index, against the frames coded together, against channels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 3, figsize=(17, 4.2))
+    for rule in ("each latent frame alone", "causal", "chunk-causal 16", "chunk-causal 40", "non-causal"):
+        axes[0].plot(result[f"{rule}, 2"]["psnr_frames"], label=rule, linewidth=1.2)
+    axes[0].set(title="best linear coders, 2 numbers per 8x8 patch and 4 frames", xlabel="frame", ylabel="dB")
+    sizes = {4: "causal", **{c: f"chunk-causal {c}" for c in (8, 16, 20, 40)}, 80: "non-causal"}
+    axes[1].plot(list(sizes), [result[f"{rule}, 2"]["psnr"] for rule in sizes.values()], marker="o")
+    axes[1].set(title="frames coded together (4: causal, 80: non-causal)", xlabel="frames", ylabel="dB", xscale="log")
+    axes[1].set_xticks(list(sizes), list(map(str, sizes)))
+    for rule in ("causal", "chunk-causal 16", "chunk-causal 40"):
+        axes[2].plot(CHANNELS, [result[f"{rule}, {c}"]["psnr"] for c in CHANNELS], marker="o", label=rule)
+    axes[2].set(title="numbers per patch and 4 frames", xlabel="channels at f8 (times 16: at f32)", ylabel="dB", xscale="log")
+    axes[2].set_xticks(CHANNELS, list(map(str, CHANNELS)))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8), axes[2].legend(fontsize=8)
+    fig.tight_layout()
+    with checkpoint.atomic_path(path) as tmp:
+        fig.savefig(tmp, dpi=100)
+    plt.close(fig)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -143,8 +253,8 @@ def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
 def train_arm(arm, films, out, steps, image_steps, short, seed=0):
     """The image autoencoder (once per size of the latent), inflated and trained as this arm -> (net, what it took).
 
-    `start_psnr` is that of the inflated net on clips `short`: an arm must beat it. The learning rate is low for that reason: at 2e-3 the f32
-    arms ended their 700 steps below it.
+    `start_psnr` is that of the inflated net on clips `short`: an arm must beat it. The learning rate is low for that reason: at 2e-3 arms
+    ended below it.
     """
     torch.manual_seed(seed)
     latent = f"f{arm.config.spatial_factor}c{arm.config.latent_channels}"
@@ -172,13 +282,24 @@ def pieces(net, x, frames):
 
 
 @torch.no_grad()
+def within_chunks(net, arm, short, together=16):
+    """How differently the latent frames of a clip that stands still are used: their variance within stretches of 16 frames, over all variance.
+
+    0: each of them says the same, as the inflated start does. A coder that splits what it has to say over four latent frames is near 3/4.
+    """
+    z = torch.cat([net.encoder(x[:, :, :1].expand(-1, -1, arm.frames, -1, -1))[0] for x in short.split(4)])
+    z = rearrange(z, "b c (k n) h w -> c (b k h w) n", n=together // arm.config.temporal_factor)
+    return (z.var(dim=2, correction=0).mean() / z.flatten(1).var(dim=1, correction=0).mean()).item()
+
+
+@torch.no_grad()
 def score(net, arm, short, long):
     """Numbers of one arm: PSNR and SSIM on clips of the training length; PSNR over frame index and flicker on long ones. -> dict
 
     Long clips: {"streamed" or "whole" or "pieces": {psnr, psnr_frames, psnr_start and psnr_beyond the training length, flicker at its borders}}.
     """
     y = torch.cat([whole(net, x) for x in short.split(4)])
-    result = dict(psnr=metrics.psnr(y, short), ssim=metrics.ssim(y, short), long={})
+    result = dict(psnr=metrics.psnr(y, short), ssim=metrics.ssim(y, short), still=within_chunks(net, arm, short), long={})
     period = dict(chunk_causal=max(arm.config.chunk, 4), causal=4, non_causal=arm.frames)[arm.config.temporal]
     ways = {"streamed": lambda net, x: net(x)}
     if arm.config.temporal == "non_causal":
@@ -200,7 +321,7 @@ def plot(path, arms):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 4, figsize=(20, 4))
-    for ax, group, title in zip(axes, ("temporal", "shallow"), ("f32t4c32", "f8t4c16")):
+    for ax, group, title in zip(axes, ("temporal", "shallow"), ("f32t4c32", "f8t4c2")):
         for name, arm in arms.items():
             for way, long in arm["long"].items() if name.startswith(group) else ():
                 ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
@@ -227,11 +348,13 @@ def plot(path, arms):
 def table(arms):
     """Markdown: one line per arm and way of meeting long clips."""
     number = lambda v, digits=2: "-" if v is None or v != v else f"{v:.{digits}f}"
-    lines = ["| arm | steps | start dB | PSNR dB | SSIM | long clips | first frames | beyond | flicker |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| arm | steps | start dB | PSNR dB | SSIM | still | long clips | first frames | beyond | flicker |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for name, arm in arms.items():
         for way, long in arm["long"].items():
             lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['start_psnr'])} | {number(arm['psnr'])} "
-                         f"| {number(arm['ssim'], 4)} | {way} {number(long['psnr'])} | {number(long['psnr_start'])} | {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
+                         f"| {number(arm['ssim'], 4)} | {number(arm['still'], 3)} | {way} {number(long['psnr'])} | {number(long['psnr_start'])} "
+                         f"| {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
     return "\n".join(lines)
 
 
@@ -243,8 +366,8 @@ def main_compare(argv):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", nargs="+", default=["out/clips", "out/pans"], metavar="FOLDER", help="films (assets/fetch.py fetches some)")
     p.add_argument("--out", default="out/compare", help="folder of the runs")
-    p.add_argument("--results", default="results", help="folder for compare.json and compare.png")
-    p.add_argument("--groups", nargs="+", choices=list(STEPS), default=list(STEPS))
+    p.add_argument("--results", default="results", help="folder for limits.json, compare.json and their plots")
+    p.add_argument("--groups", nargs="+", choices=["limits", *STEPS], default=["limits", *STEPS])
     p.add_argument("--steps", type=int, help=f"optimiser steps of each arm (default: {', '.join(f'{g} {n}' for g, n in STEPS.items())})")
     p.add_argument("--image-steps", type=int, default=IMAGE_STEPS, help="optimiser steps of the image autoencoder that all start from")
     p.add_argument("--score", action="store_true", help="train nothing, judge what is finished")
@@ -254,6 +377,11 @@ def main_compare(argv):
     torch.set_num_threads(args.threads)
     out, arms = Path(args.out), {}
     films = hold_out(args.data, out)
+    if "limits" in args.groups:
+        result = limits(films, out / "cache", args.seed)
+        checkpoint.write_json(Path(args.results) / "limits.json", dict(**checkpoint.provenance(), size=SIZE, zoom=ZOOM, held_out=HELD_OUT, patch=PATCH,
+                                                                      kept=KEPT, rules=RULES, seed=args.seed, psnr=result))
+        plot_limits(Path(args.results) / "limits.png", result)
     held_out = {frames: draw(films, frames, n) for frames, n in LENGTHS.items()}
     for arm in ARMS:
         steps = args.steps or STEPS[arm.group]

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wan_weights
 from checkpoint import Stored, UserError, load_strict, save_tensors, user_errors
-from kernels import attention, gate_residual, layer_norm_modulate, rms_norm, rms_norm_rope
+from kernels import attention, gate_residual, layer_norm_modulate, residual_norm, rms_norm, rms_norm_rope
 from offload import StreamedBlocks
 
 
@@ -222,10 +222,9 @@ class Block(nn.Module):
     def forward(self, x, e0, rope, context, dtype):
         """x fp32 [b l d]; e0 fp32 [b g 6 d]; context (Context or KeysValues) in `dtype`, the type of the matrix products."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unbind(2)  # each b g d
-        a = layer_norm_modulate(x, scale1, shift1, self.eps).to(dtype)
-        x = gate_residual(x, self.self_attn(a, rope), gate1)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context)
-        a = layer_norm_modulate(x, scale2, shift2, self.eps).to(dtype)
+        a = layer_norm_modulate(x, scale1, shift1, self.eps, dtype)
+        x, a = residual_norm(x, self.self_attn(a, rope), gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype, affine=True)
+        x, a = residual_norm(x, self.cross_attn(a, context), None, scale2, shift2, self.eps, dtype)
         return gate_residual(x, self.ffn(a), gate2)
 
 
@@ -513,16 +512,25 @@ def infer_config(sd, heads=None):
 
 
 @torch.no_grad()
-def inherit(base, config):
+def inherit(base, config, share=False):
     """A transformer for another latent space with everything it can take from `base`: all tensors but patch embedder and head
     matrix. The head matrix is zero, so it predicts exactly 0; the patch embedder is Xavier with a small random bias
-    (spec ae-adapt-v 3.3 and 4)."""
-    net = WanDiT(config)
-    fresh = ("patch_embedding.", "head.head.")
-    taken = {k: v for k, v in base.state_dict().items() if not k.startswith(fresh)}
-    load_strict(net, {**taken, **{k: v for k, v in net.state_dict().items() if k.startswith(fresh)}}, "the base transformer")
+    (spec ae-adapt-v 3.3 and 4). Both are fp32, whatever the base is stored in.
+
+    share: the inherited tensors are the base's own, not copies, so both transformers need the memory of one; neither may then be
+        changed in place (adapters are fine: `lora.wrap` puts them beside the weights).
+    """
+    with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the base or is made below
+        net = WanDiT(config)
+    fresh = {k: torch.zeros(v.shape, device=base.head.head.weight.device) for k, v in net.state_dict().items()
+             if k.startswith(("patch_embedding.", "head.head."))}
     bound = (config.out_channels * prod(config.patch)) ** -0.5
-    nn.init.uniform_(net.patch_embedding.bias, -bound, bound)
+    nn.init.xavier_uniform_(fresh["patch_embedding.weight"].flatten(1))  # a view
+    nn.init.uniform_(fresh["patch_embedding.bias"], -bound, bound)
+    taken = {k: v if share else v.clone() for k, v in base.state_dict().items() if k not in fresh}
+    load_strict(net, {**taken, **fresh}, "the base transformer")  # only looks, as there is nothing to fill
+    net.load_state_dict({**taken, **fresh}, assign=True)
+    net.weight_dtype = base.weight_dtype
     return net
 
 

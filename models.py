@@ -387,7 +387,7 @@ def load_model(name="dc", weights=(), loras=(), dtype=torch.float32, device="cpu
     for file, _, *expert in loras:
         if not Path(file).is_file():  # known now, not when the transformer is read
             raise UserError(f"{file} does not exist: give the path of a LoRA file.")
-        if expert and not (name in RELEASED and RELEASED[name].boundary):
+        if expert and not (name in RELEASED and RELEASED[name].boundary or (path / "transformer_2.safetensors").exists() or (path / "transformer_2").exists()):
             raise UserError(f"{name} has one transformer, no experts: use --lora {file} instead of --lora-{expert[0]}.")
     if name in RELEASED:
         return released(name, weights or [Path("checkpoints") / name], loras, dtype, device, text_cache).to(device)
@@ -477,20 +477,37 @@ def toy(name, weights=WEIGHTS):
     return Model("toy DC-VideoGen" if name == "dc" else str(name), net.eval(), ae.load(weights / "toy.safetensors"), encoders.ToyText())
 
 
+#: what adapt.py notes in the header of a model that it writes, and `adapted` reads
+SAMPLING = ("frames", "size", "fps", "steps", "shift", "guidance", "solver", "upscale", "negative", "task", "picture", "area", "boundary")
+
+
 def adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cache=None):
-    """A folder written by adapt.py: transformer.safetensors and ae.safetensors. A Wan model takes its settings from the released DC-VideoGen
-    model of the same shape, and its text (and image) encoder from `folders`."""
-    for file in ("transformer.safetensors", "ae.safetensors"):
-        if not (path / file).is_file():
-            raise UserError(f"{path / file} does not exist: give a folder made by adapt.py, or a model's name with --weights {path}.")
-    net, autoencoder = Deferred(path / "transformer.safetensors", [l[:2] for l in loras], dtype), ae.load(path / "ae.safetensors")
-    task = "t2v" if net.config.in_channels == net.config.out_channels else "i2v"
-    if net.config.text_dim == encoders.ToyText.text_dim:
-        return Model(str(path), net.get("cpu"), autoencoder, encoders.ToyText(), task="t2v" if task == "t2v" else "ti2v")
-    row = RELEASED["dc-wan2.1-t2v-1.3b" if net.config.dim < 5120 else f"dc-wan2.1-{task}-14b"]
+    """A folder written by adapt.py: ae.safetensors and transformer.safetensors (for Wan 2.2 also transformer_2, for low noise), or folders of these
+    names in diffusers' layout. How it samples stands in the transformer's header; without that it is taken for the released DC-VideoGen model
+    of the same shape. Text (and image) encoder come from `folders`."""
+    high, low = (find((f"{stem}.safetensors", f"{stem}/*.safetensors"), [path]) for stem in ("transformer", "transformer_2"))
+    if high is None or not (path / "ae.safetensors").is_file():
+        raise UserError(f"{path / ('transformer' if high is None else 'ae')}.safetensors does not exist: give a folder made by adapt.py, or a model's name with "
+                        f"--weights {path}.")
+    net = Deferred(high, [l[:2] for l in loras if "low" not in l[2:]], dtype, expert=low and "high")
+    low = low and Deferred(low, [l[:2] for l in loras if "high" not in l[2:]], dtype, expert="low")
+    told, c = checkpoint.open_tensors(high)[1].get("adapted", {}), net.config
+    task = "t2v" if c.in_channels == c.out_channels else "i2v"
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in told.get("sampling", {}).items()}
+    autoencoder = ae.load(path / "ae.safetensors")
+    if c.text_dim == encoders.ToyText.text_dim:
+        return Model(str(path), net.get("cpu"), autoencoder, encoders.ToyText(), **{"task": "t2v" if task == "t2v" else "ti2v", **own})
+    row = RELEASED[told.get("base") or ("dc-wan2.1-t2v-1.3b" if c.dim < 5120 else f"dc-wan2.1-{task}-14b")]
     parts = {part: find(patterns, folders) for part, patterns in row.files.items()}
-    return Model(str(path), net, autoencoder, encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=net.config.text_dim), upscale=1,
-                 clip=encoders.WanImage(parts["image encoder"], device, rule="dc") if net.config.image_dim else None, **settings_of(row))
+    text = encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=c.text_dim)
+    clip = encoders.WanImage(parts["image encoder"], device, rule="dc") if c.image_dim else None
+    return Model(str(path), net, autoencoder, text, low=low, clip=clip, ae_dtype=dtype, **{"upscale": 1, **settings_of(row), **own})
+
+
+def is_wan(name):
+    """Is a model, by its name, anything but the toy? A folder is if its transformer reads umT5's prompts."""
+    transformer = find(("transformer.safetensors", "transformer/*.safetensors"), [name])
+    return name in RELEASED or transformer is not None and dit.read_config(transformer).text_dim != encoders.ToyText.text_dim
 
 
 def weight_bytes(config, dtype):

@@ -12,8 +12,9 @@ One loop for every model, base or DC-VideoGen, text or image; what a model is ma
     python sample.py --model wan2.1-t2v-1.3b --weights DIR --prompt "..."                             official weights in DIR (`models.py`)
     python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan                    what it needs, without running
 
-What does not change between steps is computed once: keys and values of the prompt, with its hundreds of equal padded rows merged into
-one, and the time vectors of all steps. That is exact to rounding; `--plain` leaves it away.
+How it is made fast stands in guided.py (a step), kernels.py and triton_kernels.py (the operations), gpu.py (choices made at the start by measuring; the
+first lines say what runs, and why) and fp8.py. All of it equals the plain path to rounding, except what its flag calls approximate; `--slow` runs the
+plain path.
 
 Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and NAME.safetensors (the latent, before it is decoded:
 `--decode NAME.safetensors` decodes it again).
@@ -28,10 +29,10 @@ import resource
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
@@ -39,6 +40,10 @@ import data
 import dit
 import encoders
 import flow
+import fp8
+import gpu
+import guided
+import kernels
 import models
 import tiling
 from checkpoint import UserError
@@ -48,13 +53,14 @@ from checkpoint import UserError
 
 @torch.no_grad()
 def generate(model, context, image=None, frames=None, size=None, steps=None, guidance=None, shift=None, solver=None, seed=0,
-             noise=None, progress=False, null=None, last_image=None, cfg_batch=None, plain=False):
+             noise=None, progress=False, null=None, last_image=None, cfg_batch=None, plain=False, graph=None, **fast):
     """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
 
     `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional pass (default: the model's own negative prompt).
     `image`, `last_image`: first and last frame, [b, 3, h, w] in [-1, 1] of any size, or None. `guidance`: one number, or a pair for
     (low-noise, high-noise) expert. `cfg_batch`: both guidance passes as one batch (default: where a pass is too small to fill the
-    machine). `plain`: nothing is kept from step to step. The rest defaults to the model's own settings. The noise of sample i depends on
+    machine). `plain`: nothing is kept from step to step. `graph`: each step is one CUDA graph (default: where it can be). `fast`: compiled,
+    fp8, interval, reuse of guided.py. The rest defaults to the model's own settings. The noise of sample i depends on
     `seed + i` and the shape only, so a batch gives what single runs give; `noise` [b, z, t, h, w] replaces it.
     NaN in the latent is a UserError.
     """
@@ -72,7 +78,8 @@ def generate(model, context, image=None, frames=None, size=None, steps=None, gui
     seen = model.see(n, shape, size, image, last_image)
     solver, shift = solver or model.solver, model.shift if shift is None else shift
     cfg_batch = dit.tokens(model.net.config, shape) <= 4096 if cfg_batch is None else cfg_batch
-    velocity = Velocity(model, context.to(device), null.to(device), seen, guidance, flow.schedule(solver, steps, shift)[1], cfg_batch, plain)
+    graph = no_graph(model, plain) is None if graph is None else graph
+    velocity = guided.Velocity(model, context.to(device), null.to(device), seen, guidance, flow.schedule(solver, steps, shift)[1], cfg_batch, plain, graph, **fast)
     with tqdm(total=steps, desc="denoise", disable=not progress, leave=False) as bar:
 
         def callback(step, x, x0):
@@ -83,61 +90,13 @@ def generate(model, context, image=None, frames=None, size=None, steps=None, gui
         return velocity.keep_first(flow.solve(velocity, noise.to(device), steps, shift, solver, callback))
 
 
-class Velocity:
-    """velocity(x, t) for `flow.solve`: the transformer under classifier-free guidance, v_null + g (v_text - v_null) (Ho & Salimans 2022).
-
-    Called once per step, in order. The guidance passes run one after the other, or as one batch. Wan 2.2's experts take turns, each with
-    its own guidance. A model without condition channels sees its picture in place of latent frame 0, at time 0 (spec wan 2.8).
-    """
-
-    def __init__(self, model, context, null, seen, guidance, timesteps, cfg_batch, plain):
-        self.model, self.seen, self.timesteps, self.plain = model, seen, timesteps, plain
-        self.low, self.high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
-        self.guided = self.low != 1 or self.high != 1
-        self.fold = 2 if self.guided and cfg_batch else 1
-        self.contexts = [context] if not self.guided else [joined(context, null)] if cfg_batch else [context, null]
-        self.step, self.expert = 0, None
-
-    def __call__(self, x, t):
-        now = self.timesteps[self.step].item()
-        high = now >= 1000 * self.model.boundary  # the high-noise expert, or the only transformer
-        if high != self.expert:  # the first step, or the experts change: what belongs to one goes before the other comes
-            self.expert, self.prompts, self.times = high, None, None
-            self.prompts, self.times = self.prepare(self.model.transformer(now), x)
-        net = self.model.transformer(now)
-        x = self.keep_first(x)
-        if self.seen.condition is not None:
-            x = torch.cat([x, self.seen.condition], dim=1)
-        x = x.repeat(self.fold, 1, 1, 1, 1)
-        v = torch.cat([net(x, self.times[self.step], *prompt).float() for prompt in self.prompts])
-        self.step += 1
-        if not self.guided:
-            return v
-        v_text, v_null = v.chunk(2)
-        return v_null + (self.high if high else self.low) * (v_text - v_null)
-
-    def prepare(self, net, x):
-        """What stays the same between steps, for one transformer -> (its arguments for each pass, the times of all steps)."""
-        times = self.timesteps.to(x.device)
-        if self.seen.first is not None:  # one time per latent frame: the picture's is 0
-            times = times[:, None].repeat(1, x.shape[2])
-            times[:, 0] = 0
-        image = () if self.seen.clip is None else (self.seen.clip.repeat(self.fold, 1, 1),)
-        prompts = [(context, *image) for context in self.contexts]
-        if self.plain:
-            return prompts, [t.expand(self.fold * len(x), *t.shape) for t in times]
-        return [(net.prompt(*prompt),) for prompt in prompts], net.times(times)
-
-    def keep_first(self, x):
-        """Put the picture's latent in place of frame 0. The solvers mix values of the same position only, so the other frames come out
-        as if this had been done after every step."""
-        return x if self.seen.first is None else torch.cat([self.seen.first.expand(len(x), -1, -1, -1, -1), x[:, :, 1:]], dim=2)
-
-
-def joined(context, null):
-    """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as every prompt has after its end."""
-    m = max(context.shape[1], null.shape[1])
-    return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
+def no_graph(model, plain=False):
+    """Why a step is not run as one CUDA graph; None where it is."""
+    if plain:
+        return "the graph is switched off"
+    if model.device.type != "cuda":
+        return f"graphs are for CUDA, not {model.device.type}"
+    return "the blocks are streamed" if model.offload == "blocks" else None
 
 
 @torch.no_grad()
@@ -231,8 +190,13 @@ def arguments(argv=None):
     add(how, "--guidance", type=guidance_arg, help="classifier-free guidance; 1 is none; LOW,HIGH for two experts (default: the model's)")
     add(how, "--shift", type=float, help="shift of the noise schedule (default: the model's)")
     add(how, "--cfg-batch", action=argparse.BooleanOptionalAction, help="both guidance passes as one batch (default: for few tokens)")
-    add(how, "--plain", action="store_true", help="recompute at every step what could be kept; slower, equal to rounding")
-    add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 for released models on a GPU)")
+    add(how, "--slow", action="store_true", help="the plain path: plain kernels, no graph, nothing kept between steps; equal to rounding")
+    add(how, "--graph", action=argparse.BooleanOptionalAction, help="run a step as one CUDA graph (default: where it can be)")
+    add(how, "--compile", action="store_true", help="compile the transformer's blocks (a minute at the start of every size)")
+    add(how, "--fp8", action="store_true", help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
+    add(how, "--guidance-interval", type=interval_arg, default=(0.0, 1.0), metavar="LOW,HIGH", help="approximate: guidance only between these noise levels, 0..1")
+    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE", help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.05)")
+    add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 on a GPU, fp32 for the toy)")
     add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
     add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
     add(how, "--tile", type=data.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
@@ -246,6 +210,10 @@ def arguments(argv=None):
     for flag, low in (("frames", 1), ("steps", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag} must be at least {low}, got {getattr(args, flag)}.")
+    if args.slow and (args.compile or args.fp8 or args.graph or args.reuse or args.guidance_interval != (0, 1)):
+        raise UserError("--slow is the plain path: leave --graph, --compile, --fp8, --guidance-interval and --reuse away.")
+    if args.reuse < 0:
+        raise UserError(f"--reuse must not be negative, got {args.reuse:g}.")
     if args.prompt is None and args.decode is None:
         parser.error("--prompt is needed (or --decode FILE).")
     return args
@@ -281,6 +249,14 @@ def guidance_arg(text):
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def interval_arg(text):
+    """LOW,HIGH -> two noise levels in 0..1."""
+    low, high = (float(v) for v in text.split(","))
+    if not 0 <= low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with 0 <= LOW < HIGH <= 1")
+    return low, high
+
+
 class Timer(dict):
     """Seconds by name: `with timer("text"): ...`; waits for the GPU."""
 
@@ -295,6 +271,27 @@ class Timer(dict):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self[self.name] = time.perf_counter() - self.started
+
+
+def choose(model, args):
+    """What is decided by trying it on the device, before memory is planned -> lines that say what runs, and why."""
+    kernels.use(plain=args.slow)
+    lines = [f"thin operations: {kernels.describe(args.device)}"]
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # kernels are launched on the current one
+        c = model.net.config
+        if args.dtype == "bf16" and not args.slow:
+            lines.append(gpu.choose_attention(args.device, dit.tokens(c, model.latent_shape(args.frames, args.size)), c.heads, c.dim // c.heads)[1])
+        convolution = gpu.choose_convolution(args.device, model.ae_dtype)
+        model.ae_dtype = convolution.dtype
+        model.ae.to(memory_format=torch.contiguous_format if args.slow else convolution.layout)
+        lines.append(convolution.line)
+    if args.compile and (reason := gpu.without_compiler(args.device)):
+        args.compile = False
+        lines.append(f"blocks: not compiled, because {reason}")
+    if args.fp8:
+        lines.append("matrix products: fp8" + ("" if fp8.hardware(args.device) else f", computed in fp32: {args.device} multiplies no fp8 (for measuring the quality)"))
+    return lines
 
 
 def main(argv=None):
@@ -312,7 +309,10 @@ def main(argv=None):
     if args.download and args.model in models.RELEASED:
         args.weights = args.weights or [f"checkpoints/{args.model}"]
         models.download(args.model, args.weights[0])
-    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and args.model in models.RELEASED else "fp32")
+    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and models.is_wan(args.model) else "fp32")
+    if args.dtype == "bf16" and (reason := gpu.without_bf16(args.device)):
+        print(f"matrix products: fp32, because {reason}")
+        args.dtype = "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     loras = [*args.lora, *((*l, "high") for l in args.lora_high), *((*l, "low") for l in args.lora_low)]
     with seconds("load"):
@@ -329,6 +329,7 @@ def main(argv=None):
     args.size = tuple(args.size)
     if args.cfg_batch is None:
         args.cfg_batch = dit.tokens(model.net.config, model.latent_shape(args.frames, args.size)) <= 4096
+    choices = [] if args.plan else choose(model, args)
     model.offload, args.tile, memory = plan(model, args.frames, args.size, dtype, 1 + args.cfg_batch, args.offload, args.tile,
                                            args.memory and args.memory * 2**30)
     print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}; expected memory "
@@ -336,6 +337,11 @@ def main(argv=None):
           + ("decode " + (f"in tiles of {args.tile[0]}x{args.tile[1]} latent cells" if args.tile else "untiled")))
     if args.plan:
         return
+    guided.check(model, args.compile, args.fp8)
+    if not args.decode:
+        choices.append(f"a step: {'kernel by kernel (' + reason + ')' if (reason := no_graph(model, args.slow or args.graph is False)) else 'one CUDA graph'}"
+                       + ", compiled blocks" * args.compile + ", both guidance passes in one batch" * args.cfg_batch)
+    print("\n".join(f"  {line}" for line in choices))
     if not args.decode:
         model.check_pictures(image, last)
         if isinstance(args.guidance, tuple) and model.low is None:
@@ -359,16 +365,17 @@ def main(argv=None):
             raise UserError(f"{args.noise} holds no tensor called noise: give a .safetensors file that does.")
         with seconds("transformer"):
             z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, noise,
-                         progress=True, null=null, last_image=last, cfg_batch=args.cfg_batch, plain=args.plain)
+                         progress=True, null=null, last_image=last, cfg_batch=args.cfg_batch, plain=args.slow, graph=args.graph, compiled=args.compile,
+                         fp8=args.fp8, interval=args.guidance_interval, reuse=args.reuse)
         checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
     with seconds("decode"):
-        write(model, z, args.frames, args.size, file, args.tile)
+        write(model, z, args.frames, args.size, file, args.tile, overlap=not args.slow)
 
     shape, passes = z.shape[2:], 1 if args.guidance in (1, (1, 1)) else 2
     used = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
                   tokens=dit.tokens(model.net.config, shape), seconds={k: round(v, 3) for k, v in seconds.items()}, plan=memory,
-                  peak_memory_gib=used / 2**30)
+                  choices=choices, peak_memory_gib=used / 2**30)
     text = f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes\n  "
     text += ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
     if not args.decode:
@@ -378,23 +385,35 @@ def main(argv=None):
     print(f"{text}; peak memory {report['peak_memory_gib']:.2f} GiB\n  {file('.mp4')}   {file('.png')}")
 
 
-@torch.no_grad()
-def write(model, z, frames, size, file, tile=None):
-    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are decoded; only the sheet's stay in memory."""
+def write(model, z, frames, size, file, tile=None, overlap=True):
+    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are decoded; only the sheet's stay in memory.
+
+    overlap: the next frames are decoded while these are encoded.
+    """
     shown, kept, count = {round(i * (frames - 1) / 7) for i in range(8)}, [], 0
 
     def pieces():
         nonlocal count
-        for piece in model.decode(z, frames, size, tile):
-            piece = piece[0].float().cpu()
-            kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)
-            count += piece.shape[1]
-            bar.update(piece.shape[1])
-            yield piece
+        with torch.no_grad():  # inside, for it holds for one thread
+            for piece in model.decode(z, frames, size, tile):
+                piece = piece[0].float().cpu()
+                kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)
+                count += piece.shape[1]
+                bar.update(piece.shape[1])
+                yield piece
 
     with tqdm(total=frames, desc="decode", leave=False) as bar:
-        data.write_video(file(".mp4"), pieces(), model.fps, scale=model.upscale)
+        data.write_video(file(".mp4"), ahead(pieces()) if overlap else pieces(), model.fps, scale=model.upscale)
     data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=max(model.upscale // 2, 1) if size[1] <= 256 else 256 / size[1])
+
+
+def ahead(pieces):
+    """The same pieces, the next one being made in a thread while the consumer works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, pieces, None)
+        while (piece := following.result()) is not None:
+            following = thread.submit(next, pieces, None)
+            yield piece
 
 
 if __name__ == "__main__":

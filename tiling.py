@@ -206,6 +206,11 @@ class Meter(TorchDispatchMode):
     A convolution is charged a copy of its input and output on top: libraries rearrange both into the layout that their kernels want.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """Torch's compiler need not know this class: it would be imported for that, 2 s. (Versions without this question need no answer.)"""
+        return False
+
     def __init__(self):
         super().__init__()
         self.alive = self.peak = 0
@@ -217,7 +222,7 @@ class Meter(TorchDispatchMode):
             if storage._cdata not in given:  # else a view, or in place
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
-        if func is torch.ops.aten.convolution.default:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default):
             self.peak = max(self.peak, self.alive + sum(t.numel() * t.itemsize for t in (args[0], out)))
         return out
 

@@ -31,6 +31,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,7 +244,7 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
     """Train a preset on a folder of clips, phase after phase (by default all of the programme) -> path of the last weights.
 
     `start`: weights to begin with; `inflate_from`: an image autoencoder to begin with. `changes`: fields of Phase that replace those of every
-    phase run. `more`: as for `run_phase`.
+    phase run; "steps" may be a list, a number for each. `more`: as for `run_phase`.
     """
     device = training.start()
     torch.manual_seed(seed)
@@ -251,14 +252,19 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
     if inflate_from:
         print(inflate(net, checkpoint.load_tensors(inflate_from)[0]))
     prepare(net, device, compiled)
-    for name in phases or programme(preset):
+    phases, steps = list(phases or programme(preset)), changes.get("steps")
+    if isinstance(steps, list) and len(steps) != len(phases):
+        raise UserError(f"--steps has {len(steps)} numbers for {len(phases)} phases ({', '.join(phases)}): give one, or one for each.")
+    for i, name in enumerate(phases):
         phase = dataclasses.replace(programme(preset)[name], **changes)
+        if isinstance(steps, list):
+            phase = dataclasses.replace(phase, steps=steps[i])
         dataset = clips.Clips(folder, phase.frames, phase.size, "train", seed, cache=cache)
         for reason in dataset.skipped.values():
             print(f"skipped: {reason}")
         stream = functools.partial(batches, dataset, phase.batch, workers, device)
         path = run_phase(net, phase, name, Path(out) / name, stream, clips.validation(folder, phase.frames, phase.size, 8), seed, preset=preset,
-                         data=str(folder), start=start and str(start), inflated=inflate_from and str(inflate_from), **more)
+                         data=str(folder) if isinstance(folder, (str, Path)) else " ".join(map(str, folder)), start=start and str(start), inflated=inflate_from and str(inflate_from), **more)
     return path
 
 
@@ -301,9 +307,9 @@ def inflate(net, tensors):
     """Start `net` from an image autoencoder's weights (spec 3.7) -> a sentence about what fitted.
 
     A 3x3 kernel becomes the middle tap of a 3x3x3 one (the last, where it is causal), the other taps zero; biases and norms are copied.
-    What resamples time has no counterpart in an image, nor has the stage behind it, unless it is there by name: these start from zero, so
-    that only the shortcuts are left, averaging four frames and repeating them. A clip that stands still then gives, frame by frame, what
-    the image autoencoder gives. Names are those of our own files; tensors of other names (the attention blocks of the published DC-AE)
+    What resamples time has no counterpart in an image, nor has the stage behind it, unless it is there by name: the last layer of their
+    branches starts from zero, so that only the shortcuts are left, averaging four frames and repeating them. (Not all layers: behind a
+    zero no gradient arrives.) A clip that stands still then gives, frame by frame, what the image autoencoder gives. Names are those of our own files; tensors of other names (the attention blocks of the published DC-AE)
     are left out, and counted.
     """
     own, used, n = net.state_dict(), set(), len(net.config.widths)
@@ -322,7 +328,7 @@ def inflate(net, tensors):
     temporal = (f"encoder.stages.{n - 1}.", f"encoder.stages.{n - 2}.op_list.{len(net.encoder.stages[n - 2].op_list) - 1}.",
                 f"decoder.stages.{n - 1}.", f"decoder.stages.{n - 2}.op_list.0.")
     for name, value in own.items():
-        if name.startswith(temporal) and name not in used:
+        if name.startswith(temporal) and name not in used and re.search(r"main\.conv\.conv\.|conv2\.norm\.", name):
             value.zero_()
     return f"inflated {len(used)} of {len(own)} tensors; {len(tensors) - len(used)} tensors of the image autoencoder had no place."
 
@@ -409,13 +415,13 @@ def main_train(argv):
                                 "Interrupted, the same command goes on where it stopped. What is left out has the default of the phase.")
     p.add_argument("--preset", choices=ae.PRESETS, default="toy", help="default: %(default)s")
     p.add_argument("--out", default="out/ae", help="folder for weights, logs and pictures (default: %(default)s)")
-    p.add_argument("--data", metavar="FOLDER", help="clips and pictures to train on")
+    p.add_argument("--data", nargs="+", metavar="FOLDER", help="clips to train on")
     p.add_argument("--overfit", metavar="CLIP", help="learn the beginning of one clip by heart instead")
     p.add_argument("--length", type=int, default=80, help="of that beginning, in frames (default: %(default)s)")
     p.add_argument("--phases", nargs="+", choices=list(FULL), help="default: all, one after the other")
     p.add_argument("--start", metavar="FILE", help="weights of the same preset to begin with")
     p.add_argument("--inflate", metavar="FILE", help="weights of an image autoencoder to begin with")
-    p.add_argument("--steps", type=int, help="optimiser steps of each phase")
+    p.add_argument("--steps", type=int, nargs="+", help="optimiser steps: one number for each phase, or one for all")
     p.add_argument("--batch", type=int, help="clips per step and process")
     p.add_argument("--accumulate", type=int, help="batches per step")
     p.add_argument("--frames", type=int, help="frames per clip: whole chunks, two or more")
@@ -436,6 +442,8 @@ def main_train(argv):
     if a.threads:
         torch.set_num_threads(a.threads)
     changes = {k: v for k in ("steps", "batch", "accumulate", "frames", "size", "lr") if (v := getattr(a, k)) is not None}
+    if a.steps and len(a.steps) == 1:
+        changes["steps"] = a.steps[0]
     if a.perceptual == "none":
         changes["perceptual"] = 0.0
     how = dict(seed=a.seed, save_every=a.save_every, bf16=not a.fp32)

@@ -22,6 +22,11 @@ import ae
 import checkpoint
 import data
 import dit
+import flow
+import fp8
+import gpu
+import guided
+import kernels
 import lora
 import metrics
 import models
@@ -159,6 +164,242 @@ def test_nan_stops_the_loop_at_once(model, spy):
 def test_the_deep_model_has_a_quarter_of_the_tokens(tiny_toy):
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(m.frames, m.size))
     assert count(models.load_model("base")) == 128 and count(models.load_model("dc")) == 32
+
+
+# ---------------------------------------------------------------------------------------------------- a step made fast
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """A stand-in for CUDA graphs: what is recorded runs again from the same inputs into the same output. -> list of the functions recorded."""
+    recorded = []
+
+    def record(function, inputs):
+        recorded.append(function)
+        output = torch.empty_like(function(*inputs))  # recording computes nothing
+        return lambda: output.copy_(function(*inputs)), output
+
+    monkeypatch.setattr(guided, "record", record)
+    return recorded
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(interval=(0.3, 0.9)), dict(image=torch.zeros(1, 3, 32, 32))], ids=str)
+def test_a_recorded_step_gives_what_the_steps_give(model, recordings, steps, more):
+    """For every step count and solver that keeps older velocities: each step's own time is read, and no result is overwritten by the next."""
+    context = model.text(["a red circle"])
+    run = lambda graph: sample.generate(model, context, frames=8, size=(32, 32), steps=steps, graph=graph, **more)
+    assert torch.equal(run(True), run(False))
+    kinds = {1: 0, 2: 1, 5: 1}[steps] if "interval" not in more else {1: 0, 2: 0, 5: 2}[steps]
+    assert len(recordings) == kinds  # once for each kind of step that comes twice: guided and not
+
+
+def test_another_prompt_or_size_needs_no_restart(model, recordings):
+    for prompt, size in (("a red circle", (32, 32)), ("a blue ring moving up", (32, 32)), ("a ring", (64, 32))):
+        context = model.text([prompt])
+        runs = [sample.generate(model, context, frames=8, size=size, steps=3, graph=graph) for graph in (True, False)]
+        assert torch.equal(*runs)
+
+
+def test_a_driver_that_refuses_graphs(model, monkeypatch):
+    """One warning, the same video."""
+    def refuse(function, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(guided, "record", refuse)
+    context = model.text(["a red circle"])
+    with pytest.warns(UserWarning, match="could not be recorded as a CUDA graph .operation not permitted when stream is capturing.") as said:
+        z = sample.generate(model, context, frames=8, size=(32, 32), steps=4, graph=True)
+    assert len(said) == 1 and torch.equal(z, sample.generate(model, context, frames=8, size=(32, 32), steps=4))
+
+
+def test_blocks_compile_whole_and_once(tiny_toy):
+    """One graph for all blocks, no breaks (`fullgraph` raises at one), nothing compiled again at later steps or for another prompt."""
+    import torch._dynamo as dynamo
+
+    model = models.load_model("dc")
+    contexts = [model.text([prompt]) for prompt in ("a red circle", "a blue ring")]
+    plain = [sample.generate(model, c, frames=8, size=(32, 32), steps=2) for c in contexts]
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    guided.compile_blocks(model.net, backend="eager")  # the graph, without the minute that generating code takes
+    found = [sample.generate(model, c, frames=8, size=(32, 32), steps=2, compiled=True) for c in contexts]
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not dynamo.utils.counters["graph_break"]
+    sample.generate(model, contexts[0], frames=8, size=(64, 32), steps=2, compiled=True)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the count can tell: a new size is a new graph
+    dynamo.reset()
+
+
+def test_slow_path_equals_the_fast_one(tiny_toy, out):
+    for name, flags in (("fast", []), ("slow", ["--slow"])):
+        sample.main(["--prompt", "a red circle", "--name", name, "--out", str(out), *flags, *QUICK])
+    fast, slow = (checkpoint.load_tensors(out / f"{name}.safetensors")[0]["latent"] for name in ("fast", "slow"))
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+    assert json.loads((out / "slow.json").read_text())["choices"][0] == "thin operations: plain (switched off)"
+    kernels.use()
+
+
+# ---------------------------------------------------------------------------------------------------- shortcuts: approximate, off by default
+
+
+def test_guidance_in_an_interval(model, spy):
+    """Outside the noise levels a step is one pass of the prompt; an interval that holds all of them changes nothing."""
+    context, run = model.text(["a red circle"]), dict(frames=8, size=(32, 32), steps=6)
+    whole = sample.generate(model, context, cfg_batch=True, **run)
+    assert torch.equal(sample.generate(model, context, cfg_batch=True, interval=(0, 1), **run), whole)
+    spy.clear()
+    part = sample.generate(model, context, cfg_batch=True, interval=(0.5, 0.9), **run)
+    inside = [0.5 <= t / 1000 <= 0.9 for t in flow.schedule(model.solver, 6, model.shift)[1]]
+    assert [len(x) == 2 for x, *_ in spy] == inside and 0 < sum(inside) < 6
+    assert not torch.allclose(part, whole, atol=1e-3)
+    none = sample.generate(model, context, interval=(0, 1e-6), **run)
+    torch.testing.assert_close(none, sample.generate(model, context, guidance=1, **run))
+
+
+def test_velocities_used_again(model, spy):
+    """0 computes every step; a large threshold computes only the steps that the criterion needs, the first two and the last."""
+    context, run = model.text(["a red circle"]), dict(frames=8, size=(32, 32), steps=8, cfg_batch=True)
+    whole = sample.generate(model, context, **run)
+    assert len(spy) == 8
+    spy.clear()
+    coarse = sample.generate(model, context, reuse=1e9, **run)
+    assert len(spy) == 3 and torch.isfinite(coarse).all()
+    spy.clear()
+    fine = sample.generate(model, context, reuse=1e-9, **run)
+    assert len(spy) == 8 and torch.equal(fine, whole)
+
+
+def test_expected_change_of_the_velocity():
+    """v = 3 x changes three times as fast as x. The expected changes add up: 0.03 / 1.03, then 0.06 / 1.03, and the threshold lies between."""
+    reuse, x = guided.Reuse(0.04, 10), torch.ones(4)
+    computed = []
+    for i in range(4):
+        x = torch.full((4,), 1 + 0.01 * i)
+        if not reuse.enough(x):
+            reuse.remember(x, 3 * x)
+            computed.append(i)
+    assert computed == [0, 1] and reuse.expected == pytest.approx(2 * 0.03 / 3.03, rel=1e-4)
+    assert not guided.Reuse(0.019, 10).enough(x)
+
+
+def test_eight_bit_products():
+    """Off by 4 % of the result's norm, whatever the width, the scale of a token or of a channel; a token far out does not spoil the others."""
+    for width in (64, 1536):
+        linear, x = torch.nn.Linear(width, 48), torch.randn(2, 5, width)
+        linear.weight.data *= torch.logspace(-3, 3, 48)[:, None]
+        linear.bias.data.zero_()
+        x[0, 0] *= 1e4
+        size = x.norm(dim=-1, keepdim=True) * linear.weight.norm(dim=1)  # what each result is made of
+        exact, error = linear(x) / size, (fp8.Linear(linear)(x) - linear(x)) / size
+        assert 0.03 < error.norm() / exact.norm() < 0.045
+        assert (error.norm(dim=-1) < 0.06 * exact.norm(dim=-1).mean()).all()  # of every token
+
+
+@torch.no_grad()
+def test_a_transformer_in_eight_bits(tiny_toy):
+    """The large products of the blocks and nothing else; once converted it stays so."""
+    net = dit.WanDiT(dit.Config(dim=64, ffn_dim=128, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=32)).eval()
+    torch.nn.init.normal_(net.head.head.weight, std=0.1)
+    inputs = torch.randn(1, 4, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 7, 32)
+    exact = net(*inputs)
+    guided.prepared(net, compiled=False, fp8=True)
+    first = net(*inputs)
+    assert 1e-3 < (first - exact).norm() / exact.norm() < 0.1
+    assert torch.equal(guided.prepared(net, compiled=False, fp8=True)(*inputs), first)
+    kinds = {name: type(module) for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, fp8.Linear))}
+    assert all((kind is fp8.Linear) == (name.startswith("blocks.") and name.split(".", 2)[2] in fp8.LAYERS) for name, kind in kinds.items())
+
+
+def test_frames_are_made_ahead():
+    """The next piece is made while this one is used, no more than one ahead; errors of the maker reach the user, and all pieces come in order."""
+    made, used = [], []
+
+    def pieces():
+        for i in range(5):
+            made.append(i)
+            yield torch.full((2,), i)
+        raise UserError("the video holds NaN")
+
+    with pytest.raises(UserError, match="holds NaN"):
+        for piece in sample.ahead(pieces()):
+            used.append(int(piece[0]))
+            assert len(made) <= len(used) + 1
+    assert used == made == [0, 1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------- choices by measuring
+
+
+def test_attention_is_chosen_by_time_among_the_right_ones(monkeypatch):
+    """A backend that is wrong, or has no kernel for this GPU, is not taken however fast."""
+    def missing(q, k, v):
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    clock = iter([3.0, 2.0])
+    monkeypatch.setattr(gpu, "seconds", lambda task: next(clock))
+    q, k, v = torch.randn(3, 1, 80, 2, 16)
+    times, wrong = gpu.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
+    assert times == {"slow": 3.0, "right": 2.0}
+    assert wrong["none"] == "No available kernel. Aborting execution." and wrong["wrong"].startswith("relative error ")
+
+
+@pytest.mark.parametrize("errors, times, dtype, layout, says", [
+    ((0.003, 0.003), (1.0, 2.0), torch.bfloat16, torch.channels_last_3d, "bf16, channels last, .* relative error 0.003$"),
+    ((0.003, 0.003), (9.0, 2.0), torch.bfloat16, torch.contiguous_format, "bf16, channels first"),
+    ((0.9, 0.003), (1.0, 2.0), torch.bfloat16, torch.contiguous_format, "bf16, channels first, .*; channels last is computed wrongly"),
+    ((0.9, float("nan")), (1.0, 2.0), torch.float32, torch.channels_last_3d, "fp32, because this build computes them wrongly in bf16 .relative errors 0.9 and nan"),
+])
+def test_the_convolution_is_checked_before_it_is_used(errors, times, dtype, layout, says):
+    """Several builds compute bf16 convolutions wrongly or slowly; the autoencoder then runs in another layout, or in fp32."""
+    trials = iter(zip(errors, times))
+    found = gpu.choose_convolution(torch.device("cpu"), torch.bfloat16, lambda *_: next(trials))
+    assert (found.dtype, found.layout) == (dtype, layout) and re.search(says, found.line)
+
+
+def test_the_check_of_a_convolution_can_fail(monkeypatch):
+    x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
+    check = lambda: gpu.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d, clock=lambda task: 1.0)[0]
+    assert 1e-4 < check() < 0.01
+    right = torch.nn.functional.conv3d
+    monkeypatch.setattr(gpu.F, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (1 if x.dtype == torch.float32 else 1.05))
+    assert check() > 0.02
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--slow", "--fp8"], "--slow is the plain path: leave --graph, --compile, --fp8"),
+    (["--reuse", "-1"], "--reuse must not be negative, got -1."),
+    (["--guidance-interval", "0.9,0.1"], "'0.9,0.1' is not LOW,HIGH with 0 <= LOW < HIGH <= 1"),
+    (["--guidance-interval", "high"], "--guidance-interval"),
+])
+def test_flags_that_do_not_fit(tiny_toy, out, capsys, flags, says):
+    assert says in refusal(capsys, "--prompt", "a ring", "--out", out, *flags)
+
+
+def test_an_old_gpu_computes_in_fp32_and_says_so(tiny_toy, out, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "without_bf16", lambda device: "Tesla V100 has no bf16 (it is older than Ampere)")
+    sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--dtype", "bf16", *QUICK])
+    assert "matrix products: fp32, because Tesla V100 has no bf16" in capsys.readouterr().out
+    assert json.loads((out / "a.json").read_text())["settings"]["dtype"] == "fp32"
+
+
+def test_streamed_blocks_are_neither_compiled_nor_eight_bits():
+    model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
+    model.offload = "blocks"
+    with pytest.raises(UserError, match="--fp8 needs all blocks on the device, but here they are streamed"):
+        guided.check(model, compiled=False, fp8=True)
+
+
+def test_kernels_say_why_they_are_plain(monkeypatch):
+    """No GPU; no Triton on a machine that has one; switched off."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernels.describe(cpu) == "plain (the fused ones are for CUDA, not cpu)"
+    monkeypatch.setattr(kernels, "_refused", None)
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)  # importing it now fails, as without Triton
+    assert re.match(r"plain \(ModuleNotFoundError: ", kernels.describe(cuda))
+    kernels.use(plain=True)
+    assert kernels.describe(cuda) == "plain (switched off)"
+    kernels.use()
 
 
 # ---------------------------------------------------------------------------------------------------- image to video

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
 import torch.nn as nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import checkpoint
+import dit
+import lora
 import train
 from checkpoint import UserError
 from conftest import ROOT
@@ -252,27 +257,166 @@ def test_log_and_plot(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- several processes
 
-PROCESS = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import torch, test_train, train
-train.start()
-x = torch.load({rows!r})
-run = test_train.quadratic({folder!r}, train.Plan(2, warmup=0), x[:, train.rank()])
-torch.save(run.net.weight.detach(), {folder!r} + f"-{{train.rank()}}.pt")
-"""
+TINY = dit.Config(dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, patch=(1, 1, 1), text_dim=8, text_len=4)
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """Started as torchrun does it, each with half of the rows: both end with the weights of one process that has them all."""
-    x = torch.randn(2, 2, 6, 4)  # step, process, rows
-    torch.save(x, tmp_path / "rows.pt")
-    code = PROCESS.format(tests=str(ROOT / "tests"), root=str(ROOT), rows=str(tmp_path / "rows.pt"), folder=str(tmp_path / "run"))
-    (tmp_path / "script.py").write_text(code)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "script.py"],
-                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    whole = quadratic(tmp_path / "whole", train.Plan(2, warmup=0), x.flatten(1, 2))
+def adapter(dtype=torch.float32):
+    """A tiny transformer as stage 2 trains it: LoRA on frozen blocks (stored in `dtype`), embedder and head whole. Each process draws another."""
+    torch.manual_seed(train.rank())
+    net = dit.WanDiT(TINY)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    net.weight_dtype = dtype
+    lora.wrap(net, 2, 4, full=("patch_embedding", "head"))
+    for name, p in net.named_parameters():
+        if not p.requires_grad and not dit.keeps_fp32(name):
+            p.data = p.data.to(dtype)
+    return net
+
+
+def tune(folder, batch, steps=3, accumulate=1, net=None, poison=None):
+    """Train it with flow matching on samples that depend on their step and position only -> the run. poison(number): what a loss is multiplied by."""
+    net = train.shard(net or adapter(), net.blocks if net else ())
+    net.checkpointing = train.processes() > 1  # recomputing changes nothing, and must get along with sharding
+    plan = train.Plan(steps, 2, "constant", 0.5, accumulate, ema=0.9, save_every=1, log_every=1)
+    optimiser = torch.optim.AdamW(train.trained(net).values(), 1e-2)
+    run = train.Run(folder, dict(global_batch=4), {"net": net}, {"net": optimiser}, plan)
+
+    def batches():
+        for number in itertools.count(run.number):
+            step, positions = run.positions(number, batch)
+            draws = [torch.Generator().manual_seed(100 * step + p) for p in positions]
+            yield [torch.stack([torch.randn(shape, generator=g) for g in draws]) for shape in ((4, 2, 2, 2), (4, 2, 2, 2), (3, 8))]
+
+    def losses(samples, number):
+        z, noise, context = samples
+        loss = (net((z + noise) / 2, torch.full((batch,), 500.0), context) - (noise - z)).square().mean() * (poison(number) if poison else 1)
+        yield "net", loss, {"loss": loss.detach()}
+
+    def held_out(run):
+        with torch.no_grad(), run.averaged() as averaged:
+            return {"held_out": averaged(torch.ones(1, 4, 2, 2, 2), torch.full((1,), 500.0), torch.ones(1, 3, 8)).square().mean().item()}
+
+    return run.fit(batches(), losses, held_out)
+
+
+def in_two_processes(folder):
+    """What the tests below look at; started twice by torchrun."""
+    train.start()
+    folder, rank, said = Path(folder), train.rank(), {}
+
+    def refused(name, task, error=UserError):
+        try:
+            task()
+        except error as e:
+            (folder / f"{name}-{rank}").write_text(str(e))
+
+    x = torch.load(folder / "rows.pt")
+    torch.save(quadratic(folder / "copied", train.Plan(2, warmup=0), x[:, rank]).net.weight.detach(), folder / f"copied-{rank}.pt")
+
+    net = adapter()
+    run = tune(folder / "sharded", 1, accumulate=2, net=net)
+    with run.averaged():
+        averages = train.consolidate(run)
+    if rank == 0:
+        shutil.copytree(folder / "sharded" / "checkpoint-0000002", folder / "resumed" / "checkpoint-0000002")
+    again = tune(folder / "resumed", 1, accumulate=2, net=adapter())
+    own = [sum(train.own_part(p).numel() for p in n.parameters()) for n in (net, adapter())]
+    weights = [train.consolidate(r) for r in (run, again)]
+    if rank == 0:
+        torch.save(dict(weights=weights, averages=averages, own=own), folder / "sharded.pt")
+
+    mixed = tune(folder / "mixed", 1, 1, net=adapter(torch.bfloat16))  # frozen bf16 beside trained fp32 in one unit
+    assert {p.dtype for p in mixed.net.blocks.parameters()} == {torch.float32, torch.bfloat16}
+
+    bad = lambda number: float("nan") if (number, rank) == (3, 1) else 1.0
+    refused("nan", lambda: tune(folder / "nan", 1, accumulate=2, net=adapter(), poison=bad))
+
+    plain = train.write_synced
+    def full_disk(path, state):
+        if rank and state["step"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, state)
+    train.write_synced = full_disk
+    refused("full", lambda: tune(folder / "full", 1, accumulate=2, net=adapter()), (OSError, UserError))
+    train.write_synced = plain
+
+    def die(number):
+        if (number, rank) == (3, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+    refused("killed", lambda: tune(folder / "killed", 1, accumulate=2, net=adapter(), poison=die))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two processes have worked in."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.save(torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(0)), folder / "rows.pt")  # step, process, rows
+    script = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\nimport test_train\ntest_train.in_two_processes({str(folder)!r})"
+    (folder / "script.py").write_text(script)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ChildFailedError, match="SIGKILL"):  # the last thing they do
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torchrun.main(["--standalone", "--nproc-per-node", "2", "--monitor-interval", "1", str(folder / "script.py")])
+    return folder
+
+
+def test_two_processes_are_one_with_twice_the_batch(two, tmp_path):
+    """Each with half of the rows: both end with the weights of one process that has them all."""
+    whole = quadratic(tmp_path, train.Plan(2, warmup=0), torch.load(two / "rows.pt").flatten(1, 2))
     for rank in (0, 1):
-        assert torch.allclose(torch.load(tmp_path / f"run-{rank}.pt"), whole.net.weight, atol=1e-6)
-    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1  # only process 0 writes
+        assert torch.allclose(torch.load(two / f"copied-{rank}.pt"), whole.net.weight, atol=1e-6)
+    assert len(list((two / "copied").glob("checkpoint-*"))) == 1
     with pytest.raises(UserError, match="processes 2 -> 1"):  # the batch would be another
-        quadratic(tmp_path / "run", train.Plan(2, warmup=0), [])
+        quadratic(two / "copied", train.Plan(2, warmup=0), [])
+
+
+def test_sharded_over_two_processes_equals_one(two, tmp_path):
+    """Two processes of two batches of one sample, weights sharded, blocks recomputed: losses, gradient norms, validation, weights and average
+    of one process with a batch of four."""
+    run, shared = tune(tmp_path, 4), torch.load(two / "sharded.pt")
+    logs = [[(line["loss"], line["gradient"], line["held_out"]) for line in train.read_log(f)] for f in (tmp_path, two / "sharded")]
+    torch.testing.assert_close(*map(torch.tensor, logs), atol=1e-5, rtol=0)
+    assert logs[0][0][0] > 1.1 * logs[0][-1][0]  # it learned something
+    for key, value in run.net.state_dict().items():
+        torch.testing.assert_close(shared["weights"][0][key], value, atol=1e-4, rtol=0)
+    with run.averaged() as net:
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(shared["averages"][key], value, atol=1e-4, rtol=0)
+    assert shared["own"][0] < 0.52 * shared["own"][1]  # each held half of it
+
+
+def test_a_sharded_run_goes_on_bit_for_bit_and_in_one_process(two):
+    """From step 2: in two processes the same bits; in one process, from both parts, with as many samples per step, the same to rounding."""
+    a, b = torch.load(two / "sharded.pt")["weights"]
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    shutil.rmtree(two / "resumed" / "checkpoint-0000003")
+    run = tune(two / "resumed", 1, accumulate=4)
+    assert [p.name for p in run.checkpoints()] == ["checkpoint-0000002", "checkpoint-0000003.pt"]
+    for key, value in run.net.state_dict().items():
+        torch.testing.assert_close(a[key], value, atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_without_one_of_its_parts_is_passed_over(two, capsys):
+    (two / "copied" / "checkpoint-0000002" / "part-1-of-2.pt").unlink()
+    with pytest.raises(StopIteration):
+        quadratic(two / "copied", train.Plan(2, warmup=0), [])
+    assert "holds 1 parts, and that is not all of them" in capsys.readouterr().out
+
+
+def test_all_processes_stop_where_one_has_nan(two):
+    """The same sentence in both, and neither has stepped."""
+    said = [(two / f"nan-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and "the loss of 'net' is nan at step 1, first in the loss itself" in said[0]
+    assert [p.name for p in (two / "nan").glob("checkpoint*")] == ["checkpoint-0000001"]
+
+
+def test_a_full_disk_of_one_process_leaves_the_old_checkpoint(two):
+    assert "No space left" in (two / "full-1").read_text() and "process 1 could not write its part" in (two / "full-0").read_text()
+    assert sorted(p.name for p in (two / "full").iterdir()) == ["checkpoint-0000001", "log.jsonl"]
+
+
+def test_when_one_process_is_killed_the_other_says_so(two):
+    said = (two / "killed-0").read_text()
+    assert "process 0 of 2 lost contact with the others" in said and "goes on from the last checkpoint" in said
+    assert [p.name for p in (two / "killed").glob("checkpoint*")] == ["checkpoint-0000001"]

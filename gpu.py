@@ -1,0 +1,174 @@
+"""What this GPU does best, found by trying it at the start of a run, in about a second; each choice is told in one line.
+
+* **Attention**: PyTorch holds several kernels for softmax(q k^T) v: cuDNN's, FlashAttention 2, a memory-efficient one; FlashAttention 3 can be installed.
+  Which is fastest depends on the GPU, the library versions and the shape, and attention is 57 to 85 % of the work. So each is timed on
+  the shape that is coming, checked against the formula in fp32, and the fastest right one is taken.
+* **Convolution**: the decoder is nothing but 3x3x3 convolutions. Several builds (torch 2.9, cuDNN 9.8 to 9.14) compute them in bf16 wrongly or many times
+  too slowly. One is tried in both memory layouts, against fp32; where none is right the autoencoder runs in fp32.
+* **Types**: GPUs before Ampere (2020) have no bf16; matrix products then stay fp32.
+
+The libraries differ in rounding, not in what they compute, so no choice changes a result by more than that. On the CPU there is nothing to choose.
+No GPU was at hand: written from the libraries' documentation, not run.
+"""
+import statistics
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+BACKENDS = ("cudnn", "flash", "efficient")  # of scaled_dot_product_attention; flash and cudnn are switched, the others are always there to fall back on
+
+
+def seconds(task, repeats=5):
+    """Median GPU time of a call, after one that warms up."""
+    times = []
+    for i in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        task()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[1:])
+
+
+def relative_error(a, exact):
+    return ((a.float() - exact).norm() / exact.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------- types
+
+
+def without_bf16(device):
+    """Why bf16 is not used on this device; None where it can be."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 (it is older than Ampere)"
+    return None
+
+
+def without_compiler(device):
+    """Why torch.compile does not work on this machine, found by compiling one addition; None where it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as e:  # no C++ compiler, no Triton, a Python it does not know: each has exceptions of its own
+        return f"torch.compile fails here ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def set_attention(name):
+    """Let attention run through one backend: "cudnn", "flash", "efficient", "flash3"; None: the library chooses. A call that it cannot serve (an
+    offset on the logits) falls back on the memory-efficient one."""
+    torch.backends.cuda.enable_cudnn_sdp(name in ("cudnn", None))
+    torch.backends.cuda.enable_flash_sdp(name in ("flash", None))
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_math_sdp(True)
+    kernels.use_attention(flash3() if name == "flash3" else None)
+
+
+def flash3():
+    """FlashAttention 3 as a function of q, k, v [b l n c]; None where its package is not installed."""
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        return None
+
+    def attention(q, k, v):
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # its first versions also returned the logarithms of the sums
+
+    return attention
+
+
+def try_attention(candidates, q, k, v):
+    """{name: function of q, k, v [b l n c]} -> ({name: seconds} of those that are right, {name: what is wrong with the others})."""
+    exact = kernels.attention_plain(q[:, :64].float(), k.float(), v.float())
+    times, wrong = {}, {}
+    for name, run in candidates.items():
+        try:
+            error = relative_error(run(q, k, v)[:, :64], exact)
+            if error < 0.02:
+                times[name] = seconds(lambda: run(q, k, v))
+            else:
+                wrong[name] = f"relative error {error:.2g}"
+        except RuntimeError as e:  # no kernel for this GPU, type or shape
+            wrong[name] = str(e).splitlines()[0]
+    return times, wrong
+
+
+def choose_attention(device, tokens, heads, width=128, dtype=torch.bfloat16):
+    """Time the backends on [1, tokens, heads, width] (at most 16,384 tokens), set the fastest -> (its name, a line that says so)."""
+    q, k, v = torch.randn(3, 1, min(tokens, 16384), heads, width, device=device).to(dtype)
+
+    def through(name):
+        def run(q, k, v):
+            set_attention(name)
+            if name != "efficient" and name != "flash3":  # without the fallback: else its time would be taken for this one's
+                torch.backends.cuda.enable_mem_efficient_sdp(False)
+                torch.backends.cuda.enable_math_sdp(False)
+            return kernels.attention(q, k, v)
+        return run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons why a backend has no kernel
+        times, _ = try_attention({name: through(name) for name in (*BACKENDS, *(["flash3"] if flash3() else []))}, q, k, v)
+    if not times:
+        set_attention(None)
+        return None, "attention: no backend could be checked, so the library chooses"
+    best = min(times, key=times.get)
+    set_attention(best)
+    others = ", ".join(f"{name} {t * 1e3:.2f}" for name, t in sorted(times.items(), key=lambda i: i[1]) if name != best)
+    return best, f"attention: {best}, {times[best] * 1e3:.2f} ms for {q.shape[1]:,d} tokens" + (f" ({others})" if others else "")
+
+
+# ---------------------------------------------------------------------------------------------------- convolution
+
+
+class Convolution(NamedTuple):
+    """How the autoencoder is to run."""
+
+    dtype: torch.dtype
+    layout: torch.memory_format
+    line: str
+
+
+LAYOUTS = {torch.channels_last_3d: "channels last", torch.contiguous_format: "channels first"}
+
+
+def try_convolution(x, weight, dtype, layout, clock=seconds):
+    """A 3x3x3 convolution of fp32 x [b c t h w] in a type and layout -> (relative error against fp32, seconds)."""
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        exact = F.conv3d(x, weight, padding=1)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    x, weight = (a.to(dtype).to(memory_format=layout) for a in (x, weight))
+    return relative_error(F.conv3d(x, weight, padding=1), exact), clock(lambda: F.conv3d(x, weight, padding=1))
+
+
+def choose_convolution(device, dtype, trial=try_convolution):
+    """The fastest right way to convolve in `dtype`, or in fp32 where none is right in bf16, -> Convolution.
+
+    Tried at 128 channels of 8x96x160 (most of the decoder's work is at such a width). In bf16 a right result is off by 0.3 %.
+    """
+    if dtype == torch.float32:
+        return Convolution(dtype, torch.channels_last_3d, "convolutions: fp32, channels last")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator).to(device) for s in ((1, 128, 8, 96, 160), (128, 128, 3, 3, 3)))
+    found = {layout: trial(x, weight, dtype, layout) for layout in LAYOUTS}
+    right = {layout: time for layout, (error, time) in found.items() if error < 0.02}
+    if not right:
+        errors = " and ".join(f"{error:.2g}" for error, _ in found.values())
+        return Convolution(torch.float32, torch.channels_last_3d, f"convolutions: fp32, because this build computes them wrongly in bf16 (relative errors {errors}; "
+                           f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()})")
+    best = min(right, key=right.get)
+    flops = 2 * x.numel() * weight[:, 0].numel()
+    line = f"convolutions: bf16, {LAYOUTS[best]}, {flops / right[best] / 1e12:.0f} TFLOP/s, relative error {found[best][0]:.2g}"
+    if len(right) < len(found):
+        line += f"; {next(name for layout, name in LAYOUTS.items() if layout not in right)} is computed wrongly"
+    return Convolution(dtype, best, line)

@@ -1,0 +1,168 @@
+"""The fused kernels equal their plain twins: on the GPU where there is one, else in Triton's interpreter on the CPU.
+
+    python -m pytest -m peer tests/test_triton.py        without a GPU; needs the triton package
+    python -m pytest -m gpu tests/test_triton.py
+
+Sizes are odd on purpose: widths that are no power of two, token counts that fill no block. The interpreter takes some 5 ms for each token.
+"""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the import
+pytest.importorskip("triton")
+
+import dit
+import kernels
+import triton_kernels as fused
+from conftest import ROOT
+
+pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.peer
+DEVICE = "cuda" if ON_GPU else "cpu"
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def round_as_hardware_does(monkeypatch):
+    """To the nearest. The interpreter cuts bf16 off, and loses the carry of an fp8 mantissa (triton 3.9): torch rounds in its place."""
+    if ON_GPU:
+        return
+    from triton.runtime import interpreter
+
+    theirs = interpreter._convert_float
+
+    def convert(data, source, target, mode):
+        kind = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}.get(target.name)
+        if source.name != "fp32" or kind is None:
+            return theirs(data, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(kind)
+        return rounded.view(torch.int16 if kind == torch.bfloat16 else torch.int8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture(autouse=True)
+def plain_twins():
+    kernels.use(plain=True)  # else the twins would be the kernels themselves
+    yield
+    kernels.use()
+
+
+def rand(*shape, dtype=FP32, offset=0.0):
+    return (torch.randn(*shape, device=DEVICE) + offset).to(dtype)
+
+
+def modulation(b, groups, d, n=3):
+    """Vectors as a block gets them: views into [b groups n d]."""
+    return (rand(b, groups, n, d) * 0.5).unbind(2)
+
+
+def same(ours, plain, exact=None):
+    """fp32: within 1e-5 of the plain result. bf16: no further from the `exact` result than rounding takes the plain one."""
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype
+    if ours.dtype == FP32:
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    else:
+        error = lambda a: (a.float() - exact.float()).norm()
+        assert error(ours) <= 1.02 * error(plain) and (ours.float() - exact.float()).abs().max() <= 2**-7 * exact.abs().max()
+
+
+SHAPES = [(2, 6, 1, 96), (1, 6, 3, 1536), (2, 4, 4, 5120), (1, 3, 1, 1)]  # b, tokens, groups that share their modulation, width
+
+
+@pytest.mark.parametrize("b, l, groups, d", SHAPES)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_layer_norm_modulate(b, l, groups, d, dtype):
+    """One modulation for the clip, one per latent frame, one per token; mean far from zero."""
+    x, (scale, shift, _) = rand(b, l, d, offset=3.0), modulation(b, groups, d)
+    plain = kernels.layer_norm_modulate(x, scale, shift, 1e-6)
+    same(fused.layer_norm_modulate(x, scale, shift, 1e-6, dtype), plain.to(dtype), plain)
+    same(fused.layer_norm_modulate(x, scale[:1], shift[:1], 1e-6, dtype), kernels.layer_norm_modulate(x, scale[:1], shift[:1], 1e-6).to(dtype),
+         kernels.layer_norm_modulate(x, scale[:1], shift[:1], 1e-6))  # one for the batch, as `times` makes it
+
+
+@pytest.mark.parametrize("b, l, groups, d", SHAPES)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_gate_and_residual(b, l, groups, d, dtype):
+    """The residual stream stays fp32 whatever the branch is, and x is not written to."""
+    x, y, (gate, *_) = rand(b, l, d), rand(b, l, d, dtype=dtype), modulation(b, groups, d)
+    before = x.clone()
+    same(fused.gate_residual(x, y, gate), kernels.gate_residual(x, y, gate))
+    same(fused.gate_residual(x, y, None), x + y)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("gated, affine", [(True, True), (False, False), (True, False)], ids=["before attention to the prompt", "before the MLP", "both"])
+@pytest.mark.parametrize("b, l, groups, d", SHAPES)
+def test_residual_and_next_norm(b, l, groups, d, gated, affine):
+    """Sum and norm of the sum in one pass: what a block does between its three parts."""
+    x, y, (gate, scale, shift) = rand(b, l, d, offset=1.0), rand(b, l, d, dtype=BF16), modulation(b, groups, d)
+    gate = gate if gated else None
+    total = x + y if gate is None else kernels.gate_residual(x, y, gate)
+    if affine:
+        scale, shift = rand(d), rand(d)
+        normed = torch.nn.functional.layer_norm(total, (d,), scale, shift, 1e-6)
+    else:
+        normed = kernels.layer_norm_modulate(total, scale, shift, 1e-6)
+    ours = fused.residual_norm(x, y, gate, scale, shift, 1e-6, FP32, affine)
+    same(ours[0], total)
+    same(ours[1], normed)
+    same(fused.residual_norm(x, y, gate, scale, shift, 1e-6, BF16, affine)[1], normed.bfloat16(), normed)
+
+
+@pytest.mark.parametrize("heads, d", [(3, 96), (12, 1536), (40, 5120)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rms_norm_and_rotation(heads, d, dtype):
+    """Norm over all heads, rotation in three axes with the table of the transformer, one table for all samples."""
+    grid = (2, 1, 3)
+    x, weight, rope = rand(2, 6, d, dtype=dtype), rand(d, offset=1.0), dit.rope_table(grid, d // heads, torch.device(DEVICE))
+    exact = kernels.rms_norm_rope(x.double().float(), weight, rope, heads, 1e-6)
+    same(fused.rms_norm_rope(x, weight, rope, heads, 1e-6), kernels.rms_norm_rope(x, weight, rope, heads, 1e-6), exact)
+    same(fused.rms_norm(x, weight, 1e-6), kernels.rms_norm(x, weight, 1e-6), kernels.rms_norm(x.float(), weight, 1e-6))
+    wide = torch.cat([x, x, x], 2)[:, :, d : 2 * d]  # q, k and v out of one product
+    assert torch.equal(fused.rms_norm_rope(wide, weight, rope, heads, 1e-6), fused.rms_norm_rope(x, weight, rope, heads, 1e-6))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("b, channels, size", [(2, 24, (2, 3, 5)), (1, 128, (1, 7, 9)), (1, 1000, (1, 3, 3))])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_autoencoder_norm(layout, b, channels, size, dtype):
+    """Alone, with SiLU, with the shortcut of a residual block; the layout is kept."""
+    x, shortcut = (rand(b, channels, *size, dtype=dtype).to(memory_format=layout) for _ in range(2))
+    weight, bias = rand(channels, dtype=dtype, offset=1.0), rand(channels, dtype=dtype)
+    plain, exact = kernels.rms_norm_channels(x, weight, bias), kernels.rms_norm_channels(x.float(), weight.float(), bias.float())
+    ours = fused.rms_norm_channels(x, weight, bias)
+    same(ours, plain, exact)
+    assert ours.stride() == x.stride()
+    for more in (dict(silu=True), dict(shortcut=shortcut)):
+        exact = kernels.rms_norm_channels(x.float(), weight.float(), bias.float(), **{k: v if v is True else v.float() for k, v in more.items()})
+        same(fused.rms_norm_channels(x, weight, bias, **more), kernels.rms_norm_channels(x, weight, bias, **more), exact)
+
+
+@pytest.mark.parametrize("rows, d", [(5, 96), (3, 5120), (2, 1000)])
+def test_rows_to_eight_bits(rows, d):
+    """The same bytes and scales as torch gives; a row of zeros stays zeros."""
+    import fp8
+
+    x = rand(rows, d, dtype=BF16) * torch.logspace(-3, 3, rows, device=DEVICE)[:, None].bfloat16()
+    x[-1] = 0
+    (ours, scale), (plain, expected) = fused.quantize_rows(x), fp8.quantize_rows(x)
+    torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0)
+    assert (ours.float() != plain.float()).sum() <= 1e-2 * x.numel() and not ours[-1].float().any()  # a tie may fall either way
+    assert ((ours.float() * scale - x.float()).norm(dim=1) <= 0.04 * x.float().norm(dim=1)).all()
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU to run on")
+def test_kernels_compile_to_machine_code():
+    """For A100 and H100, without a GPU: what the interpreter accepts and the compiler does not comes to light here. Nothing is spilled."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "triton_kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and all(" 0 spilled bytes" in line for line in lines), done.stdout

@@ -1,0 +1,284 @@
+"""Fused GPU kernels: the thin operations of kernels.py, each in one pass over memory.
+
+A GPU multiplies matrices at 800 TFLOP/s but reads memory at 3 to 5 TB/s: in the time that one number of two bytes takes to arrive it could do
+hundreds of multiplications. Between its large matrix products a transformer block only normalises, scales, rotates and adds, a handful of
+operations per number, so these cost exactly as much as the memory they touch. PyTorch runs each operation as a kernel of its own, which reads
+its input from memory and writes its result back for the next one to read again. A fused kernel reads once, keeps a row (one token,
+all channels) in the registers of one multiprocessor, and writes once. Bytes per token and channel, with a residual stream in fp32 and
+matrix products in bf16 (2 bytes), counted from the operations; "plain" is the twin in kernels.py run eagerly:
+
+                                                        plain   fused
+    LayerNorm, modulate, round to bf16                     22       6     read x 4, write 2
+    x + y * gate                                           18      10     read x 4, y 2, write x 4
+    the same, and the next LayerNorm                    32-40      12     the sum is normalised while it is still in registers
+    RMSNorm of q (or k), rotate, round                     54       4     read 2, write 2; the rotations of a token serve all its heads
+    autoencoder: RMSNorm (+ SiLU), + shortcut           42-46       6     read 2, shortcut 2, write 2
+    fp8: largest value of a row, scale, round              25       3     read 2, write 1
+
+A 14B block over 17,600 tokens makes some 20 GB of plain traffic, 6 ms of an H100's time beside 23 ms of matrix products and attention, and
+fused about 5 GB. (These are counts. No GPU was at hand: none of it is measured; `python bench.py --suite gpu` does.)
+
+Forward only: sampling needs no gradients, and training takes the plain forms (`kernels.fused` asks). Arithmetic is fp32 and is rounded where
+the plain forms round. Each function has the arguments of its twin. The kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1,
+tests/test_triton.py), and compile without a GPU:
+
+    python triton_kernels.py            every kernel for sm_80 and sm_90: registers and spilled bytes per thread
+"""
+import triton
+import triton.language as tl
+
+import torch
+
+# --------------------------------------------------------------------------------------------------- the residual stream
+
+
+@triton.jit
+def residual_norm_kernel(x, y, gate, scale, shift, total, normed, d, tokens, run, gate_b, gate_g, scale_b, scale_g, eps,
+                         ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per token: total = x + y * gate; normed = LN(total) * (1 + scale) + shift.
+
+    AFFINE: scale and shift are the weight and bias of the norm. `run`: consecutive tokens that share a row of gate, scale and shift.
+    """
+    row = tl.program_id(0).to(tl.int64)  # times d it may pass 2^31
+    b, g = row // tokens, row % tokens // run
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    value = tl.load(x + row * d + column, inside, 0.0).to(tl.float32)
+    if ADD:
+        branch = tl.load(y + row * d + column, inside, 0.0).to(tl.float32)
+        if GATED:
+            branch *= tl.load(gate + b * gate_b + g * gate_g + column, inside, 0.0)
+        value += branch
+        tl.store(total + row * d + column, value, inside)
+    if NORM:
+        mean = tl.sum(value, 0) / d
+        centred = tl.where(inside, value - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / d + eps)
+        s = tl.load(scale + b * scale_b + g * scale_g + column, inside, 0.0)
+        t = tl.load(shift + b * scale_b + g * scale_g + column, inside, 0.0)
+        if not AFFINE:
+            s += 1.0
+        tl.store(normed + row * d + column, (centred * rstd * s + t).to(normed.dtype.element_ty), inside)
+
+
+def layer_norm_modulate(x, scale, shift, eps, dtype=None):
+    """LN(x) * (1 + scale) + shift -> [b l d] in `dtype` (default: x's); arguments as kernels.layer_norm_modulate."""
+    return residual_norm(x, None, None, scale, shift, eps, dtype)[1]
+
+
+def gate_residual(x, y, gate):
+    """x + y * gate -> [b l d] in x's type; arguments as kernels.gate_residual. gate None: x + y."""
+    return residual_norm(x, y, gate, None, None)[0]
+
+
+def residual_norm(x, y, gate, scale, shift, eps=0.0, dtype=None, affine=False):
+    """(x + y * gate, LN of that * (1 + scale) + shift), the second in `dtype`.
+
+    x fp32 [b l d]; y [b l d] of any type, or None; gate [b g d] or [1 g d], or None (1). scale and shift like gate; `affine`: [d], the weight
+    and bias of the norm; None: no norm. What is not asked for is x itself, or None.
+    """
+    b, l, d = x.shape
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    total = x if y is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x, dtype=dtype or x.dtype)
+    affine_rows = lambda v: v.expand(1, 1, d)
+    scale, shift = (None if v is None else affine_rows(v) if affine else v for v in (scale, shift))
+    groups = 1
+    for v in (gate, scale):
+        groups = groups if v is None else max(groups, v.shape[1])
+    if shift is not None and shift.stride() != scale.stride():
+        scale, shift = scale.contiguous(), shift.contiguous()
+    # A kernel has no optional pointers: those it will not touch get x.
+    residual_norm_kernel[(b * l,)](
+        x, x if y is None else y, x if gate is None else gate, x if scale is None else scale, x if shift is None else shift,
+        total, x if normed is None else normed, d, l, l // groups, *group_strides(gate, groups), *group_strides(scale, groups), eps,
+        ADD=y is not None, GATED=gate is not None, NORM=normed is not None, AFFINE=affine, **launch(d))
+    return total, normed
+
+
+def group_strides(v, groups):
+    """How far apart the rows of v [b g d] are for samples and for groups; 0 where one serves all. They are often views into [b g 6 d]."""
+    if v is None:
+        return 0, 0
+    if v.stride(2) != 1 or v.shape[1] not in (1, groups):
+        raise ValueError(f"vectors of shape {list(v.shape)} with strides {v.stride()} do not fit {groups} groups of tokens.")
+    return v.stride(0) * (v.shape[0] > 1), v.stride(1) * (v.shape[1] > 1)
+
+
+def launch(d):
+    """Block size and warps for a row of d numbers: the next power of two, at most 32 numbers in each thread."""
+    block = triton.next_power_of_2(d)
+    return dict(BLOCK=block, num_warps=min(max(block // 1024, 1), 16))
+
+
+# --------------------------------------------------------------------------------------------------- queries and keys
+
+
+@triton.jit
+def rms_norm_rope_kernel(x, weight, rope, out, d, stride, tokens, c, eps, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per token: normalise all heads together, then turn each channel pair (2p, 2p + 1) of each head of width c."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    value = tl.load(x + row * stride + column, inside, 0.0)
+    wide = value.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / d + eps)
+    wide = (wide * rstd).to(value.dtype).to(tl.float32) * tl.load(weight + column, inside, 0.0)  # rounded in between, as the plain form
+    if ROTATE:
+        turn = tl.load(rope + row % tokens * c + column % c, inside, 0.0)  # cos, sin, cos, sin, ...: the same for every head
+        real, imaginary = tl.split(tl.reshape(wide, (BLOCK // 2, 2)))  # whole rows are loaded, so that memory is read in order
+        cos, sin = tl.split(tl.reshape(turn, (BLOCK // 2, 2)))
+        wide = tl.interleave(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    tl.store(out + row * d + column, wide.to(value.dtype), inside)
+
+
+def rms_norm(x, weight, eps):
+    """Arguments as kernels.rms_norm."""
+    return rms_norm_rope(x, weight, None, 1, eps).view(x.shape)
+
+
+def rms_norm_rope(x, weight, rope, heads, eps):
+    """Arguments as kernels.rms_norm_rope; x may be a slice of a wider [b l 3d]. rope None: no rotation."""
+    d, tokens = x.shape[-1], x.shape[-2]
+    rows = x.flatten(0, -2)  # a view where it can be
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    turn = weight if rope is None else torch.view_as_real(rope)
+    rms_norm_rope_kernel[(len(rows),)](rows, weight, turn, out, d, rows.stride(0), tokens, d // heads, eps, ROTATE=rope is not None, **launch(d))
+    return out.view(*x.shape[:-1], heads, -1)
+
+
+# --------------------------------------------------------------------------------------------------- the autoencoder
+
+
+@triton.jit
+def rms_norm_channels_kernel(x, weight, bias, shortcut, out, positions, channels, sample, along_p, along_c, eps,
+                             SILU: tl.constexpr, ADD: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """One program per P positions of a sample, all channels: out = RMSNorm(x) * weight + bias (then SiLU) (+ shortcut)."""
+    p = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)[:, None]
+    c = tl.arange(0, C)[None]
+    here = tl.program_id(1).to(tl.int64) * sample + p * along_p + c * along_c
+    inside = (p < positions) & (c < channels)
+    value = tl.load(x + here, inside, 0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 1) / channels + eps)
+    w, b = tl.load(weight + c, c < channels, 0.0).to(tl.float32), tl.load(bias + c, c < channels, 0.0).to(tl.float32)
+    value = value * rstd[:, None] * w + b
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    if ADD:
+        value = value.to(out.dtype.element_ty).to(tl.float32) + tl.load(shortcut + here, inside, 0.0).to(tl.float32)
+    tl.store(out + here, value.to(out.dtype.element_ty), inside)
+
+
+def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
+    """Arguments as kernels.rms_norm_channels: x [b c ...]; `silu` follows the norm, and the `shortcut` of a residual block is added last.
+
+    In the channels-last layout, which convolutions on tensor cores want anyway, the channels of a position lie side by side; in the other one
+    neighbouring positions do. The same kernel reads both in order: a tile of P positions times all channels.
+    """
+    if not (x.is_contiguous() or along_channels(x)):
+        x = x.contiguous()
+    out = torch.empty_like(x)  # keeps the layout
+    if shortcut is not None and shortcut.stride() != x.stride():
+        shortcut = torch.empty_like(x).copy_(shortcut)
+    b, channels = x.shape[:2]
+    positions = x[0, 0].numel()
+    last = along_channels(x)
+    C = triton.next_power_of_2(channels)
+    P = max(8192 // C, 1 if last else 16)
+    rms_norm_channels_kernel[(triton.cdiv(positions, P), b)](
+        x, weight, bias, x if shortcut is None else shortcut, out, positions, channels, x.stride(0), channels if last else 1, 1 if last else positions,
+        eps, SILU=silu, ADD=shortcut is not None, P=P, C=C, num_warps=8)
+    return out
+
+
+def along_channels(x):
+    """Is x [b c ...] stored with its channels innermost (channels-last)?"""
+    return x.movedim(1, -1).is_contiguous()
+
+
+# --------------------------------------------------------------------------------------------------- eight bits
+
+
+@triton.jit
+def quantize_rows_kernel(x, out, scales, d, largest, BLOCK: tl.constexpr):
+    """One program per row: scale = max |x| / largest, out = x / scale in fp8."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    value = tl.load(x + row * d + column, inside, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0) / largest, 1e-12)
+    tl.store(scales + row, scale)
+    tl.store(out + row * d + column, tl.clamp(value / scale, -largest, largest).to(out.dtype.element_ty), inside)
+
+
+def quantize_rows(x, dtype=torch.float8_e4m3fn):
+    """x [m d] -> (x / scale in fp8 [m d], scale fp32 [m 1]); as fp8.quantize_rows."""
+    x = x.contiguous()
+    out, scales = torch.empty_like(x, dtype=dtype), torch.empty(len(x), 1, device=x.device)
+    quantize_rows_kernel[(len(x),)](x, out, scales, x.shape[1], torch.finfo(dtype).max, **launch(x.shape[1]))
+    return out, scales
+
+
+# --------------------------------------------------------------------------------------------------- is it right here?
+
+
+def try_out():
+    """Run one kernel on the GPU. Raises what stands in its way, or RuntimeError where its result is wrong."""
+    x, scale = torch.randn(1, 3, 96, device="cuda"), torch.randn(1, 1, 96, device="cuda")
+    expected = torch.nn.functional.layer_norm(x, (96,)) * (1 + scale) + scale
+    if not torch.allclose(layer_norm_modulate(x, scale, scale, 1e-5), expected, atol=1e-4):
+        raise RuntimeError("a fused kernel computes wrongly on this GPU")
+
+
+# --------------------------------------------------------------------------------------------------- compiling without a GPU
+
+
+def compiled(capability):
+    """Compile every kernel as sampling a 14B model calls it, for GPUs of a compute capability (80, 90) -> {name: compiled kernel}."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def build(kernel, types, constants, warps):
+        types = {name: types[name] if name in types else "constexpr" for name in kernel.arg_names}
+        return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
+
+    f32, bf16, row = "*fp32", "*bf16", launch(5120)
+    found = {
+        "gate, residual, LayerNorm": build(
+            residual_norm_kernel, dict(x=f32, y=bf16, gate=f32, scale=f32, shift=f32, total=f32, normed=bf16, eps="fp32",
+                                       **dict.fromkeys("d tokens run gate_b gate_g scale_b scale_g".split(), "i32")),
+            dict(ADD=True, GATED=True, NORM=True, AFFINE=False, BLOCK=row["BLOCK"]), row["num_warps"]),
+        "RMSNorm, rotate": build(
+            rms_norm_rope_kernel, dict(x=bf16, weight=f32, rope=f32, out=bf16, eps="fp32", **dict.fromkeys("d stride tokens c".split(), "i32")),
+            dict(ROTATE=True, BLOCK=row["BLOCK"]), row["num_warps"]),
+        "autoencoder RMSNorm, shortcut": build(
+            rms_norm_channels_kernel, dict(x=bf16, weight=bf16, bias=bf16, shortcut=bf16, out=bf16, positions="i64", channels="i32", sample="i64",
+                                           along_p="i64", eps="fp32"),
+            dict(along_c=1, SILU=False, ADD=True, P=32, C=256), 8),
+    }
+    if capability >= 89:
+        found["rows to fp8"] = build(quantize_rows_kernel, dict(x=bf16, out="*fp8e4nv", scales=f32, d="i32", largest="fp32"),
+                                     dict(BLOCK=row["BLOCK"]), row["num_warps"])
+    return found
+
+
+def main():
+    import subprocess
+    import tempfile
+
+    from triton import knobs
+
+    for capability in (80, 90):
+        for name, kernel in compiled(capability).items():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                said = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+            usage = dict(part.split(":", 1) for part in said.split() if ":" in part)
+            print(f"sm_{capability}  {name:32s} {usage.get('REG', '?'):>4s} registers, {usage.get('STACK', '?'):>3s} spilled bytes, "
+                  f"{kernel.metadata.num_warps} warps, {kernel.metadata.shared} bytes of shared memory")
+
+
+if __name__ == "__main__":
+    main()
