@@ -46,6 +46,7 @@ import cache
 import checkpoint
 import data
 import dit
+import encoders
 import flow
 import lora
 import models
@@ -82,7 +83,8 @@ class Job:
 
 def adapt(base, settings, args):
     """AE-Adapt-V, stage by stage, into the folder args.out."""
-    started, args.device = time.perf_counter(), args.device or training.start()
+    started, own = time.perf_counter(), training.start()
+    args.device = args.device if args.device and training.processes() == 1 else own
     teacher, student = base.models(args, settings)
     source, held = base.sources(teacher, student, args, settings)  # the cache
     for model in (teacher, student):
@@ -99,56 +101,33 @@ def adapt(base, settings, args):
 
 
 def align_ends(job, expert):
-    """Stage 1a: the patch embedder by regression on clean latents, and the head that stage 1b starts from -> 1a/ends.safetensors."""
-    s, folder = job.settings, job.folder(expert, "1a")
+    """Stage 1a: the patch embedder by regression on clean latents; and the head that stage 1b starts from -> 1a/ends.safetensors."""
+    s, file = job.settings, job.folder(expert, "1a") / "ends.safetensors"
     config = config_of(job, expert, "align", "head", "clips_align", "seed")
-    config |= config_of(job, expert, "steps_align", "lr_align", "batch_align") if s.align == "sgd" else {}
-    config |= config_of(job, expert, "time_sampling", "shift") if "closed_form" == s.head or s.align == "noise_aware" else {}
+    if s.align == "sgd":
+        config |= config_of(job, expert, "steps_align", "lr_align", "batch_align")
+    if s.align == "noise_aware" or s.head == "closed_form":
+        config |= config_of(job, expert, "time_sampling", "shift")
     if s.head == "closed_form" and expert.name:
         raise UserError(f"the closed-form head is for bases with one transformer, and {job.base.name} has two: use --head zero.")
-    if finished(folder / "ends.safetensors", config):
+    if finished(file, config):
         return
-    E_T, net_config = expert.embedder(), job.student.net.config
-    patches = job.teacher.net.config.patch, net_config.patch
-    W_0, b_0 = initial_embedder(net_config, s.seed)
-    sgd = align_by_sgd(job, expert, E_T, patches, W_0, b_0, config) if s.align == "sgd" else None
-    if not alone(folder / "ends.safetensors"):
+    start = initial_embedder(job.student.net.config, s.seed)
+    sgd = align_by_sgd(job, expert, *start, config) if s.align == "sgd" else None
+    if not alone(file):
         return
 
     if before := job.base.before(job.teacher, job.held):
         examine(job, expert, "base", *before)
-    n, begun = min(len(job.source), s.clips_align), time.perf_counter()
-    pairs = lambda source, n, what: (source.pair(i) for i in tqdm(range(n), what, unit="clip", leave=False))
-    fitted = align.Moments.of(pairs(job.source, n, "read pairs"), patches)
-    held = align.Moments.of(pairs(job.held, min(len(job.held), s.clips_align), "read held-out pairs"), patches)
-    teacher, student = job.held.pair(0)
-    scale = teacher.shape[3] // patches[0][2] // (student.shape[3] // patches[1][2])  # base tokens per deep token and axis
-    noisy = [c.out_channels * math.prod(c.patch) for c in (job.teacher.net.config, net_config)]
-    seconds = time.perf_counter() - begun
-    ways = {"random": lambda: (W_0, b_0),
-            "closed_form": lambda: align.solve_embedding(fitted, E_T),
-            "ridge_to_init": lambda: align.solve_embedding(fitted, E_T, 3e-2, W_0),
-            "noise_aware": lambda: align.solve_noised(fitted, E_T, scale, noisy, s.time_sampling, s.shift),
-            **({"sgd": lambda: sgd} if sgd else {})}
-    numbers, solved = {}, {}
-    for way, solve in ways.items():  # all but SGD cost nothing more, so all are told
-        begun = time.perf_counter()
-        weight, bias = solved[way] = solve()
-        r2, mse = align.r_squared(held, E_T, weight, bias)
-        numbers[way] = dict(r2=r2, mse=mse, norm_ratio=align.norm_ratio(weight, E_T, scale, noisy))
-        job.journal.add(dict(stage=f"{expert.prefix}1a {way}", seconds=time.perf_counter() - begun, **numbers[way]))
-    if not job.args.no_samples:
-        show_pair(job, teacher, student)
+    weight, bias, numbers = align_embedder(job, expert, start, sgd)
 
     # assemble: blocks from the base, the aligned embedder, a zero or regressed head
     base, net = build(job, expert, {})
-    training.copy_into(net, {"patch_embedding.weight": solved[s.align][0].view_as(net.patch_embedding.weight), "patch_embedding.bias": solved[s.align][1]})
+    training.copy_into(net, {"patch_embedding.weight": weight.view_as(net.patch_embedding.weight), "patch_embedding.bias": bias})
     if s.head == "closed_form":
-        batch = 64 if job.base.name == "toy" else s.batch
-        align.solve_head(net, job.source, batches=48, batch=batch, mode=s.time_sampling, shift=s.shift)
-    examine(job, expert, "1a, assembled", net, depth=depth(job, base, net), **numbers[s.align], latent_rms=rms_of(job.held), clips=n, reading=round(seconds, 1))
-    ends = {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}
-    checkpoint.save_tensors(folder / "ends.safetensors", ends, {"settings": config})
+        align.solve_head(net, job.source, batches=96, batch=s.batch, mode=s.time_sampling, shift=s.shift)
+    examine(job, expert, "1a, assembled", net, depth=depth(job, base, net), **numbers)
+    checkpoint.save_tensors(file, {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}, {"settings": config})
 
 
 def train_head(job, expert):
@@ -196,7 +175,43 @@ def export(job):
           + ("--image PICTURE " if job.student.task == "i2v" else "") + f"--prompt \"{toy.PROMPTS[0] if job.base.name == 'toy' else '...'}\"")
 
 
-# ---------------------------------------------------------------------------------------------------- stage 1a as published
+# ---------------------------------------------------------------------------------------------------- stage 1a: the patch embedder
+
+
+def align_embedder(job, expert, start, sgd):
+    """-> (weight, bias, numbers about them) by --align. The other ways cost nothing beside reading the pairs, so their numbers are told too.
+
+    start: the fresh embedder; sgd: what SGD made of it, where that was asked for.
+    """
+    s, E_T = job.settings, expert.embedder()
+    fitted, held = (moments(source, s.clips_align, patches_of(job)) for source in (job.source, job.held))
+    ways = {"random": lambda: start,
+            "closed_form": lambda: align.solve_embedding(fitted, E_T),
+            "ridge_to_init": lambda: align.solve_embedding(fitted, E_T, 3e-2, start[0]),
+            "noise_aware": lambda: align.solve_noised(fitted, E_T, *noise_of(job), s.time_sampling, s.shift),
+            **({"sgd": lambda: sgd} if sgd else {})}
+    numbers, found = {}, {}
+    for way, solve in ways.items():
+        begun = time.perf_counter()
+        found[way] = solve()
+        numbers[way] = embedding(job, expert, *found[way], held)
+        job.journal.add(dict(stage=f"{expert.prefix}1a {way}", seconds=time.perf_counter() - begun, **numbers[way]))
+    if not job.args.no_samples:
+        show_pair(job)
+    rms = job.held.batch(0, range(8)).z.square().mean().sqrt().item()
+    return *found[s.align], dict(numbers[s.align], latent_rms=rms, clips=min(len(job.source), s.clips_align))
+
+
+def moments(source, clips, patches):
+    """Of the token pairs of at most so many clips."""
+    pairs = (source.pair(i) for i in tqdm(range(min(len(source), clips)), "read pairs", unit="clip", leave=False))
+    return align.Moments.of(pairs, patches)
+
+
+def noise_of(job):
+    """(base tokens per deep token and axis, [entries of a base patch, of a deep patch, that are latent and so get noise])"""
+    grids = [x.shape[3] // patch[2] for x, patch in zip(job.held.pair(0), patches_of(job))]
+    return grids[0] // grids[1], [c.out_channels * math.prod(c.patch) for c in (job.teacher.net.config, job.student.net.config)]
 
 
 def initial_embedder(config, seed):
@@ -207,22 +222,22 @@ def initial_embedder(config, seed):
     return weight, nn.init.uniform_(torch.empty(config.dim), -bound, bound, generator=generator)
 
 
-def align_by_sgd(job, expert, teacher, patches, weight, bias, config):
-    """Stage 1a by SGD, as published: AdamW, betas (0.9, 0.9), constant rate, batches of clips -> (weight, bias). A run that can be killed."""
-    s = job.settings
-    net = nn.Linear(*reversed(weight.shape)).to(job.device)
+def align_by_sgd(job, expert, weight, bias, config):
+    """Stage 1a as published: AdamW, betas (0.9, 0.9), constant rate, batches of clips -> (weight, bias). A run that can be killed."""
+    s, net = job.settings, nn.Linear(*reversed(weight.shape)).to(job.device)
     training.copy_into(net, {"weight": weight, "bias": bias})
-    W, b = (p.float().to(job.device) for p in align.matrix(teacher))
+    W, b = (p.float().to(job.device) for p in align.matrix(expert.embedder()))
     opt = torch.optim.AdamW(net.parameters(), lr=s.lr_align, betas=(0.9, 0.9), weight_decay=0)
-    run = training.Run(job.folder(expert, "1a"), config, {"net": net}, {"net": opt},
-                       training.Plan(s.steps_align, warmup=0, decay="constant", clip=0.0, save_every=1000, log_every=100, keep=1))
-    batch = max(s.batch_align // training.processes(), 1)
+    plan = training.Plan(s.steps_align, warmup=0, decay="constant", clip=0.0, save_every=1000, log_every=100, keep=1)
+    run = training.Run(job.folder(expert, "1a"), config, {"net": net}, {"net": opt}, plan)
+    clips, batch = min(len(job.source), s.clips_align), max(s.batch_align // training.processes(), 1)
 
     def batches(number):
         while True:
             step, positions = run.positions(number, batch)
-            pairs = [job.source.pair(int(np.random.default_rng((s.seed, step, p)).integers(min(len(job.source), s.clips_align)))) for p in positions]
-            yield [torch.cat(side).to(job.device) for side in zip(*(align.pair_tokens(*(a[None].float() for a in pair), patches) for pair in pairs))]
+            pairs = [job.source.pair(int(np.random.default_rng((s.seed, step, position)).integers(clips))) for position in positions]
+            tokens = [align.pair_tokens(*(a[None].float() for a in pair), patches_of(job)) for pair in pairs]
+            yield [torch.cat(side).to(job.device) for side in zip(*tokens)]
             number += 1
 
     def losses(batch, number):
@@ -232,6 +247,11 @@ def align_by_sgd(job, expert, teacher, patches, weight, bias, config):
 
     run.fit(batches(run.number), losses, what=f"{expert.prefix}1a by SGD")
     return net.weight.detach().cpu(), net.bias.detach().cpu()
+
+
+def patches_of(job):
+    """(of the base, of the deep model)"""
+    return job.teacher.net.config.patch, job.student.net.config.patch
 
 
 # ---------------------------------------------------------------------------------------------------- stages 1b and 2: flow matching
@@ -278,8 +298,18 @@ def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
     """
     s, folder = job.settings, job.folder(expert, name)
     config |= config_of(job, expert, "time_sampling", "shift", "clip", "dtype", "seed")
-    if finished(folder / "trained.safetensors", config):
-        return
+    if new := not finished(folder / "trained.safetensors", config):
+        train(job, expert, folder, f"{expert.prefix}{title}", ready, config, steps, lr, warmup, ema, first)
+    if training.rank() == 0 and (new or f"{expert.prefix}{title}" not in job.journal):
+        tensors = result(folder / "trained.safetensors")
+        base, net = build(job, expert, tensors, adapters=name == "2")
+        examine(job, expert, title, net, depth=depth(job, base, net), trained=sum(v.numel() for v in tensors.values()),
+                **embedding(job, expert, net.patch_embedding.weight, net.patch_embedding.bias))
+
+
+def train(job, expert, folder, what, ready, config, steps, lr, warmup, ema, first):
+    """The training of `fit`, by all processes together."""
+    s = job.settings
     torch.manual_seed(s.seed)
     net = training.masters(ready()).train()
     net.checkpointing = s.checkpoint_blocks
@@ -304,14 +334,10 @@ def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
         with run.averaged():
             return {"validation": validation_loss(job, expert, net)}
 
-    begun = time.perf_counter()
-    run.fit(batches(run.number), losses, report, what=f"{expert.prefix}{title}")
+    run.fit(batches(run.number), losses, report, what=what)
     with run.averaged():
         tensors = {k: training.whole(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
-    del run, opt, trained, net
     if training.rank() == 0:
-        base, net = build(job, expert, tensors, adapters=name == "2")
-        examine(job, expert, title, net, depth=depth(job, base, net), trained=sum(v.numel() for v in tensors.values()), training=round(time.perf_counter() - begun, 1))
         training.plot(folder)
         checkpoint.save_tensors(folder / "trained.safetensors", tensors, {"settings": config, "step": steps})
     training.everywhere(None)  # nobody looks for the file before it is there
@@ -378,8 +404,11 @@ def examine(job, expert, title, net, model=None, held=None, **numbers):
     if not job.args.no_samples:
         row |= job.base.score(model, job.args)
         videos = job.base.videos(model, expert, held, job.args.sample_steps)
+    model.ae.to("cpu")  # the next stage needs the room
     row["seconds"] = time.perf_counter() - job.started
     job.journal.add(row, videos, job.base.labels)
+    if job.device.type == "cuda":
+        encoders.release()
 
 
 def depth(job, base, net):
@@ -393,19 +422,18 @@ def depth(job, base, net):
     return {str(block): relative for block, (_, relative) in curve.items()}
 
 
-def rms_of(held):
-    """Of the latents that are trained on."""
-    return held.batch(0, range(8)).z.square().mean().sqrt().item()
+def embedding(job, expert, weight, bias, held=None):
+    """How well an embedder imitates the base's on held-out clips, and how loudly it lets noise in. From stage 1b on it need not imitate."""
+    E_T, held = expert.embedder(), held or moments(job.held, 256, patches_of(job))
+    r2, mse = align.r_squared(held, E_T, weight, bias)
+    return dict(r2=r2, mse=mse, norm_ratio=align.norm_ratio(weight, E_T, *noise_of(job)))
 
 
-def show_pair(job, teacher, student):
+def show_pair(job):
     """pairs.png: the same held-out clip out of both autoencoders. If these are two clips, nothing can be aligned (spec 3.5)."""
     rows = []
-    for model, x in ((job.teacher, teacher), (job.student, student)):
-        c, z = model.ae.config, x[None, : model.net.config.out_channels]
-        frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(n * c.spatial_factor for n in z.shape[3:])
-        with torch.no_grad():
-            rows.append(torch.cat(list(model.decode(z, frames, size)), dim=2)[0].float().cpu())
+    for model, x in zip((job.teacher, job.student), job.held.pair(0)):
+        rows += bases.decoded(model, x[None, : model.net.config.out_channels])
         model.ae.to("cpu")
     width = rows[0].shape[3]
     data.contact_sheet(Path(job.args.out) / "pairs.png", rows, 6, [job.teacher.name, job.student.name], scale=2 if width <= 256 else 256 / width)

@@ -38,7 +38,7 @@ import checkpoint
 import kernels
 import tiling
 from checkpoint import UserError
-from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers
+from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, run_layers, split_state
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Config:
 
 
 _F32 = dict(widths=(128, 256, 512, 512, 1024, 1024, 1024), depths=(0, 5, 10, 4, 4, 4, 4))
+AT_ONCE = 2**17  # pixels times frames (32 frames of 64x64): smaller chunks of a latent at hand are decoded several at a time
+
 PRESETS = {
     "f32t4c32": Config(**_F32, latent_channels=32, scale=0.7241),
     "f32t4c64": Config(**_F32, latent_channels=64, scale=0.7614),
@@ -117,12 +119,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
-        return kernels.rms_norm_channels(x, self.weight, self.bias, eps=1e-5)
+    def forward(self, x, silu=False, shortcut=None):
+        return kernels.rms_norm_channels(x, self.weight, self.bias, 1e-5, silu, shortcut)
 
 
 class ConvLayer(nn.Module):
-    """Convolution, then optionally RMSNorm, then optionally SiLU."""
+    """Convolution, then optionally RMSNorm, then optionally SiLU. `shortcut`, where given, is added last."""
 
     def __init__(self, cin, cout, chunk, temporal, bias=True, norm=False, act=False):
         super().__init__()
@@ -130,22 +132,28 @@ class ConvLayer(nn.Module):
         self.norm = RMSNorm(cout) if norm else None
         self.act = act
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, shortcut=None):
         x, state = self.conv(x, state)
-        x = x if self.norm is None else self.norm(x)
-        return F.silu(x) if self.act else x, state
+        if self.norm is not None:
+            return self.norm(x, self.act, shortcut), state
+        x = F.silu(x, inplace=not x.requires_grad) if self.act else x
+        return x if shortcut is None else x + shortcut, state
 
 
-class TwoConvs(nn.Module):
-    """The residual branch of a block: conv, SiLU, conv (no bias), RMSNorm (spec 3.6)."""
+class ResBlock(nn.Module):
+    """x + RMSNorm(conv(SiLU(conv(x)))), the second convolution without bias (spec 3.6)."""
 
     def __init__(self, channels, chunk, temporal):
         super().__init__()
-        self.conv1 = ConvLayer(channels, channels, chunk, temporal, act=True)
-        self.conv2 = ConvLayer(channels, channels, chunk, temporal, bias=False, norm=True)
+        self.main = nn.ModuleDict({
+            "conv1": ConvLayer(channels, channels, chunk, temporal, act=True),
+            "conv2": ConvLayer(channels, channels, chunk, temporal, bias=False, norm=True)})
 
     def forward(self, x, state=None):
-        return run_layers((self.conv1, self.conv2), x, state)
+        state1, state2 = split_state(state, 2)
+        y, state1 = self.main.conv1(x, state1)
+        y, state2 = self.main.conv2(y, state2, shortcut=x)
+        return y, (state1, state2)
 
 
 class Resample(nn.Module):
@@ -170,33 +178,28 @@ def averaging_shortcut(x, cout, r, t):
     return reduce(pixel_unshuffle(x, r, t), "b (o g) t h w -> b o t h w", "mean", o=cout)
 
 
-def duplicating_shortcut(x, cout, r, t):
-    """Repeat each channel until a shuffle gives `cout` channels, then shuffle (spec 3.4)."""
-    return pixel_shuffle(repeat(x, "b c t h w -> b (c n) t h w", n=cout * t * r * r // x.shape[1]), r, t)
+class DownBlock(nn.Module):
+    """Resampling down plus the averaging shortcut."""
 
-
-class Residual(nn.Module):
-    """main(x) + shortcut(x); `main` is the streaming part."""
-
-    def __init__(self, main, shortcut=lambda x: x):
+    def __init__(self, cin, cout, r, t, chunk, temporal):
         super().__init__()
-        self.main, self.shortcut = main, shortcut
+        self.main, self.cout = Resample(cin, cout, r, t, chunk, temporal), cout
 
     def forward(self, x, state=None):
         y, state = self.main(x, state)
-        return y + self.shortcut(x), state
+        return y + averaging_shortcut(x, self.cout, self.main.r, self.main.t), state
 
 
-def res_block(channels, chunk, temporal):
-    return Residual(TwoConvs(channels, chunk, temporal))
+class UpBlock(nn.Module):
+    """Resampling up plus the duplicating shortcut: each channel of x repeated until a shuffle gives `cout` channels, then shuffled (spec 3.4)."""
 
+    def __init__(self, cin, cout, r, t, chunk, temporal):
+        super().__init__()
+        self.main = Resample(cin, cout, r, t, chunk, temporal, up=True)
 
-def down_block(cin, cout, r, t, chunk, temporal):
-    return Residual(Resample(cin, cout, r, t, chunk, temporal), lambda x: averaging_shortcut(x, cout, r, t))
-
-
-def up_block(cin, cout, r, t, chunk, temporal):
-    return Residual(Resample(cin, cout, r, t, chunk, temporal, up=True), lambda x: duplicating_shortcut(x, cout, r, t))
+    def forward(self, x, state=None):
+        y, state = self.main.conv(x, state)
+        return pixel_shuffle_add(y, x, self.main.r, self.main.t), state
 
 
 class Stage(nn.Module):
@@ -220,9 +223,9 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList()
         for i in range(n):
             chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
-            blocks = [res_block(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
+            blocks = [ResBlock(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
             if s <= i < n - 1:
-                blocks.append(down_block(W[i], W[i + 1], *cfg.resample(i), chunk, cfg.temporal))
+                blocks.append(DownBlock(W[i], W[i + 1], *cfg.resample(i), chunk, cfg.temporal))
             self.stages.append(Stage(blocks))
         self.project_out = ConvLayer(W[-1], cfg.latent_channels, cfg.latent_chunk, cfg.temporal)
 
@@ -243,8 +246,8 @@ class Head(nn.Module):
         self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), Resample(width, 3, cfg.patch, 1, cfg.chunk, cfg.temporal, up=True)])
 
     def forward(self, x, state=None):
-        norm, act, up = self.op_list
-        return up(act(norm(x)), state)
+        norm, _, up = self.op_list
+        return up(norm(x, silu=True), state)
 
 
 class Decoder(nn.Module):
@@ -257,10 +260,10 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList()
         for i in range(n):
             chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
-            blocks = [res_block(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
+            blocks = [ResBlock(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
             if s <= i < n - 1:  # the convolution of the temporal up block still runs at the latent rate
                 up_chunk = cfg.latent_chunk if i == n - 2 else cfg.chunk
-                blocks.insert(0, up_block(W[i + 1], W[i], *cfg.resample(i), up_chunk, cfg.temporal))
+                blocks.insert(0, UpBlock(W[i + 1], W[i], *cfg.resample(i), up_chunk, cfg.temporal))
             self.stages.append(Stage(blocks))
         self.project_out = Head(W[s], cfg)
 
@@ -352,13 +355,14 @@ class DCAEV(nn.Module):
 
     def decode_stream(self, z, tile=None, compat=False):
         """Raw latents (a tensor, or an iterable of pieces cut anywhere) -> frames [b, 3, t, H, W], one chunk at a time."""
-        c, state, lengths = self.config, None, []
-        chunks = self._rechunk([z] if isinstance(z, torch.Tensor) else z, c.latent_channels, c.latent_chunk)
+        c, state, lengths, whole = self.config, None, [], isinstance(z, torch.Tensor)
+        together = self.chunks_at_once(*z.shape[3:]) if whole and not compat and tile is None else 1
+        chunks = self._rechunk([z] if whole else z, c.latent_channels, c.latent_chunk * together)
 
         def padded():
             for z in chunks:
                 lengths.append(z.shape[2])
-                yield F.pad(z, (0, 0, 0, 0, 0, c.latent_chunk - z.shape[2]), mode="replicate")
+                yield F.pad(z, (0, 0, 0, 0, 0, -z.shape[2] % c.latent_chunk), mode="replicate")
 
         if not compat:
             for x in tiling.stream(self, "decoder", padded(), tile):
@@ -367,6 +371,11 @@ class DCAEV(nn.Module):
         for z in self._whole(chunks, tile):
             x, state = self.decode_chunk(z, state, compat)
             yield x
+
+    def chunks_at_once(self, h, w):
+        """Chunks of a latent of h x w cells that one call of the decoder takes: several, where one is so small that the layers' fixed costs
+        are most of its time."""
+        return max(1, AT_ONCE // (self.config.piece * h * w * self.config.spatial_factor**2))
 
     def decode_peak(self, shape, tile=None, dtype=torch.float32):
         """Estimated peak bytes of activations while `decode_stream` runs on a latent of shape (t, h, w), batch 1."""
@@ -451,7 +460,8 @@ def load(path, config=None):
         config = Config(**own) if ours else infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
-    return checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
+    net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
+    return net.to(memory_format=torch.channels_last_3d)  # as convolutions want it (kernels.py); activations follow
 
 
 def save(net, path, dtype=torch.float32, **metadata):

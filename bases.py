@@ -30,6 +30,7 @@ import lora
 import metrics
 import models
 import sample
+import tiling
 import toy
 import wan_weights
 from align import velocity_of
@@ -197,7 +198,7 @@ class Base:
         An expert alone shows what it does: that for low noise starts from a held-out clip under as much noise as it gets, that for high noise
         ends with its last estimate of the clean latent.
         """
-        c, batch, null = model.ae.config, held.batch(0, range(n)), held.held_out(drop=1.0).batch(0, range(n)).context
+        batch, null = held.batch(0, range(n)), held.held_out(drop=1.0).batch(0, range(n)).context
         sigmas, times = flow.schedule("euler", max(steps, 4), model.shift)
         inside = (times >= 1000 * expert.low) & (times < 1000 * expert.high)
         sigmas, times = torch.cat([sigmas[:-1][inside], torch.zeros(1)]), times[inside]
@@ -211,8 +212,15 @@ class Base:
 
         noise = torch.stack([torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i, z in enumerate(batch.z)])
         z = flow.euler(velocity, flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device), sigmas, times)
-        frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(s * c.spatial_factor for s in z.shape[3:])
-        return [torch.cat(list(model.decode(x[None], frames, size)), dim=2)[0].float().cpu() for x in z]
+        return decoded(model, z)
+
+
+@torch.no_grad()
+def decoded(model, z):
+    """Latents [n, z, t, h, w] -> list of n videos [3, t, h, w], whole; in tiles where the device has little room."""
+    c, tile = model.ae.config, tiling.choose(model.ae, tuple(z.shape[2:]), 0.8 * sample.free_memory(model.device), model.ae_dtype)
+    frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(s * c.spatial_factor for s in z.shape[3:])
+    return [torch.cat([piece[0].float().cpu() for piece in model.decode(x[None], frames, size, tile)], dim=1) for x in z]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The GPU suite of bench.py: every operation, step, decode and video of the paper's latency figures, on one GPU in ten minutes.
 
     python bench.py --suite gpu              -> results/bench_gpu.json and results/bench_gpu.png (roofline)
-    python bench.py --suite gpu --dry-run    the same code with tiny shapes, on the CPU too (half a minute): it cannot rot unnoticed
+    python bench.py --suite gpu --dry-run    the same code on the CPU with tiny shapes (a few seconds), so that it cannot rot unnoticed; its
+                                             numbers mean nothing
 
 How the numbers come about:
 
@@ -23,7 +24,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from math import prod
 
 import torch
@@ -73,18 +74,20 @@ class Scale:
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
-    widths: tuple = (("1.3B", "wan2.1-t2v-1.3b"), ("14B", "wan2.1-t2v-14b"))
+    widths: tuple = (("1.3B", "wan2.1-t2v-1.3b", 30), ("14B", "wan2.1-t2v-14b", 8))  # name, preset, blocks at hand
     sizes: tuple = tuple(SIZES.items())
-    longer: tuple = (160, 320, 640)  # frames, at 720p
+    frames: int = 80
+    longer: tuple = (160, 320, 640)  # at 720p
+    repeats: int = 7
     matmul: int = 8192
     copy: int = 2**30  # numbers
     limit: float = 0.8  # seconds that one forward may take before blocks are left out
     compiler: str = "inductor"
 
     def config(self, width, space):
-        c = dit.PRESETS[dict(self.widths)[width]]
+        c = dit.PRESETS[next(preset for name, preset, _ in self.widths if name == width)]
         if self.device.type == "cpu":  # a thousandth of everything
-            c = dataclasses.replace(c, dim=48 if width == "1.3B" else 96, heads=2, ffn_dim=96, layers=4, text_dim=32, text_len=16)
+            c = dataclasses.replace(c, dim=48, heads=2, ffn_dim=96, layers=4, text_dim=32, text_len=16)
         s = SPACES[space]
         return dataclasses.replace(c, in_channels=s.channels, out_channels=s.channels, patch=s.patch)
 
@@ -94,14 +97,13 @@ class Scale:
             c = wan_vae.PRESETS["wan2.1"]
             return wan_vae.WanVAE(dataclasses.replace(c, width=8, decoder_width=8) if tiny else c)
         c = ae.PRESETS[space.split()[1]]
-        return ae.DCAEV(dataclasses.replace(c, widths=(8,) * len(c.widths), depths=(0, *(1,) * (len(c.widths) - 1)), latent_channels=c.latent_channels)
-                        if tiny else c)
+        return ae.DCAEV(dataclasses.replace(c, widths=(8,) * len(c.widths), depths=(0, *(1,) * (len(c.widths) - 1)), chunk=4) if tiny else c)
 
 
 def dry(device):
-    """The suite at a size that a laptop walks through."""
-    small = tuple((name, (64 * n, 128 * n)) for name, n in (("480p", 1), ("720p", 1), ("1080p", 2), ("2160p", 2)))
-    return Scale(device, torch.float32, sizes=small, longer=(160,), matmul=128, copy=2**16, compiler="eager")
+    """The suite at a size that a laptop walks through in seconds."""
+    return Scale(device, torch.float32, widths=(("1.3B", "wan2.1-t2v-1.3b", 4),), sizes=(("480p", (32, 64)), ("720p", (64, 64))), frames=4, longer=(8,),
+                 repeats=1, matmul=128, copy=2**16, limit=1e-3, compiler="eager")
 
 
 # ---------------------------------------------------------------------------------------------------- clock, rows, time left
@@ -146,9 +148,9 @@ class Suite:
     def clock(self, task, expected=0.0):
         """Seconds of a call: the median of up to 7 after a warm-up, of fewer where it takes long; no warm-up where 2 s are expected."""
         times = []
-        if expected < 2:
+        if expected < 2 and self.scale.repeats > 1:
             task()
-        while not times or (len(times) < 7 and sum(times) < 1):
+        while not times or (len(times) < self.scale.repeats and sum(times) < 1):
             synchronize(self.scale.device)
             started = time.perf_counter()
             task()
@@ -175,12 +177,12 @@ def synchronize(device):
 
 def tidy():
     """Give memory back between parts."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
-def part(function):
+def each(function):
     """A part of the suite: what goes wrong in it, such as too little memory, is noted and the rest goes on."""
     @wraps(function)
     def run(suite, *args):
@@ -190,8 +192,8 @@ def part(function):
                 suite.leave_out(function.__name__, name, "out of time")
             else:
                 return function(suite, *args)
-        except (RuntimeError, checkpoint.UserError) as e:  # out of memory is a RuntimeError
-            suite.leave_out(function.__name__, name, f"{type(e).__name__}: {str(e).splitlines()[0]}")
+        except Exception as e:  # out of memory, a peer of another version, ...: the other parts are worth measuring all the same
+            suite.leave_out(function.__name__, name, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
         finally:
             kernels.use()
             tidy()
@@ -205,7 +207,7 @@ def rand(*shape, scale, dtype=None):
 # ---------------------------------------------------------------------------------------------------- ceilings and single operations
 
 
-@part
+@each
 def ceilings(suite):
     s = suite.scale
     a, b = rand(s.matmul, s.matmul, scale=s), rand(s.matmul, s.matmul, scale=s)
@@ -219,12 +221,12 @@ def ceilings(suite):
     suite.add("ceiling", f"copy of {x.nbytes / 2**30:.2g} GiB", seconds=seconds, bytes=2 * x.nbytes)
 
 
-@part
+@each
 def operations(suite, width):
     """The operations of one block at 720p: matrix products and attention with their FLOPs; thin ones, fused and plain, with the bytes
     that one pass must move (each input read once, each output written once)."""
     s = suite.scale
-    c, grid = s.config(width, "DC f32t4c32"), SPACES["DC f32t4c32"].grid(80, dict(s.sizes)["720p"])
+    c, grid = s.config(width, "DC f32t4c32"), SPACES["DC f32t4c32"].grid(s.frames, dict(s.sizes)["720p"])
     l, d, f, low = prod(grid), c.dim, c.ffn_dim, BYTES[s.dtype]
     a, wide = rand(1, l, d, scale=s), rand(1, l, f, scale=s)
     for name, x, out in (("projection", a, d), ("MLP in", a, f), ("MLP out", wide, d)):
@@ -320,7 +322,7 @@ def steps_of(suite, width, space, size, frames, blocks):
     return seconds
 
 
-@part
+@each
 def steps(suite, width, space, size, frames, blocks, found):
     found[width, space, size, frames] = steps_of(suite, width, space, size, frames, blocks)
 
@@ -344,12 +346,12 @@ def diffusers_twin(net):
     return peer.eval().requires_grad_(False)
 
 
-@part
+@each
 def peers(suite, width, size, space, blocks):
     """One forward by everybody, on the same weights and inputs, in turn."""
     s = suite.scale
     net = network(suite, width, space, blocks)
-    grid = SPACES[space].grid(80, dict(s.sizes)[size])
+    grid = SPACES[space].grid(s.frames, dict(s.sizes)[size])
     x, t, context = inputs(suite, net, grid)
     title = f"{width} {space} {size}, {dit.tokens(net.config, grid)} tokens, {len(blocks)} blocks"
     reference, flops, times = net(x, t, context), dit.flops(net.config, grid).total, {}
@@ -402,30 +404,30 @@ def model_of(suite, width, space, blocks, dtype=torch.float32):
     return models.Model(f"{width} {space}", network(suite, width, space, blocks), autoencoder, text=None, task="t2v", ae_dtype=dtype, device=suite.scale.device)
 
 
-@part
+@each
 def loop(suite, width, size, space, blocks, count=6):
     """`sample.generate` itself, a few steps of it: solver, both guidance passes, the step as a CUDA graph."""
     s = suite.scale
-    model, grid = model_of(suite, width, space, blocks), SPACES[space].grid(80, dict(s.sizes)[size])
+    model, grid = model_of(suite, width, space, blocks), SPACES[space].grid(s.frames, dict(s.sizes)[size])
     context = inputs(suite, model.net, grid)[2]
-    run = lambda: sample.generate(model, context, frames=80, size=dict(s.sizes)[size], steps=count, guidance=5.0, shift=5.0, null=-context)
+    run = lambda: sample.generate(model, context, frames=s.frames, size=dict(s.sizes)[size], steps=count, guidance=5.0, shift=5.0, null=-context)
     memory, seconds = suite.peak(run), suite.clock(run)
     suite.add("loop", f"{width} {space} {size}, {len(blocks)} blocks, {count} guided steps", seconds=seconds, seconds_per_step=seconds / count,
               flops=2 * count * dit.flops(model.net.config, grid).total, **memory)
 
 
-def decode_flops(net, grid):
-    """FLOPs of decoding a latent (t, h, w), counted on the meta device for 8x8 cells and scaled to the area."""
-    c = net.config
+@lru_cache
+def cell_flops(kind, config):
+    """FLOPs of decoding, for each position of the latent: counted on the meta device for a piece of 8x8 cells."""
     with torch.device("meta"), torch.no_grad():
-        twin, z = type(net)(c), torch.empty(1, c.latent_channels, c.latent_chunk, 8, 8)
+        z = torch.empty(1, config.latent_channels, config.latent_chunk, 8, 8)
         with FlopCounterMode(display=False) as counter:
-            for _ in twin.decode_stream(z):
+            for _ in kind(config).decode_stream(z):
                 pass
-    return counter.get_total_flops() * grid[0] / c.latent_chunk * grid[1] * grid[2] / 64
+    return counter.get_total_flops() / (64 * config.latent_chunk)
 
 
-@part
+@each
 def decode(suite, space, size, frames, found, plain=False):
     """The autoencoder's decode of a whole video, in tiles as large as fit; extrapolated from its first chunks where it would take long."""
     s = suite.scale
@@ -436,7 +438,7 @@ def decode(suite, space, size, frames, found, plain=False):
         net.to(memory_format=suite.convolution.layout)
     grid = SPACES[space].grid(frames, dict(s.sizes)[size])
     name = f"{space}, {frames} frames {size}{', plain' if plain else ''}"
-    flops, chunk = decode_flops(net, grid), net.config.latent_chunk
+    flops, chunk = cell_flops(type(net), net.config) * prod(grid), net.config.latent_chunk
     pieces = -(-grid[0] // chunk)
     expected = flops / (0.3 * suite.ceiling["flops"])
     part = max(1, min(pieces, int(pieces * 15 / max(expected, 1e-9))))  # 15 s at most, but one chunk
@@ -513,23 +515,25 @@ def run(out, dry_run=False, budget=570.0):
         raise checkpoint.UserError(f"the ceilings could not be measured ({suite.report['left_out'][0]['reason']}): free the GPU and try again.")
     found, decodes = {}, {}
     sizes, deep, deeper, base = dict(scale.sizes), "DC f32t4c32", "DC f64t4c128", "base f8t4c16"
-    decode(suite, deep, "720p", 80, decodes)
-    for width, count in (("1.3B", 30), ("14B", 8)):
-        blocks = random_blocks(suite, width, min(count, scale.config(width, deep).layers))
+    frames = scale.frames
+    decode(suite, deep, "720p", frames, decodes)
+    for width, _, count in scale.widths:
+        blocks = random_blocks(suite, width, count)
         for size in ("480p", "720p") if width == "1.3B" else ("720p",):
             peers(suite, width, size, deep, blocks)
         loop(suite, width, "720p", deep, blocks)
         operations(suite, width)
-        cases = [(space, size, 80) for size in sizes for space in (deep, deeper, base)]
+        cases = [(space, size, frames) for size in sizes for space in (deep, deeper, base)]
         if width == "1.3B":
-            cases += [(space, "720p", frames) for frames in scale.longer for space in (deep, base)]
+            cases += [(space, "720p", longer) for longer in scale.longer for space in (deep, base)]
         for case in sorted(cases, key=lambda c: dit.flops(scale.config(width, c[0]), SPACES[c[0]].grid(c[2], sizes[c[1]])).total):
             steps(suite, width, *case, blocks, found)
         del blocks
         tidy()
-    for space, size, frames in ((deeper, "720p", 80), (base, "480p", 80), (deep, "480p", 80), (deep, "2160p", 80), (deeper, "2160p", 80), (base, "720p", 80)):
-        decode(suite, space, size, frames, decodes)
-    decode(suite, deep, "720p", 80, decodes, True)
+    for space, size in ((deeper, "720p"), (base, "480p"), (deep, "480p"), (deep, "2160p"), (deeper, "2160p"), (base, "720p")):
+        if size in sizes:
+            decode(suite, space, size, frames, decodes)
+    decode(suite, deep, "720p", frames, decodes, True)
     videos(suite, found, decodes)
     suite.report["seconds"] = round(budget - suite.left(), 1)
     checkpoint.write_json(out, suite.report)

@@ -26,7 +26,7 @@ in the memory of one chunk.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 
 import kernels
 
@@ -128,10 +128,25 @@ class Conv3d(nn.Conv3d):
 
 
 def pixel_unshuffle(x, r, t=1):
-    """Space-time to depth: [b, c, T*t, H*r, W*r] -> [b, c*t*r*r, T, H, W]; channel slowest, then dt, dh, dw (spec 3.3)."""
+    """Space-time to depth: [b, c, T*t, H*r, W*r] -> [b, c*t*r*r, T, H, W]; channel slowest, then dt, dh, dw (spec 3.3). Keeps the memory format."""
+    if kernels.layout(x) == torch.channels_last_3d:
+        return rearrange(x, "b c (T t) (h p) (w q) -> b T h w (c t p q)", t=t, p=r, q=r).permute(0, 4, 1, 2, 3)
     return rearrange(x, "b c (T t) (h p) (w q) -> b (c t p q) T h w", t=t, p=r, q=r)
 
 
 def pixel_shuffle(x, r, t=1):
     """Depth to space-time, the exact inverse: [b, c*t*r*r, T, H, W] -> [b, c, T*t, H*r, W*r] (spec 3.3)."""
+    if kernels.layout(x) == torch.channels_last_3d:
+        return rearrange(x, "b (c t p q) T h w -> b (T t) (h p) (w q) c", t=t, p=r, q=r).permute(0, 4, 1, 2, 3)
     return rearrange(x, "b (c t p q) T h w -> b c (T t) (h p) (w q)", t=t, p=r, q=r)
+
+
+def pixel_shuffle_add(y, x, r, t=1):
+    """pixel_shuffle(y) + pixel_shuffle(x, each channel repeated until it has as many as y): an upsampling and its shortcut (spec 3.4).
+
+    The same numbers are added before both are shuffled, so that neither the repeated copy nor a second shuffle is made.
+    """
+    n = y.shape[1] // x.shape[1]
+    if kernels.plain():
+        return pixel_shuffle(y, r, t) + pixel_shuffle(repeat(x, "b c T h w -> b (c n) T h w", n=n), r, t)
+    return pixel_shuffle((y.unflatten(1, (-1, n)) + x.unsqueeze(2)).flatten(1, 2), r, t)

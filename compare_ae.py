@@ -10,9 +10,10 @@ linearly from the numbers that came before:
 The reason for the difference is in this: what stays the same for 16 frames is coded once for 16 frames, with four times as many numbers, if the
 decoder may look at all of them. A causal one must code it with the first latent frame.
 
-**What a short training makes of it**: every arm is the same small autoencoder, trained from the same start on the same clips in the same order for the
-same number of steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated (`train_ae.inflate`,
-spec 3.7): what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. One thing differs per group:
+**What a short training makes of it**: every arm is the same small autoencoder, trained from the same start on the same clips in the same
+order for the same number of steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated
+(`train_ae.inflate`, spec 3.7): what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. One
+thing differs per group:
 
     temporal   chunk-causal, causal, non-causal convolutions at f32t4c32; trained on 32 frames (two chunks of 16), judged on those and on clips
                three times as long
@@ -22,9 +23,10 @@ spec 3.7): what a latent cell is to hold of space need not be learned ten times,
                and the one before it. (A causal convolution sees two back.)
 
 Expected from the paper: inside the training length chunk-causal is close to non-causal and far above causal; beyond it non-causal degrades and
-chunk-causal does not; quality rises with the chunk. The limits show it (but for the degrading, which needs a trained net). The tiny arms do not: a convolution treats every
-moment alike, and to split a chunk's content over its latent frames they must learn to treat them differently, by what the zeros at the
-chunk's borders tell them of their place. `still` measures how far they got: the share of the latent's variance within the chunks of a clip that stands still.
+chunk-causal does not; quality rises with the chunk. The limits show it (but for the degrading, which needs a trained net). The tiny arms
+do not: a convolution treats every moment alike, and to split a chunk's content over its latent frames they must learn to treat them
+differently, by what the zeros at the chunk's borders tell them of their place. `still` measures how far they got: the share of the
+latent's variance that lies within the chunks of a clip that stands still.
 A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
 length that know nothing of each other.
 
@@ -162,15 +164,16 @@ class Linear:
             else:
                 left[..., f] -= z @ guess[:, f]
             error[:, :, start : start + count] = left[..., f].unflatten(-1, (count, KEPT)).square().sum(-1)
-        return 10 * torch.log10(4 * 3 * PATCH**2 / (error + lost).mean(dim=1))
+        return 10 * torch.log10(4 * 3 * PATCH**2 / (error + lost).mean(dim=1).clamp(min=1e-6))
 
 
-def limits(films, cache, seed=0, train=240, held=24, frames=80):
+def limits(films, cache, seed=0, train=400, held=24, frames=80):
     """Every rule at 2 channels, causal and chunk-causal at all CHANNELS -> {(rule, channels): dict(psnr, psnr_frames)}."""
     dataset = clips.Clips(films, frames, SIZE, "train", seed, cache=cache, zoom=ZOOM)
     linear, result = Linear(dataset.sample(i)[None].float() / 127.5 - 1 for i in tqdm(range(train), "clips", mininterval=5)), {}
     x = draw(films, frames, held)
-    for rule, channels in dict.fromkeys([(rule, 2) for rule in RULES] + [(r, c) for r in ("causal", "chunk-causal 16", "chunk-causal 40") for c in CHANNELS]):
+    pairs = [(rule, 2) for rule in RULES] + [(rule, c) for rule in ("causal", "chunk-causal 16", "chunk-causal 40") for c in CHANNELS]
+    for rule, channels in dict.fromkeys(pairs):
         psnr = linear.psnr(x, *RULES[rule], channels).mean(dim=0)
         result[f"{rule}, {channels}"] = dict(psnr=psnr.mean().item(), psnr_frames=[round(v, 3) for v in psnr.tolist()])
         print(f"{rule}, {channels} channels: {psnr.mean():.2f} dB", flush=True)
@@ -285,7 +288,7 @@ def pieces(net, x, frames):
 def within_chunks(net, arm, short, together=16):
     """How differently the latent frames of a clip that stands still are used: their variance within stretches of 16 frames, over all variance.
 
-    0: each of them says the same, as the inflated start does. A coder that splits what it has to say over four latent frames is near 3/4.
+    0: each of them says the same, as the inflated start does. 3/4: the four of them say four things of equal weight.
     """
     z = torch.cat([net.encoder(x[:, :, :1].expand(-1, -1, arm.frames, -1, -1))[0] for x in short.split(4)])
     z = rearrange(z, "b c (k n) h w -> c (b k h w) n", n=together // arm.config.temporal_factor)
@@ -379,9 +382,11 @@ def main_compare(argv):
     films = hold_out(args.data, out)
     if "limits" in args.groups:
         result = limits(films, out / "cache", args.seed)
-        checkpoint.write_json(Path(args.results) / "limits.json", dict(**checkpoint.provenance(), size=SIZE, zoom=ZOOM, held_out=HELD_OUT, patch=PATCH,
-                                                                      kept=KEPT, rules=RULES, seed=args.seed, psnr=result))
+        checkpoint.write_json(Path(args.results) / "limits.json", dict(
+            **checkpoint.provenance(), size=SIZE, zoom=ZOOM, held_out=HELD_OUT, patch=PATCH, kept=KEPT, rules=RULES, seed=args.seed, psnr=result))
         plot_limits(Path(args.results) / "limits.png", result)
+        if args.groups == ["limits"]:
+            return
     held_out = {frames: draw(films, frames, n) for frames, n in LENGTHS.items()}
     for arm in ARMS:
         steps = args.steps or STEPS[arm.group]

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wan_weights
 from checkpoint import Stored, UserError, load_strict, save_tensors, user_errors
-from kernels import attention, gate_residual, layer_norm_modulate, residual_norm, rms_norm, rms_norm_rope
+from kernels import attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm, rms_norm, rms_norm_rope
 from offload import StreamedBlocks
 
 
@@ -209,6 +209,12 @@ class CrossAttention(nn.Module):
         return x.unflatten(2, (self.heads, -1))
 
 
+def modulation(n, dim):
+    """A learned table of n vectors [1 n dim], small random numbers. (On the meta device even these would make torch import its compiler, 2 s.)"""
+    table = torch.empty(1, n, dim)
+    return nn.Parameter(table if table.is_meta else table.normal_(std=dim**-0.5))
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -217,7 +223,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)  # the cross-attention norm; norms 1 and 2 have no parameters
         self.cross_attn = CrossAttention(c)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.modulation = modulation(6, c.dim)
 
     def forward(self, x, e0, rope, context, dtype):
         """x fp32 [b l d]; e0 fp32 [b g 6 d]; context (Context or KeysValues) in `dtype`, the type of the matrix products."""
@@ -225,7 +231,7 @@ class Block(nn.Module):
         a = layer_norm_modulate(x, scale1, shift1, self.eps, dtype)
         x, a = residual_norm(x, self.self_attn(a, rope), gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype, affine=True)
         x, a = residual_norm(x, self.cross_attn(a, context), None, scale2, shift2, self.eps, dtype)
-        return gate_residual(x, self.ffn(a), gate2)
+        return gate_residual(x, self.ffn[2](linear_gelu(self.ffn[0], a)), gate2)
 
 
 class Head(nn.Module):
@@ -233,7 +239,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = c.eps
         self.head = nn.Linear(c.dim, prod(c.patch) * c.out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+        self.modulation = modulation(2, c.dim)
 
     def forward(self, x, e):  # b l d, b g d
         shift, scale = (self.modulation + e.unsqueeze(2)).unbind(2)
@@ -282,7 +288,8 @@ class WanDiT(nn.Module):
             self.img_emb = ImageEmbedding(c)
         self.checkpointing = False
         self.weight_dtype = torch.float32
-        self.initialise()
+        if not self.head.head.weight.is_meta:  # else the weights come from a file
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self):
@@ -488,12 +495,12 @@ def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2, r
     """Peak memory that sampling a latent (frames, height, width) takes beside the weights, estimated: one forward without gradients,
     and the `Prompt` of so many prompts (guidance has two) with `rows` text rows each (128: 100 words, padding merged).
 
-    Per token and channel the peak is in cross-attention (24 bytes: the residual stream as the block got it and as it is now, 4
-    each, input and output of the projection of q, and its norm in fp32) or in the MLP (the same 8, its input, its hidden layer
-    before and after the activation function). Attention itself needs no scores in memory.
+    Per token and channel the peak is in cross-attention (22 bytes: the residual stream as the block got it and as it is now, 4
+    each; input and output of the projection of q, 2 each; the latter and its norm in fp32, and the norm rounded) or in the MLP (the same 8,
+    its input, its hidden layer before and after the activation function). Attention itself needs no scores in memory.
     """
     c, L, s = config, tokens(config, latent), dtype.itemsize
-    block = batch * L * max(24 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
+    block = batch * L * max(22 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
     seen = prompts * c.layers * (rows + ((c.image_positions or image_tokens) if c.image_dim else 0)) * 2 * c.dim * s
     ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
     return block + seen + ends + L * 4 * c.dim // c.heads  # the last: rotary table, complex64

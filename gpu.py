@@ -101,6 +101,7 @@ def try_attention(candidates, q, k, v):
     return times, wrong
 
 
+@torch.no_grad()
 def choose_attention(device, tokens, heads, width=128, dtype=torch.bfloat16):
     """Time the backends on [1, tokens, heads, width] (at most 16,384 tokens), set the fastest -> (its name, a line that says so)."""
     q, k, v = torch.randn(3, 1, min(tokens, 16384), heads, width, device=device).to(dtype)
@@ -151,6 +152,7 @@ def try_convolution(x, weight, dtype, layout, clock=seconds):
     return relative_error(F.conv3d(x, weight, padding=1), exact), clock(lambda: F.conv3d(x, weight, padding=1))
 
 
+@torch.no_grad()
 def choose_convolution(device, dtype, trial=try_convolution):
     """The fastest right way to convolve in `dtype`, or in fp32 where none is right in bf16, -> Convolution.
 

@@ -7,8 +7,8 @@ Exact (equal to rounding), each switched off by `sample.py --slow`:
 * **Computed once**, not at every step: keys and values of the prompt, with its hundreds of equal padded rows merged into one, and
   the time vectors of all steps (dit.py).
 * **One batch** for both passes where one is too small to fill the machine.
-* **One CUDA graph** (`Replay`). A step is thousands of kernels, each launched from Python in 5 to 10 microseconds; a 1.3B model of 7,800 tokens has some 600 of
-  them for 40 ms of work, and small ones wait. A graph is recorded once and then launched as a whole: no Python, no gaps.
+* **One CUDA graph** (`Replay`). A 1.3B pass is some 700 kernels, each launched from Python, which takes some 10 microseconds or more: 7 ms and more, beside 50 ms
+  of work for 7,800 tokens, and far more than the work for few. A graph is recorded once and then launched as a whole: no Python, no gaps. (Estimates.)
 * **Compiled blocks** (`compile_blocks`, opt-in): what lies between our fused kernels is fused by torch.compile.
 
 Approximate, off by default, with what they cost in quality (results/shortcuts.json, `python bench.py --suite shortcuts`):

@@ -30,9 +30,9 @@ def sentences(row):
                     "clip twice?), the scale of a latent is wrong, or there are too few clips (1,000 are enough).")
     if aligned and (ratio := row.get("norm_ratio")) is not None and not 0.1 < ratio < 10:
         said.append(f"noise arrives {math.sqrt(ratio):.2g} times as loudly as in the base: the blocks will take it for another time. Try --align ridge_to_init or noise_aware.")
-    if aligned and (depth := row.get("depth")) and list(depth.values())[-1] > 1:
-        said.append(f"behind block {list(depth)[-1]} the features are farther from the base's than their mean is: the alignment is lost on the way, and stage 1b starts "
-                    "from little. More clips, or more of the loss left to stage 1b.")
+    if aligned and (depth := row.get("depth")) and sum(v > 1 for v in depth.values()) > len(depth) / 2:
+        said.append("behind most blocks the features are farther from the base's than their mean is: the alignment is lost on the way, and stage 1b starts from little. Use "
+                    "more clips, another --align, or more steps of stage 1b.")
     if (rms := row.get("latent_rms")) is not None and not 0.5 < rms < 2:
         said.append(f"the latents have an RMS of {rms:.2f} and should have about 1: the autoencoder's scaling factor is wrong.")
     above = [b for b in row.get("sigma", []) if b["ratio"] >= 1]
@@ -50,6 +50,9 @@ class Journal:
         report, strips = self.out / "report.json", self.out / "stages.safetensors"
         self.rows = checkpoint.read_json(report)["stages"] if report.exists() else []
         self.strips = checkpoint.load_tensors(strips)[0] if strips.exists() else {}
+
+    def __contains__(self, stage):
+        return any(row["stage"] == stage for row in self.rows)
 
     def add(self, row, videos=(), labels=None):
         """Record a stage: {"stage": its name, "seconds": ..., any numbers}, and the videos [3, t, h, w] that its model made of `labels`."""

@@ -10,6 +10,7 @@ end of the file: what one writes first, from the formula. `use(plain=True)` puts
 Precision, for all of them: inputs may be bf16, statistics and sums are fp32, the result is rounded once at the end.
 Shapes: b batch, l tokens, d model width, n heads, c width of one head (d = n c).
 """
+from functools import lru_cache
 from itertools import repeat
 
 import torch
@@ -41,9 +42,12 @@ def plain():
 
 def fused(*inputs):
     """Do these tensors go through a fused kernel (triton_kernels.py)? On CUDA, without gradients, where Triton is there and works."""
-    if _plain or not inputs[0].is_cuda or torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
-        return False
-    return not refused()
+    return not _plain and inputs[0].is_cuda and not recorded(*inputs) and not refused()
+
+
+def recorded(*inputs):
+    """Will gradients be asked for?"""
+    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
 
 
 def refused():
@@ -69,10 +73,17 @@ def describe(device):
 
 
 def onednn(*inputs):
-    """Do these tensors go straight to oneDNN, the CPU's library for networks? Without gradients (its own operations have none), in types it has."""
-    return (not _plain and inputs[0].device.type == "cpu" and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
-            and all(a is None or a.dtype == inputs[0].dtype for a in inputs) and not torch.compiler.is_compiling()
-            and (inputs[0].dtype == torch.float32 or inputs[0].dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    """Do these tensors go straight to oneDNN, the CPU's library for networks? Without gradients (its own operations have none), in a type it has."""
+    dtype = inputs[0].dtype
+    return (not _plain and inputs[0].device.type == "cpu" and not torch.compiler.is_compiling() and not recorded(*inputs) and all(a is None or a.dtype == dtype for a in inputs)
+            and (dtype == torch.float32 or dtype == torch.bfloat16 and bf16_units()) and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
+@lru_cache
+def bf16_units():
+    """Does this CPU multiply bf16 numbers (AVX-512 BF16, AMX)?"""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ------------------------------------------------------------------------------------------------------ the operations
@@ -121,7 +132,7 @@ def layer_norm_modulate(x, scale, shift, eps, dtype=None):
     if fused(x, scale, shift):
         import triton_kernels
         return triton_kernels.layer_norm_modulate(x, scale, shift, eps, dtype)
-    if scale.shape[:2] == (1, 1) and not torch.is_grad_enabled():
+    if scale.shape[:2] == (1, 1) and not recorded(x, scale, shift):
         return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps).to(dtype or x.dtype)
     y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))  # b g l/g d
     y = torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None])  # the norm is freed before the result is rounded
@@ -143,7 +154,7 @@ def rms_norm(x, weight, eps):
 def _rms_norm(x, weight, eps):  # the same, not yet rounded at the end: fp32
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if torch.is_grad_enabled() or _plain:
+    if _plain or recorded(x, weight):
         return (wide * inverse).to(x.dtype) * weight
     return (wide * inverse).to(x.dtype).float().mul_(weight)  # in place: on the CPU a new tensor costs more than the product, page by page
 
@@ -163,7 +174,7 @@ def rms_norm_rope(x, weight, rope, heads, eps):
         import triton_kernels
         return triton_kernels.rms_norm_rope(x, weight, rope, heads, eps)
     pairs = torch.view_as_complex(_rms_norm(x, weight, eps).float().view(*x.shape[:2], heads, -1, 2))
-    turned = pairs * rope[:, None] if torch.is_grad_enabled() else pairs.mul_(rope[:, None])
+    turned = pairs * rope[:, None] if recorded(x, weight) else pairs.mul_(rope[:, None])
     return torch.view_as_real(turned).flatten(3).to(x.dtype)
 
 
@@ -213,7 +224,7 @@ def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
         import triton_kernels
         return triton_kernels.rms_norm_channels(x, weight, bias, eps, silu, shortcut)
     size = SLICE.get(x.device.type, 2**24)
-    if _plain or torch.is_grad_enabled() or x.numel() <= size:
+    if _plain or recorded(x, weight, bias, shortcut) or x.numel() <= size:
         return rms_norm_channels_plain(x, weight, bias, eps, silu, shortcut)
     out = torch.empty_like(x, memory_format=layout(x))
     positions = max(size // (x.shape[0] * x.shape[1]), 1)

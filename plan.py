@@ -1,6 +1,6 @@
 """What an adaptation needs, before it is paid for: memory of a GPU part by part, FLOPs, GPU-hours, disk (spec ae-adapt-v 5, 9.6).
 
-Nothing is estimated by rule of thumb. The real modules are built on the meta device, where tensors have shapes and no numbers; one training
+Parameters, activations and operations are counted, not estimated. The real modules are built on the meta device, where tensors have shapes and no numbers; one training
 step runs there, forward and backward, while the bytes alive (`tiling.Meter`) and the FLOPs of every matrix product are counted.
 
 **Memory.** With n bytes per parameter:
@@ -16,11 +16,11 @@ Not counted: the CUDA context, NCCL's buffers and the allocator's slack, togethe
 **FLOPs.** Freezing saves less than one may think. A frozen layer needs no gradient for its weight, but gradients must pass through it to reach
 the patch embedder at the very beginning. Of a linear layer's forward cost F the backward pass takes 2 F where it is trained, 1 F
 where it is frozen; flash attention 2.5 F, as it computes the scores again; and recomputing a block one more forward pass. So a step of stage 1b, with all
-blocks frozen, still costs over three forward passes, and LoRA over four.
+blocks frozen, still costs 3.3 forward passes of the 14B model, and one of stage 2 hardly more, as LoRA's matrices are thin.
 
     python plan.py --base wan2.1-t2v-14b --gpus 8            the plan, in seconds; the same as adapt.py --plan
-    python plan.py --base wan2.1 --gpus 1 --target f64t4c128 --efficiency 0.3
-    python plan.py --measure                                 its memory beside what training takes on this machine -> results/plan.json (3 minutes)
+    python plan.py --base wan2.1 --gpus 1 --target f64t4c128 --size 704x1280 --efficiency 0.3
+    python plan.py --measure                                 its memory beside what training takes on this machine -> results/plan.json (5 minutes)
 """
 import os
 
@@ -34,7 +34,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from math import ceil, prod
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import flop_registry
 
 import ae
 import bases
+import captions
 import checkpoint
 import data
 import dit
@@ -55,7 +57,8 @@ import train
 H100 = 989e12  # bf16 FLOP/s, dense, as specified
 ENDS = ("patch_embedding", "head")
 WORDS = 128  # rows of a prompt's states, padding left out: 100 words
-PAPER = "paper: 10 H100 GPU-days for the 14B model; spec 9.6, from the published settings at 350 TFLOP/s: 12 to 15 for 14B, about 3 for 1.3B with 20,000 steps"
+PAPER = ("paper: 10 H100 GPU-days for the 14B model; spec 9.6, from the published settings at 350 TFLOP/s: 1.5e20 + 2.8e20 FLOP, 12 to 15 GPU-days for 14B, "
+         "about 3 for 1.3B with 20,000 steps")
 
 
 # ---------------------------------------------------------------------------------------------------- the network of a stage
@@ -150,6 +153,7 @@ def step(net, latent, batch, gradients=False):
     return Step(forward, counter.flops, counter.peak)
 
 
+@lru_cache
 def training_step(config, stage, settings, latent, gradients):
     """`step` of a stage's network. With all gradients there each block adds the same, so two and three blocks tell the rest."""
     run = lambda n: step(transformer(dataclasses.replace(config, layers=n), stage, settings), latent, settings.batch, gradients)
@@ -245,76 +249,69 @@ def report(base, settings=None, target="f32t4c32", gpus=8, size=None, frames=Non
     cell = student.config.spatial_factor
     size = tuple(n // cell * cell for n in size)
     latent = student.latent_shape(frames, *size)
-    accumulate = settings.accumulated(gpus) if base.name != "toy" or settings.accumulate else 1
-    samples, sharded = settings.batch * accumulate * gpus, gpus > 1
+    accumulate, sharded, many = settings.accumulated(gpus), gpus > 1, f"{gpus} GPU{'s' * (gpus > 1)}"
+    samples = settings.batch * accumulate * gpus
     experts = 2 if base.name in models.RELEASED and models.RELEASED[base.name].boundary else 1
     hours = lambda flops: flops / (efficiency * H100) / 3600
-    lines = [f"# {base.name} to {bases.target_of(student.config)} on {gpus} GPU{'s' * (gpus > 1)}" + (f", {experts} experts one after the other" if experts > 1 else ""),
-             "", f"{frames} frames of {size[0]}x{size[1]}: {dit.tokens(config, latent):,d} tokens; {samples} clips per step (batch {settings.batch}, "
-             f"{accumulate} batch{'es' * (accumulate > 1)} per step and GPU); frozen weights and matrix products {settings.dtype}.", ""]
-
-    with torch.device("meta"):
-        embedder = dit.PatchEmbedder(config.in_channels, config.dim, config.patch)
-    rows = {"1a": (sum(p.numel() for p in embedder.parameters()), 0)}
-    table, work = {}, {"1a": embedder_flops(base_config, config, latent, cell, teacher.config.spatial_factor) * settings.steps_align * settings.batch_align
-                       if settings.align == "sgd" else 0.0}
-    ways = [(sharded, settings.checkpoint_blocks)] + [(s, c) for s in (True, False)[not sharded :] for c in (True, False) if (s, c) != (sharded, settings.checkpoint_blocks)]
-    steps = {"1b": settings.steps_head, "2": settings.steps}
-    costs = {}
-    for stage in steps:
-        for way in ways:
-            chosen = dataclasses.replace(settings, checkpoint_blocks=way[1])
-            table[stage, way], cost = memory(config, stage, chosen, latent, gpus, way[0], accumulate)
-            costs.setdefault(stage, cost)  # of the first way, the chosen one
-        net = transformer(config, stage, settings)
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        rows[stage] = trained, sum(p.numel() for p in net.parameters()) - trained
-        work[stage] = costs[stage].total / settings.batch * samples * steps[stage]
-
-    lines += ["| stage | trained parameters | frozen | steps | TFLOP per clip | forward passes | FLOP in all | H100 hours |", "|---|---|---|---|---|---|---|---|"]
-    for stage, (trained, frozen) in rows.items():
-        each = [f"{costs[stage].total / settings.batch / 1e12:,.3g}", f"{costs[stage].total / costs[stage].forward:.2f}"] if stage in costs else ["", ""]
-        n = steps.get(stage, settings.steps_align if settings.align == "sgd" else 0)
-        lines.append(f"| {stage} | {trained:,d} | {frozen:,d} | {n:,d} | {' | '.join(each)} | {work[stage] * experts:.2g} | {hours(work[stage] * experts):,.1f} |")
-    total = sum(work.values()) * experts
-    lines += ["", f"In all {total:.2g} FLOP: {hours(total):,.0f} H100 hours ({hours(total) / 24:,.1f} GPU-days) at {efficiency:.0%} of {H100 / 1e12:.0f} TFLOP/s, "
-              f"{hours(total) / gpus:,.1f} hours on {gpus} GPU{'s' * (gpus > 1)}; without samples and validation.", f"({PAPER}.)", ""]
-
-    name = lambda way: f"{'sharded' if way[0] else 'copied' if gpus > 1 else 'one GPU'}, blocks {'recomputed' if way[1] else 'kept'}"
     gib = lambda n: f"{n / 2**30:.1f}" if n else "-"
-    lines += [f"| GiB per GPU | {' | '.join(f'{stage}: {name(way)}' for stage, way in table)} |", "|---" * (1 + len(table)) + "|"]
-    for part in next(iter(table.values())):
-        lines.append(f"| {part} | {' | '.join(gib(parts[part]) for parts in table.values())} |")
-    lines.append(f"| **sum** | {' | '.join(f'**{gib(sum(parts.values()))}**' for parts in table.values())} |")
 
-    cache = caches(teacher, student, config, base_config, frames, size)
-    once = sum(cache.flops.values())
-    lines += ["", "Caches, filled once, before the transformer is read: "
-              + ", ".join(f"{k} {cache.flops[k] / 1e12:,.3g} TFLOP and {cache.disk[k] / 1e6:,.2f} MB" for k in cache.disk) + " per clip.",
-              f"{clips:,d} clips: {hours(once * clips):,.1f} H100 hours at the same efficiency, {sum(cache.disk.values()) * clips / 1e9:,.0f} GB of disk. On the GPU, one after the "
-              "other: " + ", ".join(f"{k} {gib(v)} GiB" for k, v in cache.memory.items()) + "."]
+    # what is trained, and what it costs
+    sgd = settings.align == "sgd"  # or one solve, which costs nothing
+    steps = {"1a": settings.steps_align if sgd else 0, "1b": settings.steps_head, "2": settings.steps}
+    nets = {stage: transformer(config, stage, settings) for stage in ("1b", "2")}
+    count = lambda net, which: sum(p.numel() for p in net.parameters() if p.requires_grad == which)
+    trained = {"1a": count(nets["1b"].patch_embedding, True), **{stage: count(net, True) for stage, net in nets.items()}}
+    frozen = {"1a": 0, **{stage: count(net, False) for stage, net in nets.items()}}
+    per_clip = {"1a": embedder_flops(base_config, config, latent, cell // teacher.config.spatial_factor)}
+    passes, parts = {"1a": ""}, {}
+    ways = [(a, b) for a in ((True, False) if sharded else (False,)) for b in (True, False)]  # weights sharded, blocks recomputed
+    for stage, way in itertools.product(nets, ways):
+        parts[stage, way], cost = memory(config, stage, dataclasses.replace(settings, checkpoint_blocks=way[1]), latent, gpus, way[0], accumulate)
+        if way == (sharded, settings.checkpoint_blocks):  # as adapt.py does it
+            per_clip[stage], passes[stage] = cost.total / settings.batch, f"{cost.total / cost.forward:.2f}"
+    work = {stage: experts * per_clip[stage] * n * (settings.batch_align if stage == "1a" else samples) for stage, n in steps.items()}
+    total, cache = sum(work.values()), caches(teacher, student, config, base_config, frames, size)
+
+    lines = [f"# {base.name} to {bases.target_of(student.config)} on {many}" + ", two experts one after the other" * (experts - 1), "",
+             f"{frames} frames of {size[0]}x{size[1]}: {dit.tokens(config, latent):,d} tokens; {samples} clips per step (batch {settings.batch}, "
+             f"{accumulate} batch{'es' * (accumulate > 1)} per step and GPU); frozen weights and matrix products {settings.dtype}.", "",
+             "| stage | trained parameters | frozen | steps | TFLOP per clip | in forward passes | FLOP in all | H100 hours |", "|---" * 8 + "|"]
+    lines += [f"| {stage} | {trained[stage]:,d} | {frozen[stage]:,d} | {steps[stage]:,d} | {per_clip[stage] / 1e12:,.3g} | {passes[stage]} | "
+              f"{work[stage]:.2g} | {hours(work[stage]):,.1f} |" for stage in steps]
+    lines += ["", f"In all {total:.2g} FLOP: {hours(total):,.0f} H100 hours ({hours(total) / 24:,.1f} GPU-days) at {efficiency:.0%} of "
+              f"{H100 / 1e12:.0f} TFLOP/s, {hours(total) / gpus:,.1f} hours on {many}; without samples and validation.", f"({PAPER}.)", "",
+              f"| GiB per GPU: stage, weights, blocks | {' | '.join(next(iter(parts.values())))} | sum |", "|---" * 9 + "|"]
+    lines += [f"| {stage}, {'sharded' if way[0] else 'copied' if sharded else 'whole'}, {'recomputed' if way[1] else 'kept'} | "
+              f"{' | '.join(map(gib, row.values()))} | **{gib(sum(row.values()))}** |" for (stage, way), row in parts.items()]
+    lines += ["", "adapt.py shards over all GPUs and recomputes blocks unless told --no-checkpoint-blocks. An H100 has 74.5 GiB, of which 2 to 4 go to CUDA, "
+              "NCCL and gaps." + f" Before the network is cut, each GPU holds it whole: {gib(nbytes(nets['2'].parameters()))} GiB." * sharded, "",
+              "Caches, filled once, before the transformer is read: "
+              + ", ".join(f"{k} {cache.flops[k] / 1e12:,.4g} TFLOP and {cache.disk[k] / 1e6:,.2f} MB" for k in cache.disk) + " per clip.",
+              f"{clips:,d} clips: {hours(sum(cache.flops.values()) * clips):,.1f} H100 hours at the same efficiency, {sum(cache.disk.values()) * clips / 1e9:,.0f} GB "
+              "of disk. On the GPU, one after the other: " + ", ".join(f"{k} {gib(v)} GiB" for k, v in cache.memory.items()) + "."]
     return "\n".join(lines)
 
 
-def embedder_flops(base_config, config, latent, cell, base_cell):
-    """Stage 1a per clip: both embedders forward, and the gradient of one weight. No block is run."""
-    ratio = (cell // base_cell) ** 2  # latent positions of the base per position of the deep space
+def embedder_flops(base_config, config, latent, ratio):
+    """Stage 1a per clip: both embedders forward, and the gradient of one weight. The base's latent has `ratio` times the rows and columns."""
     each = lambda c, positions: 2 * positions * c.in_channels * c.dim
-    return each(base_config, prod(latent) * ratio) + 2 * each(config, prod(latent))
+    return each(base_config, prod(latent) * ratio**2) + 2 * each(config, prod(latent))
 
 
 def show(base, settings, args):
-    """`adapt.py --plan`"""
-    print(report(base, settings, args.target, args.gpus, frames=None if base.name == "toy" else args.frames))
+    """`adapt.py --plan`: for the family of buckets that is asked for, its 16:9."""
+    size = captions.bucket_sizes(args.buckets)[0.5625] if args.buckets else None
+    print(report(base, settings, args.target, args.gpus, size, None if base.name == "toy" else args.frames))
 
 
 # ---------------------------------------------------------------------------------------------------- measured on this machine
 
 #: Small enough for a laptop, and not all alike: activations or optimiser state prevail
-CASES = [dict(stage=stage, dtype=dtype, checkpoint_blocks=again, accumulate=accumulate, **shape)
-         for shape, ways in ((dict(dim=512, ffn_dim=2048, heads=4, layers=4, latent=(5, 10, 16), rank=32), itertools.product("12", ("fp32", "bf16"), (True, False), (1,))),
-                             (dict(dim=1024, ffn_dim=4096, heads=8, layers=2, latent=(3, 10, 12), rank=256), (("2", "bf16", True, 1), ("2", "bf16", True, 2))))
-         for stage, dtype, again, accumulate in [("1b" if s == "1" else s, *more) for s, *more in ways]]
+_NARROW = dict(dim=512, ffn_dim=2048, heads=4, layers=4, latent=(5, 10, 16), rank=32)
+_WIDE = dict(dim=1024, ffn_dim=4096, heads=8, layers=2, latent=(3, 10, 12), rank=256)
+CASES = [dict(stage=stage, dtype=dtype, checkpoint_blocks=again, accumulate=1, **_NARROW)
+         for stage, dtype, again in itertools.product(("1b", "2"), ("fp32", "bf16"), (True, False))]
+CASES += [dict(stage="2", dtype="bf16", checkpoint_blocks=True, accumulate=n, **_WIDE) for n in (1, 2)]
 
 
 def case(stage, dtype, checkpoint_blocks, accumulate, latent, rank, **shape):

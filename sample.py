@@ -30,6 +30,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -195,7 +196,7 @@ def arguments(argv=None):
     add(how, "--compile", action="store_true", help="compile the transformer's blocks (a minute at the start of every size)")
     add(how, "--fp8", action="store_true", help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
     add(how, "--guidance-interval", type=interval_arg, default=(0.0, 1.0), metavar="LOW,HIGH", help="approximate: guidance only between these noise levels, 0..1")
-    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE", help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.05)")
+    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE", help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.15)")
     add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 on a GPU, fp32 for the toy)")
     add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
     add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
@@ -278,7 +279,8 @@ def choose(model, args):
     kernels.use(plain=args.slow)
     lines = [f"thin operations: {kernels.describe(args.device)}"]
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)  # kernels are launched on the current one
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)  # kernels are launched on the current one
         c = model.net.config
         if args.dtype == "bf16" and not args.slow:
             lines.append(gpu.choose_attention(args.device, dit.tokens(c, model.latent_shape(args.frames, args.size)), c.heads, c.dim // c.heads)[1])
@@ -378,7 +380,7 @@ def main(argv=None):
                   choices=choices, peak_memory_gib=used / 2**30)
     text = f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes\n  "
     text += ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
-    if not args.decode:
+    if not args.decode and not args.reuse and args.guidance_interval == (0, 1):  # else it is not known here how much was computed
         report["tflops_per_second"] = passes * args.steps * dit.flops(model.net.config, shape).total / seconds["transformer"] / 1e12
         text += f"; {report['tflops_per_second']:.3f} TFLOP/s"
     checkpoint.write_json(file(".json"), {**report, "settings": settings})
@@ -394,7 +396,7 @@ def write(model, z, frames, size, file, tile=None, overlap=True):
 
     def pieces():
         nonlocal count
-        with torch.no_grad():  # inside, for it holds for one thread
+        with torch.no_grad(), torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():  # inside: both hold for one thread
             for piece in model.decode(z, frames, size, tile):
                 piece = piece[0].float().cpu()
                 kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)

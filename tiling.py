@@ -21,8 +21,8 @@ memory goes, are swept tile by tile. Where to cut follows from an estimate of th
 Time is the inner loop: `GROUP` latent frames go through the deep layers, then each tile goes through all of them before the next tile is
 begun, so the streaming state of one tile only is in use at a time. For longer videos the others wait in the memory of the host.
 
-The estimate is itself a run: on the meta device, where tensors have shapes and no numbers, `Meter` counts the bytes that are alive. It takes
-half a second and knows no layer by name.
+The estimate is itself a run: `Meter` counts the bytes that are alive, for large networks on the meta device, where tensors have shapes and no
+numbers. It takes half a second and knows no layer by name.
 
     python tiling.py           peak memory against tile size, measured and estimated -> results/tiling.json (6 minutes on one core)
 """
@@ -257,10 +257,19 @@ class Layer(NamedTuple):
 
 @lru_cache
 def costs(kind, config, side, dtype):
-    """What the layers of `kind(config).encoder` or `.decoder` (side) need, measured on the meta device over 8x8 latent cells -> [Layer]."""
-    cells, f = 8, config.spatial_factor
-    with torch.device("meta"), torch.no_grad():
-        layers = getattr(kind(config).to(dtype), side).layers
+    """What the layers of `kind(config).encoder` or `.decoder` (side) need, measured on the meta device over 8x8 latent cells -> [Layer].
+
+    A network of at most 16 million parameters really runs, over 2x2 cells: on the meta device torch would import its compiler first, 2 s.
+    """
+    f = config.spatial_factor
+    with torch.device("meta"):
+        net = getattr(kind(config).to(dtype), side).requires_grad_(False)
+    device, cells = ("cpu", 2) if sum(p.numel() for p in net.parameters()) <= 2**24 else ("meta", 8)
+    with torch.device(device), torch.no_grad():
+        net.to_empty(device=device)
+        for p in net.parameters():
+            p.zero_()
+        layers = net.layers
         calls, states = [[], []], [None] * len(layers)
         for i, call in enumerate(calls):
             if side == "decoder":
@@ -277,12 +286,15 @@ def costs(kind, config, side, dtype):
             for layer, *pair in zip(layers, *calls)]
 
 
-def run_peak(layers, areas, calls):
-    """`run`, called `calls` times, with layers whose frames have `areas` latent cells -> bytes at its peak, and of the states it leaves."""
+def run_peak(layers, areas, calls, together=1):
+    """`run`, called `calls` times, with layers whose frames have `areas` latent cells -> bytes at its peak, and of the states it leaves.
+
+    together: of `areas`, so many are chunks of the same cells in one call, which share a state.
+    """
     states, peak = 0, 0
     for layer, area in zip(layers, areas):
         peak = max(peak, states + (layer.first.input + layer.first.work) * area)
-        states += layer.first.state * area
+        states += layer.first.state * area / together
     if calls > 1:  # from the second call on, the states of all layers are there all the time
         peak = max(peak, *(states + (layer.later.input + layer.later.work) * area for layer, area in zip(layers, areas)))
     return peak, states
@@ -297,7 +309,10 @@ def peak(net, side, shape, tile=None, dtype=torch.float32, at=None):
     layers = costs(type(net), c, side, dtype)
     calls = math.ceil(t / c.latent_chunk)
     if tile is None:  # all the while, the piece that went in is there, and the consumer may still hold the one before
-        return round(run_peak(layers, [h * w] * len(layers), calls)[0] + (layers[0].later.input + layers[-1].later.output * (calls > 1)) * h * w)
+        together = min(calls, getattr(net, "chunks_at_once", lambda h, w: 1)(h, w)) if side == "decoder" else 1
+        calls, area = math.ceil(calls / together), h * w * together
+        return round(run_peak(layers, [area] * len(layers), calls, together)[0]
+                     + (layers[0].later.input + layers[-1].later.output * (calls > 1)) * area)
     at = cut(net, side, shape, tile, dtype) if at is None else at
     lo, hi = swept(layers, side, at)
     steps = [layer.steps for layer in layers]
@@ -355,6 +370,38 @@ def choose(net, shape, budget, dtype=torch.float32, side="decoder"):
     return min(needs, key=needs.get)
 
 
+@lru_cache
+def arithmetic(kind, config, side):
+    """Multiplications of every layer for one chunk, per latent cell of its frame, counted on the meta device. -> list"""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cells, found = 8, []
+    with torch.device("meta"), torch.no_grad():
+        f, frames = config.spatial_factor, config.latent_chunk * config.temporal_factor
+        latent, pixels = (config.latent_channels, config.latent_chunk, cells, cells), (3, frames, cells * f, cells * f)
+        x = torch.empty(1, *(latent if side == "decoder" else pixels))
+        for layer in getattr(kind(config), side).layers:
+            with FlopCounterMode(display=False) as counter:
+                x, _ = layer(x, None)
+            found.append(counter.get_total_flops() / 2 / cells**2)
+    return found
+
+
+def extra_work(net, side, shape, tile, dtype=torch.float32):
+    """Multiplications with tiles over those without: what the halos cost. 1 for whole frames."""
+    if tile is None:
+        return 1.0
+    (_, h, w), amounts, at = shape, arithmetic(type(net), net.config, side), cut(net, side, shape, tile, dtype)
+    lo, hi = swept(amounts, side, at)
+    steps = path(getattr(net, side).layers)
+    p = grid(net.config, side, steps)
+    axes = tiles(steps[lo:hi], (h * p[lo], w * p[lo]), [n * p[hi] for n in tile])
+    whole = sum(amounts) * h * w
+    deep = (sum(amounts[:lo]) + sum(amounts[hi:])) * h * w
+    swept_area = lambda i: math.prod(sum(b - a for a, b in (span[i] for span in axis)) for axis in axes) / p[lo + i] ** 2
+    return (deep + sum(amounts[lo + i] * swept_area(i) for i in range(hi - lo))) / whole
+
+
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
@@ -389,13 +436,33 @@ def measure(case, index):
                 cpu_seconds=round(seconds, 1))
 
 
+def full_size(preset="f32t4c32", frames=40, size=(2160, 3840), dtype=torch.bfloat16):
+    """Estimates for one chunk of a large film -> rows: tile, GiB of activations, extra work, of decoder and encoder."""
+    import ae
+
+    with torch.device("meta"):
+        net = ae.DCAEV(ae.PRESETS[preset])
+    shape, rows = net.latent_shape(frames, *size), []
+    for tile in (None, *((-(-shape[1] // n), -(-shape[2] // n)) for n in (2, 4, 8))):
+        rows.append(dict(preset=preset, frames=frames, size=size, dtype=str(dtype), tile=tile))
+        for side in ("decoder", "encoder"):
+            rows[-1][f"{side}_gib"] = round(peak(net, side, shape, tile, dtype) / 2**30, 1)
+            rows[-1][f"{side}_work"] = round(extra_work(net, side, shape, tile, dtype), 3)
+        print("tile {tile!s:9s} decoder {decoder_gib:6.1f} GiB, {decoder_work:.2f} times the work; "
+              "encoder {encoder_gib:6.1f} GiB, {encoder_work:.2f} times".format(**rows[-1]), flush=True)
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description="Peak memory of decoding against tile size: measured (one process each, one thread) and estimated.")
     p.add_argument("--out", default="results/tiling.json", help="default: %(default)s")
     p.add_argument("--one", nargs=2, metavar=("CASE", "INDEX"), help="one measurement in this process, printed as JSON")
+    p.add_argument("--full-size", action="store_true", help="only the estimates for 2160x3840; what --out holds already is kept")
     args = p.parse_args()
     if args.one:
         return print(json.dumps(measure(args.one[0], int(args.one[1]))))
+    if args.full_size:
+        return checkpoint.write_json(args.out, {**json.loads(Path(args.out).read_text()), "full_size": full_size()})
     # small blocks too go back to the system when they are freed, so that resident memory is memory in use
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     rows = []
@@ -405,7 +472,7 @@ def main():
             rows.append(json.loads(done.stdout))
             print("{case:8s} tile {tile!s:9s} measured {measured_mib:7.1f} MiB  estimated {estimated_mib:7.1f} MiB  ({ratio:.2f})  {cpu_seconds:6.1f} s"
                   .format(**rows[-1]), flush=True)
-    checkpoint.write_json(args.out, {**checkpoint.provenance(), "threads": 1, "dtype": "fp32", "runs": rows})
+    checkpoint.write_json(args.out, {**checkpoint.provenance(), "threads": 1, "dtype": "fp32", "runs": rows, "full_size": full_size()})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ a deep one (f32t4c32) to move into, clips with captions that can be drawn withou
 
     cache_latents(model, shards, folder)     the same clips in the latent space of each model -> Latents
     Source(latents, text)                    what a training step sees: batch(step, positions); pairs for the alignment: pair(i)
-    Journal                                  numbers and pictures after each stage of the adaptation
     pretrain, score                          how the embedded base was made; how the embedded models score
 """
 import hashlib
@@ -98,6 +97,24 @@ def cache_latents(model, shards, folder, seed=1):
         parts.append((tensors["z"], condition))
     index = torch.arange(shards * SHARD)
     return Latents(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), index[index % SHARD < WITH_IMAGE], attributes)
+
+
+@torch.no_grad()
+def encode_scenes(model, scenes, folder, name):
+    """Latents of given scenes (without image condition) in the model's space, kept in `folder`; `name` is for the progress bar."""
+    shape = model.latent_shape(model.frames, model.size)
+    file = Path(folder) / f"scenes-{hash_of(model.ae, shape, scenes)}.safetensors"
+    if file.exists():
+        z = checkpoint.load_tensors(file)[0]["z"]
+    else:
+        z = []
+        for i in tqdm(range(0, len(scenes), 16), desc=f"encode {name}", leave=False):
+            clips = torch.stack([data.to_tensor(data.render(s, model.frames, model.size[0])) for s in scenes[i : i + 16]])
+            with torch.autocast(model.device.type, torch.bfloat16):
+                z.append(model.encode(clips).half().cpu())
+        z = torch.cat(z)
+        checkpoint.save_tensors(file, {"z": z})
+    return Latents(z, torch.zeros(len(z), 4 + z.shape[1], *z.shape[2:], dtype=z.dtype), torch.arange(0), [s.attributes() for s in scenes])
 
 
 def clips_of(latents, start, stop):
@@ -209,33 +226,13 @@ def fit(net, source, opt, lr, steps, batch, state_file, settings, desc, bf16=Tru
 
 # ---------------------------------------------------------------------------------------------------- score, pre-training
 
-#: rendered after every stage, with the same noise
+#: prompts to look at, rendered after every stage with the same noise
 PROMPTS = ("a large red circle moving left slowly on a blue background",
            "a small yellow triangle moving up quickly on a black background",
            "a large green square moving right slowly on a white background",
            "a small purple ring moving down quickly on a gray background",
            "a large cyan triangle moving left quickly on a brown background",
            "a small blue square moving up slowly on a green background")
-
-
-class Journal:
-    """What each stage gave: numbers for report.json and a strip of frames for stages.png."""
-
-    def __init__(self, out, latents, prompts):
-        self.out, self.latents, self.prompts, self.rows, self.strips = out, latents, data.held_out_prompts(prompts), [], []
-
-    def stage(self, name, model, seconds, latents=None, **numbers):
-        """Score and render `model`, print one line, rewrite report.json and stages.png."""
-        loss = validation_loss(model.net, latents or self.latents, model.text)
-        fit_ = metrics.prompt_fit(sample.videos(model, self.prompts), self.prompts)
-        self.rows.append(dict(stage=name, seconds=round(seconds, 1), validation_loss=loss, prompt_fit=fit_, **numbers))
-        words = "  ".join(f"{k} {v:.2f}" for k, v in fit_.items())
-        extra = "  ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-        tqdm.write(f"{name:24s} {seconds:5.0f} s   loss {loss:.4f}   prompt fit: {words}   {extra}")
-        self.strips.append([x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in sample.videos(model, PROMPTS)])
-        data.contact_sheet(self.out / "stages.png", [torch.cat(row, dim=1) for row in zip(*self.strips)], columns=3 * len(self.strips),
-                           labels=PROMPTS, heads=[row["stage"] for row in self.rows if "prompt_fit" in row])
-        checkpoint.write_json(self.out / "report.json", dict(**checkpoint.provenance(), prompts=len(self.prompts), stages=self.rows))
 
 
 def pretrain(args):
@@ -246,7 +243,7 @@ def pretrain(args):
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
     log = fit(net, Source(latents, base.text, seed=args.seed), opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
-    dit.save(net, out / "toy-base-dit.safetensors", dict(training=vars(args), log=log), dtype=torch.float16)
+    dit.save(net, out / "toy-base-dit.safetensors", dict(training=dict(lr=args.lr, steps=args.steps, batch=args.batch, shards=args.shards, seed=args.seed), log=log), dtype=torch.float16)
     metrics.plot(out / "pretrain.png", {"training loss": log})
     print(f"validation loss {validation_loss(net, held, base.text):.4f}; wrote {out / 'toy-base-dit.safetensors'}")
 

@@ -31,13 +31,17 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
 import re
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import repeat
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -50,7 +54,7 @@ import losses
 import metrics
 import train as training
 from checkpoint import UserError
-from chunk_causal import ISOLATED, run_layers
+from chunk_causal import ISOLATED, Conv3d, run_layers
 from muon import Muon
 
 
@@ -263,8 +267,9 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
         for reason in dataset.skipped.values():
             print(f"skipped: {reason}")
         stream = functools.partial(batches, dataset, phase.batch, workers, device)
+        films = str(folder) if isinstance(folder, (str, Path)) else " ".join(map(str, folder))
         path = run_phase(net, phase, name, Path(out) / name, stream, clips.validation(folder, phase.frames, phase.size, 8), seed, preset=preset,
-                         data=str(folder) if isinstance(folder, (str, Path)) else " ".join(map(str, folder)), start=start and str(start), inflated=inflate_from and str(inflate_from), **more)
+                         data=films, start=start and str(start), inflated=inflate_from and str(inflate_from), **more)
     return path
 
 
@@ -299,6 +304,59 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
     return path
 
 
+# ---------------------------------------------------------------------------------------------------- how fast
+
+
+def naive_chunk_causal(conv, x, past):
+    """What `Conv3d._chunk_causal` does, written down straight: every chunk between the frame before it and a frame of zeros."""
+    out = []
+    for piece in x.split(conv.chunk, dim=2):
+        zero = torch.zeros_like(piece[:, :, :1])
+        glued = torch.cat([zero if past is None else past.to(piece.dtype), piece, zero], dim=2)
+        out.append(F.conv3d(glued, conv.weight, conv.bias, padding=(0, 1, 1)))
+        past = piece[:, :, -1:]
+    return torch.cat(out, dim=2), past
+
+
+def straightforward(net, device):
+    """A net as one would first train it: contiguous layout, nothing recomputed, chunks glued together with their neighbours."""
+    for module in net.modules():
+        if isinstance(module, Conv3d) and module.temporal == "chunk_causal":
+            module._chunk_causal = functools.partial(naive_chunk_causal, module)
+    return net.to(device)
+
+
+def measure(preset, folder, cache, workers, changes={}, rounds=12, bf16=True):
+    """Seconds per training step of the first phase: this file's way, a straightforward loop, and each of their two differences alone -> dict
+
+    The ways take turns, step by step, in one process; medians. Compared are the convolutions and memory layout, and where clips come from
+    (decoded once into `cache`, cut out by threads; or decoded by the training process when they are wanted).
+    """
+    device, phase = training.start(), dataclasses.replace(programme(preset)["low"], perceptual=0.0, images=0.0, **changes)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    ways = {"ours": (prepare, True), "straightforward": (straightforward, False), "our data, plain net": (straightforward, True),
+            "our net, plain data": (prepare, False)}
+    running, seconds = {}, {name: [] for name in ways}
+    for name, (make, fed) in ways.items():
+        torch.manual_seed(0)
+        net = make(ae.DCAEV(ae.PRESETS[preset]), device)
+        dataset = clips.Clips(folder, phase.frames, phase.size, cache=cache if fed else None)
+        running[name] = net, optimiser(phase.optimiser, net, phase.lr), batches(dataset, phase.batch, workers if fed else 0, device, 0)
+    for number in range(rounds + 1):
+        for name, (net, opt, stream) in running.items():
+            begun = time.perf_counter()
+            (_, loss, _), = step_losses(net, phase, None, None, 0, autocast, next(stream), number)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            loss.item()  # waits for a GPU
+            if number:  # the first step loads libraries
+                seconds[name].append(time.perf_counter() - begun)
+    median = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+    return dict(preset=preset, phase=dataclasses.asdict(phase), rounds=rounds, workers=workers,
+                load=os.getloadavg()[0], seconds_per_step=median, ratio=round(median["straightforward"] / median["ours"], 3), all_seconds=seconds)
+
+
 # ---------------------------------------------------------------------------------------------------- from images to video
 
 
@@ -308,9 +366,9 @@ def inflate(net, tensors):
 
     A 3x3 kernel becomes the middle tap of a 3x3x3 one (the last, where it is causal), the other taps zero; biases and norms are copied.
     What resamples time has no counterpart in an image, nor has the stage behind it, unless it is there by name: the last layer of their
-    branches starts from zero, so that only the shortcuts are left, averaging four frames and repeating them. (Not all layers: behind a
-    zero no gradient arrives.) A clip that stands still then gives, frame by frame, what the image autoencoder gives. Names are those of our own files; tensors of other names (the attention blocks of the published DC-AE)
-    are left out, and counted.
+    branches starts from zero, so that only the shortcuts are left, averaging four frames and repeating them. (Not all layers: behind a zero
+    no gradient arrives.) A clip that stands still then gives, frame by frame, what the image autoencoder gives. Names are those of our own
+    files; tensors of other names (the attention blocks of the published DC-AE) are left out, and counted.
     """
     own, used, n = net.state_dict(), set(), len(net.config.widths)
     now = 2 if net.config.temporal == "causal" else 1  # the tap on the frame itself
@@ -430,6 +488,7 @@ def main_train(argv):
     p.add_argument("--perceptual", default="auto", help="network of that loss, or none (default: the best one installed)")
     p.add_argument("--workers", type=int, default=2, help="threads that decode clips (default: %(default)s)")
     p.add_argument("--cache", metavar="FOLDER", help="where to keep decoded clips; about ten times faster to read")
+    p.add_argument("--measure", action="store_true", help="train nothing; time the step against a straightforward loop -> results/train_speed.json")
     p.add_argument("--compile", action="store_true", help="torch.compile")
     p.add_argument("--fp32", action="store_true", help="no bf16")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
@@ -447,6 +506,13 @@ def main_train(argv):
     if a.perceptual == "none":
         changes["perceptual"] = 0.0
     how = dict(seed=a.seed, save_every=a.save_every, bf16=not a.fp32)
+    if a.measure:
+        if not a.data or not a.cache:
+            raise UserError("--measure needs --data with a folder of clips, and --cache with one for decoded clips.")
+        result = measure(a.preset, a.data, a.cache, a.workers, changes, bf16=not a.fp32)
+        checkpoint.write_json("results/train_speed.json", dict(**checkpoint.provenance(), data=a.data, **result))
+        return print(f"seconds per step: {result['seconds_per_step']}\n{result['ratio']} times a straightforward loop; wrote "
+                     "results/train_speed.json")
     if a.overfit:
         path = memorise(a.preset, a.overfit, a.out, a.length, changes=changes, compiled=a.compile, **how)
     elif a.data:

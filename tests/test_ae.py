@@ -11,7 +11,7 @@ import ae
 import checkpoint
 import metrics
 from checkpoint import UserError
-from chunk_causal import ISOLATED
+from chunk_causal import ISOLATED, pixel_shuffle_add
 from conftest import ROOT, golden
 
 GOLDEN = torch.load(golden("dc_ae_v_small.pt"), weights_only=True)
@@ -86,11 +86,16 @@ def test_reference_model_with_other_factors():
         close(net.encode(b["cases"]["tiled"]["input"]), b["cases"]["untiled"]["latent"])
 
 
+def duplicated(x, cout, r, t):
+    """The shortcut of an up block whose convolution gives zeros."""
+    return pixel_shuffle_add(x.new_zeros(x.shape[0], cout * t * r * r, *x.shape[2:]), x, r, t)
+
+
 def test_reference_layers():
     u = GOLDEN["units"]
     down, up = u["avg_shortcut_in2_out4_r2t4"], u["dup_shortcut_in32_out8_r2t4"]
     close(ae.averaging_shortcut(down["input"], 4, 2, 4), down["out"], 1e-6)
-    assert torch.equal(ae.duplicating_shortcut(up["input"], 8, 2, 4), up["out"])
+    assert torch.equal(duplicated(up["input"], 8, 2, 4), up["out"])
     norm = ae.RMSNorm(6)
     norm.load_state_dict({k: u["rms_norm"][k] for k in ("weight", "bias")})
     close(norm(u["rms_norm"]["input"]), u["rms_norm"]["out"], 1e-6)
@@ -100,7 +105,7 @@ def test_shortcuts_alone_lose_as_little_as_averaging_does():
     """1024 -> 1024, r = 2: the down shortcut is 2x2 mean pooling per channel, the up shortcut nearest enlargement (spec 3.4)."""
     x = torch.randn(1, 8, 2, 4, 6)
     assert torch.allclose(ae.averaging_shortcut(x, 8, 2, 1), torch.nn.functional.avg_pool3d(x, (1, 2, 2)), atol=1e-6)
-    assert torch.equal(ae.duplicating_shortcut(x, 8, 2, 1), x.repeat_interleave(2, 3).repeat_interleave(2, 4))
+    assert torch.equal(duplicated(x, 8, 2, 1), x.repeat_interleave(2, 3).repeat_interleave(2, 4))
 
 
 # ---------------------------------------------------------------------------------------------------- the published models
@@ -279,7 +284,8 @@ def test_streams_may_be_cut_anywhere(net, cuts):
     z = net.encode(x)
     assert torch.equal(torch.cat(list(net.encode_stream(x.split(cuts, dim=2))), dim=2), z)
     y = torch.cat(list(net.decode_stream(z.split([1, 3, 2], dim=2))), dim=2)
-    assert torch.equal(y, net.decode(z)) and torch.equal(y[:, :, :20], net(x))
+    close(y, net.decode(z), 1e-5)  # which takes several small chunks in one call
+    assert torch.equal(net.decode(z)[:, :, :20], net(x))
 
 
 def test_streams_are_lazy(net):

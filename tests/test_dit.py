@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-import kernels
 import wan_weights
 from checkpoint import UserError
 
@@ -287,15 +286,15 @@ def test_features_by_depth():
 # ----------------------------------------------------------------------------------------------- precision and training
 
 def test_bf16():
-    """Autocast over fp32 masters and stored bf16 matrices are the same computation, within a percent of fp32; what must
-    stay fp32 does."""
+    """Autocast over fp32 masters and stored bf16 matrices are the same computation (but for where GELU is rounded), within a percent of
+    fp32; what must stay fp32 does."""
     weights, inputs, _ = golden("dc_i2v")
     net, stored = (dit.from_state_dict(weights, heads=2, dtype=d) for d in (torch.float32, torch.bfloat16))
     with torch.inference_mode():
         exact, cast = net(*inputs), stored(*inputs)
         with torch.autocast("cpu", torch.bfloat16):
             autocast, features = net(*inputs, return_features=(0, 1))
-    assert torch.equal(cast, autocast)
+    assert relative(cast, autocast) < relative(cast, exact)
     assert 1e-4 < relative(cast, exact) < 1e-2
     assert cast.dtype == autocast.dtype == features[1].dtype == torch.float32
     for name, p in stored.named_parameters():
@@ -325,62 +324,6 @@ def test_a_table_made_while_sampling_serves_training():
     with torch.inference_mode():
         net(*inputs)
     net(*inputs).sum().backward()
-
-
-# ------------------------------------------------------------------------------------------------------------- kernels
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("keys", [8, 100, 300])
-def test_attention_twins_agree(dtype, tolerance, keys):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 3, 32) for n in (40, keys, keys))
-    exact = kernels.attention_explicit(q, k, v)
-    for f in (kernels.attention, kernels.attention_explicit):
-        assert (f(q.to(dtype), k.to(dtype), v.to(dtype)) - exact).abs().max() < tolerance
-
-
-@pytest.mark.parametrize("f", [kernels.attention, kernels.attention_explicit])
-@pytest.mark.parametrize("keys", [7, 300])
-def test_an_offset_makes_a_key_count_as_many(f, keys):
-    q, k, v = (torch.randn(2, n, 3, 32) for n in (40, keys, keys))
-    offset = torch.zeros(keys)
-    offset[-1] = torch.tensor(5.0).log()
-    many = (torch.cat([a, a[:, -1:].expand(-1, 4, -1, -1)], 1) for a in (k, v))
-    assert (f(q, k, v, offset) - f(q, *many)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("groups", [1, 3, 12])
-def test_modulation_of_runs_of_tokens(groups):
-    """One vector for all tokens, one for each third of them, or one each."""
-    x, y, scale, shift, gate = torch.randn(2, 12, 8), *(torch.randn(2, n, 8) for n in (12, groups, groups, groups))
-    each = lambda a: a.repeat_interleave(12 // groups, 1)
-    expected = F.layer_norm(x, (8,)) * (1 + each(scale)) + each(shift)
-    assert (kernels.layer_norm_modulate(x, scale, shift, 1e-5) - expected).abs().max() < 1e-5
-    assert (kernels.gate_residual(x, y, gate) - (x + y * each(gate))).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-def test_norms(dtype, tolerance):
-    """Against the textbook formula in float64; the result keeps the input's dtype."""
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(2, 12, 24).to(dtype), torch.randn(24), torch.randn(24)
-    d = x.double()
-    rms = d / (d.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    y = kernels.rms_norm(x, weight, 1e-6)
-    assert y.dtype == dtype and (y - rms).abs().max() < tolerance
-
-    rope = dit.rope_table((2, 2, 3), 12, torch.device("cpu"))  # two heads of 12
-    a, b = rms.view(2, 12, 2, 6, 2).unbind(-1)
-    cos, sin = rope.real[:, None], rope.imag[:, None]
-    rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3)
-    y = kernels.rms_norm_rope(x, weight, rope, 2, 1e-6)
-    assert y.dtype == dtype and (y - rotated).abs().max() < tolerance
-
-    video = x.view(2, 24, 2, 2, 3)
-    d = video.double()
-    by_channel = d / (d.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.view(24, 1, 1, 1) + bias.view(24, 1, 1, 1)
-    y = kernels.rms_norm_channels(video, weight, bias)
-    assert y.dtype == dtype and (y - by_channel).abs().max() < tolerance
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

@@ -1,9 +1,15 @@
-"""The same code on a GPU: `python -m pytest -m gpu`. Everything else is tested on the CPU; here only that a CUDA device gives the same."""
+"""The same code on a GPU: `python -m pytest -m gpu`. Everything else is tested on the CPU; here only that a CUDA device gives the same, and
+that each fast path there gives what the plain one gives. The kernels one by one: test_triton.py, which runs on the GPU too."""
+import warnings
+
 import pytest
 import torch
 
 import ae
 import dit
+import fp8
+import gpu
+import kernels
 import models
 import sample
 
@@ -16,6 +22,8 @@ def exact_fp32():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
+    kernels.use()
+    gpu.set_attention(None)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
@@ -103,3 +111,116 @@ def test_weights_go_straight_to_the_gpu(tmp_path):
     for (name, p), q in zip(again.named_parameters(), net.parameters()):
         assert p.is_cuda and p.dtype == (torch.float32 if dit.keeps_fp32(name) else torch.bfloat16)
         torch.testing.assert_close(p.float().cpu(), q, atol=1e-3, rtol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- fast equals plain
+
+
+def wide(layers=3, **more):
+    """A transformer with heads of 128 channels, as every Wan has, whose head is not zero."""
+    net = dit.WanDiT(dit.Config(dim=512, ffn_dim=1024, heads=4, layers=layers, in_channels=4, out_channels=4, text_dim=32, **more)).eval().cuda()
+    torch.nn.init.normal_(net.head.head.weight, std=0.1)
+    return net
+
+
+def error(a, exact):
+    return ((a.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+@pytest.mark.parametrize("times", [torch.tensor([700.0, 20.0]), torch.rand(2, 3) * 1000], ids=["per clip", "per frame"])
+@torch.no_grad()
+def test_fused_transformer_equals_the_plain_one(times):
+    """fp32: 1e-5. bf16: no further from fp32 than the plain bf16 one."""
+    if kernels.refused():
+        pytest.skip(kernels.refused())
+    net, inputs = wide(), (torch.randn(2, 4, 3, 10, 14).cuda(), times.cuda(), torch.randn(2, 40, 32).cuda())
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        net.cast_weights(dtype)
+        for plain in (True, False):
+            kernels.use(plain=plain)
+            found[dtype, plain] = net(*inputs)
+    exact = found[torch.float32, True]
+    assert error(found[torch.float32, False], exact) < 1e-5
+    assert error(found[torch.bfloat16, False], exact) < 1.1 * error(found[torch.bfloat16, True], exact)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["channels first", "channels last"])
+@torch.no_grad()
+def test_fused_autoencoder_equals_the_plain_one(layout):
+    net, z = ae.DCAEV(ae.PRESETS["toy"]).eval().cuda(), torch.randn(1, 32, 4, 3, 5).cuda()
+    kernels.use(plain=True)
+    exact, low = net.decode(z), net.bfloat16().decode(z.bfloat16())
+    kernels.use()
+    assert error(net.to(memory_format=layout).decode(z.bfloat16()), exact) < 1.1 * error(low, exact)
+    assert error(net.float().to(memory_format=layout).decode(z), exact) < 5e-3  # weights were rounded to bf16 before
+
+
+def test_gradients_take_the_plain_path():
+    net = wide(layers=1)
+    net(torch.randn(1, 4, 1, 4, 4).cuda(), torch.tensor([500.0]).cuda(), torch.randn(1, 5, 32).cuda()).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.blocks.parameters())
+
+
+@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(interval=(0.3, 0.9)), dict(image=torch.zeros(1, 3, 64, 64))], ids=str)
+def test_a_recorded_step_gives_the_same_bits(more):
+    """Whatever the step count, for another prompt, and without a warning that recording failed."""
+    model = models.load_model("dc", device="cuda")
+    for prompt, steps in (("a large red circle moving left", 2), ("a ring", 7)):
+        context = model.text([prompt])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            graph = sample.generate(model, context, steps=steps, graph=True, **more)
+        assert torch.equal(graph, sample.generate(model, context, steps=steps, graph=False, **more))
+
+
+def test_compiled_blocks_equal_eager_ones():
+    """With our kernels inside, and recorded as a graph."""
+    reason = gpu.without_compiler(torch.device("cuda"))
+    if reason:
+        pytest.skip(reason)
+    model = models.load_model("dc", device="cuda")
+    context = model.text(["a ring"])
+    plain = sample.generate(model, context, steps=4, graph=False)
+    for graph in (False, True):
+        torch.testing.assert_close(sample.generate(model, context, steps=4, graph=graph, compiled=True), plain, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_eight_bit_products_equal_their_emulation():
+    """Tensor cores add fp8 products in fewer bits than fp32 has: 0.5 % here, where fp8 itself costs 4 %."""
+    if not fp8.hardware(torch.device("cuda")):
+        pytest.skip("needs Hopper or later")
+    linear = torch.nn.Linear(1536, 512).cuda().bfloat16()
+    x = torch.randn(2, 77, 1536).cuda().bfloat16()
+    layer = fp8.Linear(linear)
+    emulated = fp8.Linear(linear.cpu())(x.cpu())
+    assert error(layer(x).cpu(), emulated) < 5e-3 < error(layer(x).cpu(), linear(x.cpu()))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient", "flash3"])
+@torch.no_grad()
+def test_every_attention_backend(name):
+    """Self-attention, and cross-attention with an offset, which some backends cannot serve: then another one does."""
+    if name == "flash3" and gpu.flash3() is None:
+        pytest.skip("FlashAttention 3 is not installed")
+    gpu.set_attention(name)
+    q, k, v = torch.randn(3, 1, 200, 4, 128).cuda().bfloat16()
+    offset = dit.shared_weight(400, 40, torch.bfloat16).cuda()
+    for keys, extra in ((200, None), (40, offset)):
+        exact = kernels.attention_plain(q.float(), k[:, :keys].float(), v[:, :keys].float(), None if extra is None else extra.float())
+        assert error(kernels.attention(q, k[:, :keys], v[:, :keys], extra), exact) < 1e-2
+
+
+def test_choices_are_made_and_told():
+    name, line = gpu.choose_attention(torch.device("cuda"), 2000, 4)
+    assert name in (*gpu.BACKENDS, "flash3") and f"attention: {name}" in line
+    found = gpu.choose_convolution(torch.device("cuda"), torch.bfloat16)
+    assert found.line.startswith("convolutions: ") and (found.dtype == torch.bfloat16) == ("TFLOP/s" in found.line)
+
+
+def test_slow_path_equals_the_fast_one_on_the_command_line(tmp_path):
+    for name, flags in (("fast", []), ("slow", ["--slow"])):
+        sample.main(["--prompt", "a red ring", "--device", "cuda", "--steps", "4", "--out", str(tmp_path), "--name", name, *flags])
+    fast, slow = (sample.checkpoint.load_tensors(tmp_path / f"{name}.safetensors")[0]["latent"] for name in ("fast", "slow"))
+    torch.testing.assert_close(fast, slow, atol=1e-3, rtol=0)

@@ -11,12 +11,14 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ae
 import checkpoint
@@ -142,7 +144,7 @@ def test_the_streamed_decode_equals_the_whole(model):
     z = sample.generate(model, model.text(["a red circle"]), frames=33, size=(50, 70), steps=1)
     pieces = list(model.decode(z, 33, (50, 70)))
     whole = model.ae.decode(z / model.ae.config.scale, 33, (50, 70))
-    assert [p.shape[2] for p in pieces] == [8, 8, 8, 8, 1]
+    assert sum(p.shape[2] for p in pieces) == 33 and len(pieces) > 1
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=5e-5)
 
 
@@ -297,6 +299,20 @@ def test_eight_bit_products():
 
 
 @torch.no_grad()
+def test_eight_bit_products_are_called_as_a_gpu_wants_them(monkeypatch):
+    """Shapes, types and memory order pass the checks of torch's own kernel, on tensors that only pretend to be on a GPU; a wrong scale does not."""
+    monkeypatch.setattr(kernels, "_refused", "not here")
+    monkeypatch.setattr(fp8, "hardware", lambda device: True)
+    with FakeTensorMode():
+        fake = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device="cuda", dtype=dtype)
+        layer = fp8.Linear(types.SimpleNamespace(weight=fake(512, 1536), bias=fake(512)))
+        y = layer(fake(2, 77, 1536))
+        assert y.shape == (2, 77, 512) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
+        with pytest.raises(RuntimeError, match="Invalid scaling configuration"):
+            fp8.multiply(fake(77, 1536, dtype=fp8.DTYPE), fake(77, 2, dtype=torch.float32), layer.weight, layer.scale, layer.bias, torch.bfloat16)
+
+
+@torch.no_grad()
 def test_a_transformer_in_eight_bits(tiny_toy):
     """The large products of the blocks and nothing else; once converted it stays so."""
     net = dit.WanDiT(dit.Config(dim=64, ffn_dim=128, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=32)).eval()
@@ -309,6 +325,13 @@ def test_a_transformer_in_eight_bits(tiny_toy):
     assert torch.equal(guided.prepared(net, compiled=False, fp8=True)(*inputs), first)
     kinds = {name: type(module) for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, fp8.Linear))}
     assert all((kind is fp8.Linear) == (name.startswith("blocks.") and name.split(".", 2)[2] in fp8.LAYERS) for name, kind in kinds.items())
+
+
+def test_eight_bits_from_the_command_line(tiny_toy, out, capsys):
+    """On a device that multiplies no fp8 the same numbers are computed in fp32, and the first lines say so."""
+    sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--fp8", "--reuse", "0.2", *QUICK])
+    assert "matrix products: fp8, computed in fp32: cpu multiplies no fp8 (for measuring the quality)" in capsys.readouterr().out
+    assert "tflops_per_second" not in json.loads((out / "a.json").read_text())  # some of the work may have been left out
 
 
 def test_frames_are_made_ahead():
@@ -342,6 +365,18 @@ def test_attention_is_chosen_by_time_among_the_right_ones(monkeypatch):
     times, wrong = gpu.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
     assert times == {"slow": 3.0, "right": 2.0}
     assert wrong["none"] == "No available kernel. Aborting execution." and wrong["wrong"].startswith("relative error ")
+
+
+def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
+    """Switches are torch's own, so this much runs without a GPU; None puts them back."""
+    switched = lambda: (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
+                        torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    monkeypatch.setattr(gpu, "seconds", lambda task: 1.0 + torch.backends.cuda.flash_sdp_enabled())
+    name, line = gpu.choose_attention(torch.device("cpu"), 300, 2, 16, torch.float32)
+    assert name in ("cudnn", "efficient") and re.match(rf"attention: {name}, 1000.00 ms for 300 tokens", line)
+    assert switched() == (name == "cudnn", False, True, True)
+    gpu.set_attention(None)
+    assert switched() == (True, True, True, True)
 
 
 @pytest.mark.parametrize("errors, times, dtype, layout, says", [
@@ -393,7 +428,7 @@ def test_streamed_blocks_are_neither_compiled_nor_eight_bits():
 def test_kernels_say_why_they_are_plain(monkeypatch):
     """No GPU; no Triton on a machine that has one; switched off."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert kernels.describe(cpu) == "plain (the fused ones are for CUDA, not cpu)"
+    assert "for CUDA, not cpu" in kernels.describe(cpu)
     monkeypatch.setattr(kernels, "_refused", None)
     monkeypatch.setitem(sys.modules, "triton_kernels", None)  # importing it now fails, as without Triton
     assert re.match(r"plain \(ModuleNotFoundError: ", kernels.describe(cuda))
@@ -408,7 +443,8 @@ def test_kernels_say_why_they_are_plain(monkeypatch):
 def test_the_picture_stands_beside_the_noise_in_both_passes(model, spy):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     with_image = sample.generate(model, model.text(["a red circle"]), image, cfg_batch=False, **SMALL)
-    condition, z = model.condition(1, model.latent_shape(8, (32, 32)), image), model.net.config.out_channels
+    with torch.no_grad():  # with gradients other kernels run, which round differently
+        condition, z = model.condition(1, model.latent_shape(8, (32, 32)), image), model.net.config.out_channels
     assert len(spy) == 4 and all(torch.equal(x[:, z:], condition) for x, *_ in spy)
     spy.clear()
     without = sample.generate(model, model.text(["a red circle"]), cfg_batch=False, **SMALL)
@@ -434,7 +470,7 @@ def test_a_text_to_video_model_refuses_a_picture(model):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("gib, offload, whole", [(200, "none", True), (48, "none", False), (36, "parts", False), (16, "blocks", False)])
+@pytest.mark.parametrize("gib, offload, whole", [(200, "none", True), (48, "none", False), (36, "parts", True), (16, "blocks", False)])
 def test_the_plan_moves_as_little_as_fits(gib, offload, whole):
     """DC-VideoGen 14B at 720p, 27 GiB of weights, on GPUs of several sizes: known from shapes alone, before anything is loaded."""
     model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
@@ -448,7 +484,7 @@ def test_the_plan_moves_as_little_as_fits(gib, offload, whole):
 def test_what_cannot_fit_is_refused_before_the_work():
     model = models.outline("wan2.1-t2v-14b", torch.bfloat16)
     model.device = torch.device("cuda")
-    with pytest.raises(UserError, match="denoising of 81 frames of 720x1280 needs about 11.* GiB, but cuda has 4.0 GiB free: use a smaller --size"):
+    with pytest.raises(UserError, match=r"denoising of 81 frames of 720x1280 needs about 10\.. GiB, but cuda has 4.0 GiB free: use a smaller --size"):
         sample.plan(model, 81, (720, 1280), torch.bfloat16, fold=1, free=4 * 2**30)
 
 

@@ -165,10 +165,11 @@ def test_the_estimate_is_what_a_run_creates(net, side, tile):
     """The estimate comes from shapes alone; here a real run is counted, tensor by tensor."""
     z, c = latent(net, 6), net.config
     x = torch.rand(1, 3, c.lead + 5 * c.temporal_factor, 5 * c.spatial_factor, 7 * c.spatial_factor)
+    estimate = tiling.peak(net, side, tuple(z.shape[2:]), tile)
     with tiling.Meter() as meter:
         for _ in net.decode_stream(z, tile) if side == "decoder" else net.encode_stream([x], tile):
             pass
-    assert tiling.peak(net, side, tuple(z.shape[2:]), tile) == pytest.approx(meter.peak, rel=0.06)
+    assert estimate == pytest.approx(meter.peak, rel=0.06)
 
 
 PUBLISHED = {
@@ -210,3 +211,19 @@ def test_the_script_measures_again():
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, ROOT / "tiling.py", "--one", "wan2.2", "1"], env=env, capture_output=True, text=True, check=True)
     assert 0.8 < json.loads(done.stdout)["ratio"] < 1.2
+
+
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_extra_work_is_what_a_tiled_run_multiplies(side):
+    """Counted while it runs, with and without tiles that do not divide the frame evenly."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = ae.DCAEV(ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)).to("meta")  # where all operations are counted
+    shape, counted = (2, 5, 7), []
+    x = torch.empty(1, *((4, *shape) if side == "decoder" else (3, 8, 40, 56)), device="meta")
+    for tile in (None, (2, 3)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net.decode(x, tile=tile) if side == "decoder" else net.encode(x, tile=tile)
+        counted.append(counter.get_total_flops())
+    assert counted[1] > 1.2 * counted[0] and tiling.extra_work(net, side, shape, (2, 3)) == pytest.approx(counted[1] / counted[0], rel=1e-6)
+    assert tiling.extra_work(net, side, shape, None) == 1

@@ -72,6 +72,16 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
     assert len(os.listdir(tmp_path)) == 2 + 1  # a folder for each autoencoder, and the weights
 
 
+def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
+    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
+    clips, scenes = data.toy_batch(5, 3)
+    first, again = (toy.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
+    assert encoded == [3] and torch.equal(first.z, again.z) and first.attributes == [s.attributes() for s in scenes]
+    assert not first.condition.any() and not len(first.with_image)
+    toy.encode_scenes(model, scenes[:2], tmp_path, "others")
+    assert encoded == [3, 2]
+
+
 def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
     model, encoded, save = models.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
 

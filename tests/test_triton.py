@@ -158,6 +158,51 @@ def test_rows_to_eight_bits(rows, d):
     assert ((ours.float() * scale - x.float()).norm(dim=1) <= 0.04 * x.float().norm(dim=1)).all()
 
 
+def through_kernels(monkeypatch):
+    """From here on every operation that has a kernel takes it, on the CPU too; -> list of the names of those that ran."""
+    kernels.use()
+    ran = []
+    for name in ("layer_norm_modulate", "gate_residual", "residual_norm", "rms_norm", "rms_norm_rope", "rms_norm_channels"):
+        kernel = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, name=name, kernel=kernel, **more: (ran.append(name), kernel(*a, **more))[1])
+    monkeypatch.setattr(kernels, "fused", lambda *a: True)
+    return ran
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@torch.no_grad()
+def test_a_whole_transformer(monkeypatch, dtype):
+    """Every kernel in its place: prompt and times prepared, a time per latent frame, an odd number of tokens."""
+    net = dit.WanDiT(dit.Config(dim=96, ffn_dim=128, heads=3, layers=2, in_channels=4, out_channels=4, text_dim=32, text_len=12)).eval().to(DEVICE)
+    torch.nn.init.normal_(net.head.head.weight, std=0.1)
+    for name, p in net.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, mean=1.0, std=0.2)
+    x, t, context = rand(1, 4, 3, 2, 6), rand(1, 3).abs() * 300, rand(1, 5, 32)
+    exact = net(x, t, context)
+    plain = net.cast_weights(dtype)(x, t, context)
+    ran = through_kernels(monkeypatch)
+    v = net(x, net.times(t)[0], net.prompt(context))
+    assert set(ran) == {"layer_norm_modulate", "gate_residual", "residual_norm", "rms_norm", "rms_norm_rope"}
+    error = lambda a: ((a - exact).norm() / exact.norm()).item()
+    assert error(v) < (1e-5 if dtype == FP32 else 1.3 * error(plain))
+
+
+@torch.no_grad()
+def test_a_whole_autoencoder(monkeypatch):
+    import ae
+
+    net = ae.DCAEV(ae.Config((0, 8, 16, 16), (0, 1, 1, 1), 4, chunk=4)).eval().to(DEVICE)
+    for name, p in net.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, mean=1.0, std=0.2)
+    z = rand(1, 4, 2, 2, 3)
+    plain = net.decode(z)
+    ran = through_kernels(monkeypatch)
+    torch.testing.assert_close(net.decode(z), plain, atol=1e-5, rtol=1e-5)
+    assert set(ran) == {"rms_norm_channels"}
+
+
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU to run on")
 def test_kernels_compile_to_machine_code():
     """For A100 and H100, without a GPU: what the interpreter accepts and the compiler does not comes to light here. Nothing is spilled."""
