@@ -133,7 +133,7 @@ def align_ends(job, expert):
 def train_head(job, expert):
     """Stage 1b: align the head (and go on with the embedder) by the flow-matching loss, blocks frozen -> 1b/trained.safetensors."""
     start, s = result(job.folder(expert, "1a") / "ends.safetensors"), job.settings
-    config = config_of(job, expert, "steps_head", "lr_head", "warmup_head", "decay", "batch", start=cache.hash_tensors(start))
+    config = config_of(job, expert, "steps_head", "lr_head", "warmup_head", "decay", start=cache.hash_tensors(start))
 
     def ready():
         net = build(job, expert, start)[1]
@@ -147,7 +147,7 @@ def train_head(job, expert):
 def train_lora(job, expert):
     """Stage 2: LoRA on the blocks (spec 5.3), embedder and head in full -> 2/trained.safetensors."""
     start, s = result(job.folder(expert, "1b") / "trained.safetensors"), job.settings
-    config = config_of(job, expert, "steps", "lr", "warmup", "decay", "batch", "rank", "alpha", "ema", start=cache.hash_tensors(start))
+    config = config_of(job, expert, "steps", "lr", "warmup", "decay", "rank", "alpha", "ema", start=cache.hash_tensors(start))
     fit(job, expert, "2", "2, LoRA", lambda: build(job, expert, start, adapters=True)[1], config, s.steps, s.lr, s.warmup, s.ema, s.steps_head)
 
 
@@ -297,7 +297,8 @@ def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
     first: number of the source's batch at step 0, so that stage 2 does not begin with the clips of 1b.
     """
     s, folder = job.settings, job.folder(expert, name)
-    config |= config_of(job, expert, "time_sampling", "shift", "clip", "dtype", "seed")
+    clips = s.batch * s.accumulated(training.processes()) * training.processes()
+    config |= config_of(job, expert, "time_sampling", "shift", "clip", "dtype", "seed", clips_per_step=clips)
     if new := not finished(folder / "trained.safetensors", config):
         train(job, expert, folder, f"{expert.prefix}{title}", ready, config, steps, lr, warmup, ema, first)
     if training.rank() == 0 and (new or f"{expert.prefix}{title}" not in job.journal):
@@ -504,9 +505,10 @@ def main(argv=None):
     if args.compare:
         import compare_adapt
 
-        return compare_adapt.main([])
+        passed = {"--threads": args.threads, "--device": args.device}
+        return compare_adapt.main([str(part) for pair in passed.items() if pair[1] is not None for part in pair])
     if args.pretrain or args.score:
-        vars(args).update(vars(settings), device=args.device or training.start())
+        vars(args).update(vars(settings), device=str(args.device or training.start()))
         return (toy.pretrain if args.pretrain else toy.score)(args)
     adapt(base, settings, args)
 

@@ -5,6 +5,7 @@
                                           layouts, ten minutes, 12 GB of memory and of disk -> results/load.json
     python bench.py --suite activations   `dit.activation_bytes` against what forwards take, a minute -> results/activations.json
     python bench.py --suite shortcuts     quality and work of guidance intervals, reused velocities and fp8, on the toy, 3 minutes -> results/shortcuts.json
+    python bench.py --suite cpu           fast path, plain path and diffusers on one thread, 5 minutes: bench_cpu.py -> results/bench_cpu.json and .png
     python bench.py --suite gpu           on one GPU, ten minutes: bench_gpu.py -> results/bench_gpu.json
 
 Machines are shared and noisy, so of times only ratios within one run are quoted. Models take turns, and medians are compared. Memory is
@@ -238,28 +239,35 @@ def shortcuts(prompts=32):
 # ---------------------------------------------------------------------------------------------------- command line
 
 SUITES = {"toy": "results/bench_toy.json", "load": "results/load.json", "activations": "results/activations.json",
-          "shortcuts": "results/shortcuts.json", "gpu": "results/bench_gpu.json"}
+          "shortcuts": "results/shortcuts.json", "cpu": "results/bench_cpu.json", "gpu": "results/bench_gpu.json"}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="toy", help="what to measure")
-    parser.add_argument("--repeats", type=int, default=9, help="of --suite toy")
+    parser.add_argument("--repeats", type=int, default=9, help="of --suite toy and cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="--suite gpu with tiny shapes on the CPU")
     parser.add_argument("--scratch", help="folder for the files of --suite load (default: the system's)")
     parser.add_argument("--out", help="where to write the results (default: results/...)")
     args = parser.parse_args(argv)
+    if args.suite == "cpu":
+        args.threads = args.threads or 1
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes started from here
     if args.suite == "gpu":  # writes after every row
         import bench_gpu
-        return bench_gpu.run(args.out or SUITES["gpu"], args.dry_run)
+        return bench_gpu.run(args.out or ("out/bench_gpu_dry_run.json" if args.dry_run else SUITES["gpu"]), args.dry_run)
+    if args.suite == "cpu":
+        import bench_cpu
     started = checkpoint.provenance()
     found = {"toy": lambda: dict(repeats=args.repeats, **toy(args.repeats)), "load": lambda: load(scratch=args.scratch),
-             "activations": activations, "shortcuts": shortcuts}[args.suite]()
-    checkpoint.write_json(args.out or SUITES[args.suite], dict(**started, suite=args.suite, **found))
+             "activations": activations, "shortcuts": shortcuts, "cpu": lambda: bench_cpu.run(args.repeats)}[args.suite]()
+    out = Path(args.out or SUITES[args.suite])
+    checkpoint.write_json(out, dict(**started, suite=args.suite, **found))
+    if args.suite == "cpu":
+        bench_cpu.plot(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

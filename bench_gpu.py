@@ -468,7 +468,8 @@ def videos(suite, steps, decodes):
         suite.add("video", f"{width} {space}, {frames} frames {size}, {STEPS} steps", seconds=2 * STEPS * seconds + (decode or 0),
                   transformer_minutes=2 * STEPS * seconds / 60, decode_seconds=decode,
                   published_transformer_minutes=published and published["base" not in space],
-                  note="extrapolated from one step" + ("" if decode else ", without decode") + (f"; published {published['base' not in space]} min" if published else ""))
+                  note="extrapolated from one step" + ("" if decode else ", without decode")
+                  + (f"; published {published['base' not in space]} min" if published else ""))
 
 
 # ---------------------------------------------------------------------------------------------------- plot, and the order of things

@@ -1,17 +1,24 @@
 """The paper's claims C1 to C8 (spec ae-adapt-v 10.1) against measured numbers: spreads over seeds, verdicts, tables, plots.
 
-A verdict is computed, never asserted: one arm is "better" than another only where their ranges over the seeds do not touch.
+A verdict is computed, never asserted. One arm is "better" than another only where their ranges over the seeds do not touch. Two arms are compared
+in four ways: fit on seen combinations, on unseen ones, how often an unseen word comes out right, and validation loss; a claim is supported if
+at least one says so and none the opposite, contradicted the other way round, "mixed" if both happen.
+
+The fit is the mean accuracy over the attributes that passed the gate. What cannot be read from a video counts as wrong, so a fit below chance
+means that there is no object to see.
 """
+import statistics
+
 import torch
 
 import checkpoint
 import data
-from arms import ALL, ARMS, GROUPS
+from arms import ALL, ARMS, GROUPS, OPTIONS
 
 
 def spread(values):
     """Mean and range over seeds."""
-    return dict(mean=sum(values) / len(values), low=min(values), high=max(values), seeds=len(values)) if values else None
+    return dict(mean=statistics.fmean(values), low=min(values), high=max(values), seeds=len(values)) if values else None
 
 
 def against(x, y, higher=True):
@@ -102,6 +109,9 @@ def claims(world, ledger, s):
     rows.append(dict(claim="C8", text="the closed form equals converged SGD", verdict="supported" if ratio <= 1.01 else "contradicted",
                      numbers=f"held-out MSE {ratio:.4f} of SGD's; the solve takes {solve:.2g} of its time, with the pass over the clips {whole:.2g}"))
     duel("C8", "closed-form ends and half of 1b do as well as AE-Adapt-V or better", "G", "E")
+    for key, option in OPTIONS.items():
+        if option.stretch == (1, 1):
+            duel(f"option {key}", f"E with {option.title} is better than E", key, "E")
     return rows
 
 
@@ -122,7 +132,7 @@ def table(world, s, what):
 
 
 def report(world, ledger, rates, results):
-    """results/compare_adapt.json, .md (tables) and .png; out/.../sheet.png: the first videos of every arm."""
+    """compare_adapt.json, .png and _videos.png (the first videos of every arm) in `results`; the tables as compare_adapt.md in the run's folder."""
     s = summary(world, ledger, rates)
     verdicts = claims(world, ledger, s)
     out = dict(**checkpoint.provenance(), settings=ledger.all("settings")[0], gate=ledger.all("gate")[0], alignments=ledger.all("alignments")[0],
@@ -133,10 +143,10 @@ def report(world, ledger, rates, results):
     with checkpoint.atomic_path(world.out / "compare_adapt.md") as tmp:
         tmp.write_text(text + "\n")
     draw(world, s, results / "compare_adapt.png")
-    strips = {k: checkpoint.load_tensors(f)[0] for k in ("base", *s["arms"]) if (f := world.out / "strips" / f"{k}.safetensors").exists()}
+    strips = {k: checkpoint.load_tensors(f)[0] for k in ("base", *ARMS) if (f := world.out / "strips" / f"{k}.safetensors").exists()}
     shown = [(g, i) for g in GROUPS for i in range(len(strips["base"][g]))]
     rows = [torch.cat([x[g][i] for x in strips.values()], dim=1) for g, i in shown]
-    data.contact_sheet(world.out / "sheet.png", rows, columns=3 * len(strips), heads=list(strips),
+    data.contact_sheet(results / "compare_adapt_videos.png", rows, columns=3 * len(strips), heads=list(strips),
                        labels=[f"{g}: {data.caption(world.prompts[g][i])}" for g, i in shown])
 
 
@@ -185,7 +195,7 @@ def draw(world, s, path):
     for i, group in enumerate(GROUPS):
         found = {k: a["fit"][group][first] for k, a in s["arms"].items() if a["fit"][group].get(first)}
         ax.bar([n + 0.27 * (i - 1) for n in range(len(found))], [v["mean"] for v in found.values()], 0.25, label=words[group],
-               yerr=[[v["mean"] - v["low"] for v in found.values()], [v["high"] - v["mean"] for v in found.values()]])
+               yerr=[[max(0, v["mean"] - v["low"]) for v in found.values()], [max(0, v["high"] - v["mean"]) for v in found.values()]])
         ax.set_xticks(range(len(found)), [f"{k}" for k in found])
     ax.axhline(s["base"]["inside"], color="k", ls="--", lw=1)
     ax.axhline(s["chance"], color="k", ls=":", lw=1)

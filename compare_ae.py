@@ -65,7 +65,7 @@ HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirr
 ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
 IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
 STEPS = {"temporal": 600, "shallow": 400, "chunk": 200, "latent": 400}
-# The first width is three times the patch's area: with less, the first convolution would mix the three colours into fewer (16: into one, 24 dB).
+# The first width is three times the patch's area: with less, the first convolution mixes the three colours into fewer (16: into one).
 BASE = ae.Config((0, 48, 64, 64, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=16, patch=4)  # f32t4c32
 SHALLOW = ae.Config((0, 48, 64, 64), (0, 1, 1, 2), 2, chunk=16, patch=4)  # f8t4c2
 
@@ -200,6 +200,7 @@ def plot_limits(path, result):
     axes[2].set(title="numbers per patch and 4 frames", xlabel="channels at f8 (times 16: at f32)", ylabel="dB", xscale="log")
     axes[2].set_xticks(CHANNELS, list(map(str, CHANNELS)))
     for ax in axes:
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8), axes[2].legend(fontsize=8)
     fig.tight_layout()
@@ -399,5 +400,6 @@ def main_compare(argv):
         checkpoint.write_json(Path(args.results) / "compare.json", dict(
             **checkpoint.provenance(), size=SIZE, zoom=ZOOM, image_steps=args.image_steps, held_out=HELD_OUT, seed=args.seed,
             base=dataclasses.asdict(BASE), shallow=dataclasses.asdict(SHALLOW), flat_colour=flat, arms=arms))
-        plot(Path(args.results) / "compare.png", arms)
         print(table(arms), flush=True)
+    if arms:
+        plot(Path(args.results) / "compare.png", arms)

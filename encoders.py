@@ -42,9 +42,12 @@ from kernels import attention, rms_norm
 
 def clean_prompt(text):
     """The cleaning that the models were trained with (spec 6.3): repair mojibake, fold wide punctuation ("，" becomes ","), resolve HTML
-    entities, one space between words. The package ftfy does the first two; it is asked for only where it would change something,
-    which plain ASCII without entities never needs."""
-    if not re.fullmatch(r"[\t\n\f\r -~]*", text) or re.search(r"&#?[0-9A-Za-z]{1,24};", text):
+    entities, one space between words. The package ftfy does the first two; it is asked for only where it might do more than fold, which
+    plain ASCII and common Chinese without entities never need (so the default negative prompt does without it)."""
+    chinese = re.fullmatch(r"[\t\n\f\r -~\u4e00-\u9fff\uff01-\uff5e。、《》]*", text)
+    if chinese:
+        text = re.sub(r"[\uff01-\uff5e]", lambda m: chr(ord(m[0]) - 0xFEE0), text)  # the wide forms of ASCII, in its order
+    if not chinese or re.search(r"&#?[0-9A-Za-z]{1,24};", text):
         try:
             import ftfy
         except ImportError as e:

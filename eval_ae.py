@@ -185,7 +185,8 @@ def main_eval(argv):
             print(f"{column} is left out: {reason}")
     if a.results or a.stream:
         path = a.results or "results/streaming.json"
-        checkpoint.write_json(path, dict(**checkpoint.provenance(), frames=a.frames, size=a.size, data=str(a.data), results=results))
+        judged = Path(film).name if a.stream else str(a.data)
+        checkpoint.write_json(path, dict(**checkpoint.provenance(), frames=a.stream or a.frames, size=a.size, data=judged, results=results))
         print("wrote", path)
 
 

@@ -166,8 +166,8 @@ def choose_convolution(device, dtype, trial=try_convolution):
     right = {layout: time for layout, (error, time) in found.items() if error < 0.02}
     if not right:
         errors = " and ".join(f"{error:.2g}" for error, _ in found.values())
-        return Convolution(torch.float32, torch.channels_last_3d, f"convolutions: fp32, because this build computes them wrongly in bf16 (relative errors {errors}; "
-                           f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()})")
+        return Convolution(torch.float32, torch.channels_last_3d, "convolutions: fp32, because this build computes them wrongly in bf16 "
+                           f"(relative errors {errors}; torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()})")
     best = min(right, key=right.get)
     flops = 2 * x.numel() * weight[:, 0].numel()
     line = f"convolutions: bf16, {LAYOUTS[best]}, {flops / right[best] / 1e12:.0f} TFLOP/s, relative error {found[best][0]:.2g}"

@@ -11,7 +11,8 @@ Exact (equal to rounding), each switched off by `sample.py --slow`:
   of work for 7,800 tokens, and far more than the work for few. A graph is recorded once and then launched as a whole: no Python, no gaps. (Estimates.)
 * **Compiled blocks** (`compile_blocks`, opt-in): what lies between our fused kernels is fused by torch.compile.
 
-Approximate, off by default, with what they cost in quality (results/shortcuts.json, `python bench.py --suite shortcuts`):
+Approximate, off by default, with what they cost in quality (results/shortcuts.json, `python bench.py --suite shortcuts`; on the toy,
+fewer steps lose less than either of the first two at the same work):
 
 * `interval`: guidance only between two noise levels (Kynkäänniemi et al. 2024, arXiv 2404.07724). At very high noise guidance narrows what can come
   out, at low noise it does little; outside the interval a step is one pass instead of two.
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 
 import dit
 import fp8 as eight_bits
+import kernels
 from checkpoint import UserError
 
 
@@ -114,7 +116,8 @@ def joined(context, null):
 def check(model, compiled, fp8):
     """UserError where something is asked for that a model with streamed blocks cannot do."""
     if (compiled or fp8) and model.offload == "blocks":
-        raise UserError(f"{'--compile' if compiled else '--fp8'} needs all blocks on the device, but here they are streamed: leave it away, or use --offload parts.")
+        raise UserError(f"{'--compile' if compiled else '--fp8'} needs all blocks on the device, but here they are streamed: leave it away, or use "
+                        "--offload parts.")
 
 
 def prepared(net, compiled, fp8):
@@ -132,6 +135,8 @@ def compile_blocks(net, backend="inductor"):
     `fullgraph`: a part that cannot be compiled is an error instead of a slow detour. Shapes are fixed: a new size compiles anew, a new step or
     prompt of the same length does not.
     """
+    if next(net.parameters()).is_cuda:
+        kernels.refused()  # tried out now, as this cannot be done while code is being compiled
     for block in net.blocks:
         if block._compiled_call_impl is None:
             block.compile(fullgraph=True, dynamic=False, backend=backend)

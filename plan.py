@@ -1,7 +1,8 @@
 """What an adaptation needs, before it is paid for: memory of a GPU part by part, FLOPs, GPU-hours, disk (spec ae-adapt-v 5, 9.6).
 
-Parameters, activations and operations are counted, not estimated. The real modules are built on the meta device, where tensors have shapes and no numbers; one training
-step runs there, forward and backward, while the bytes alive (`tiling.Meter`) and the FLOPs of every matrix product are counted.
+Parameters, activations and operations are counted, not estimated. The real modules are built on the meta device, where tensors have shapes
+and no numbers; one training step runs there, forward and backward, while the bytes alive (`tiling.Meter`) and the FLOPs of every matrix
+product are counted.
 
 **Memory.** With n bytes per parameter:
     frozen weights    2, bf16 (norms, modulation and time layers 4)       shared out among the GPUs, and so are the next four

@@ -196,7 +196,8 @@ def arguments(argv=None):
     add(how, "--compile", action="store_true", help="compile the transformer's blocks (a minute at the start of every size)")
     add(how, "--fp8", action="store_true", help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
     add(how, "--guidance-interval", type=interval_arg, default=(0.0, 1.0), metavar="LOW,HIGH", help="approximate: guidance only between these noise levels, 0..1")
-    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE", help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.15)")
+    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE",
+        help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.15)")
     add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 on a GPU, fp32 for the toy)")
     add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
     add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
@@ -292,7 +293,8 @@ def choose(model, args):
         args.compile = False
         lines.append(f"blocks: not compiled, because {reason}")
     if args.fp8:
-        lines.append("matrix products: fp8" + ("" if fp8.hardware(args.device) else f", computed in fp32: {args.device} multiplies no fp8 (for measuring the quality)"))
+        lines.append("matrix products: fp8" + ("" if fp8.hardware(args.device) else
+                                               f", computed in fp32: {args.device} multiplies no fp8 (for measuring the quality)"))
     return lines
 
 

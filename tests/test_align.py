@@ -212,6 +212,7 @@ def test_noise_awareness_is_a_ridge_towards_the_coupled_embedder(embedder):
     t2v = SimpleNamespace(weight=embedder.weight[:, :4], bias=embedder.bias)
     sigma = flow.sample_times(100_000, "shifted", 3.0, torch.Generator().manual_seed(0))[0].double()
     l = sigma.square().mean() / (1 - sigma).square().mean()
+    assert l == pytest.approx(3, rel=0.01)  # the shift
     W, C, (*_, xu, uu) = align.matrix(t2v)[0], align.coupling(moments, t2v, 2, NOISY), moments.centred()
     expected = torch.linalg.solve(uu + l * torch.eye(6), (W @ xu + l * W @ C).T).T
     torch.testing.assert_close(align.solve_noised(moments, t2v, 2, NOISY, shift=3.0, ridge=1e-9)[0], expected.float(), rtol=1e-4, atol=1e-5)

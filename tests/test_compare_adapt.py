@@ -151,7 +151,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tiny_toy, one_ra
     assert set(report["gate"]["passed"]) == set(data.WORLD)  # a random base knows nothing
     assert report["passed"] == [] and {c["claim"]: c["verdict"] for c in report["claims"]}["C1 to C5, C7"] == "not tested"  # so nothing can be inherited
     assert set(report["alignments"]) == {"random", "sgd_published", "sgd", "closed_form", "ridge_to_init", "noise_aware"}
-    assert (results / "compare_adapt.png").stat().st_size > 10_000 and (out / "sheet.png").exists()
+    assert (results / "compare_adapt.png").stat().st_size > 10_000 and (results / "compare_adapt_videos.png").exists()
     assert "| E AE-Adapt-V |" in (out / "compare_adapt.md").read_text()
 
     # in stage 1b the blocks are the base's; afterwards LoRA moves them, as the naive arm does all along (but for its first step: the head is zero)

@@ -77,14 +77,14 @@ def test_cleaning_equals_reference(raw, clean):
 
 @pytest.mark.parametrize("raw, clean", {
     "  a  cat\n\n sits\r\n\t": "a cat sits", "Tom & Jerry": "Tom & Jerry", "R&D <b> 5 > 3;": "R&D <b> 5 > 3;", "&copy 2020": "© 2020",
-    "": "", "   ": ""}.items())
-def test_plain_ascii_needs_no_ftfy(monkeypatch, raw, clean):
-    """Where ftfy would change nothing it is not asked for. (html.unescape knows a few entities without a semicolon.)"""
+    "": "", "   ": "", "色调艳丽，过曝（静态）。": "色调艳丽,过曝(静态)。"}.items())
+def test_plain_ascii_and_common_chinese_need_no_ftfy(monkeypatch, raw, clean):
+    """Where ftfy would change nothing but wide punctuation it is not asked for. (html.unescape knows a few entities without a semicolon.)"""
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert clean_prompt(raw) == clean
 
 
-@pytest.mark.parametrize("raw", ["色调艳丽，过曝", "caf\u00e9", "a cat 😀", "&ldquo;a&rdquo;", "&amp;amp;amp;", "a\x1b[31mb", "\x0b"])
+@pytest.mark.parametrize("raw", ["色调艳丽，caf\u00e9", "＆amp；", "caf\u00e9", "a cat 😀", "&ldquo;a&rdquo;", "&amp;amp;amp;", "a\x1b[31mb", "\x0b"])
 def test_what_ftfy_may_change_is_refused_without_it(monkeypatch, raw):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(UserError, match="pip install ftfy"):
@@ -98,7 +98,7 @@ def test_cleaning_equals_diffusers_on_random_text():
     peer = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
     draw = random.Random(0)
     pieces = ["&amp;", "&lt;", "&", "amp;", "lt", ";", "&#39;", "&copy", "&ldquo;", "&EACUTE;", "<", ">", " ", "a", "\n", "\r\n",
-              "\x1b[36m", "\x0b", "\x1c", "é", "Ã©", "“", "，", "　"]
+              "色", "艳丽", "。", "《", "＆", "；", "\x1b[36m", "\x0b", "\x1c", "é", "Ã©", "“", "，", "　"]
     planes = [range(0x80), range(0x3000), range(0xD800), range(0xE000, 0x1FFFF)]
     any_character = lambda: chr(draw.choice(draw.choice(planes)))
     for i in range(3000):

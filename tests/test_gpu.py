@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+import adapt
 import ae
 import dit
 import fp8
@@ -12,6 +13,8 @@ import gpu
 import kernels
 import models
 import sample
+import toy
+import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -224,3 +227,17 @@ def test_slow_path_equals_the_fast_one_on_the_command_line(tmp_path):
         sample.main(["--prompt", "a red ring", "--device", "cuda", "--steps", "4", "--out", str(tmp_path), "--name", name, *flags])
     fast, slow = (sample.checkpoint.load_tensors(tmp_path / f"{name}.safetensors")[0]["latent"] for name in ("fast", "slow"))
     torch.testing.assert_close(fast, slow, atol=1e-3, rtol=0)
+
+
+def test_adapt_trains_on_the_gpu_in_bf16(tiny_toy, tmp_path, monkeypatch):
+    """All stages of the tiny toy, frozen weights in bf16; what the CPU trains in fp32 differs by rounding only."""
+    monkeypatch.setattr(toy, "SHARD", 8)
+    monkeypatch.setattr(toy, "WITH_IMAGE", 4)
+    losses = []
+    for device, dtype in (("cpu", "fp32"), ("cuda", "bf16")):
+        adapt.main(["--base", "toy", "--device", device, "--dtype", dtype, "--shards", "2", "--align-shards", "1", "--steps-head", "3", "--steps", "3", "--batch", "4",
+                    "--accumulate", "1", "--prompts", "2", "--rank", "2", "--save-every", "1", "--head", "zero", "--cache", str(tmp_path / "cache"),
+                    "--out", str(tmp_path / device)])
+        losses.append([line["loss"] for stage in ("1b", "2") for line in train.read_log(tmp_path / device / stage)])
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.05, atol=0.05)

@@ -211,3 +211,43 @@ def test_kernels_compile_to_machine_code():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 7 and all(" 0 spilled bytes" in line for line in lines), done.stdout
+
+
+TRACE = """
+import torch, torch.utils._triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+import dit, kernels
+
+torch.utils._triton.has_triton = lambda: True  # else the tracer does not look for kernels
+kernels._refused = ""  # as if they had been tried
+FP32, BF16 = torch.float32, torch.bfloat16
+
+class Traced(Exception):
+    pass
+
+def backend(graph, inputs):
+    raise Traced(sum("triton_kernel" in str(node.target) for node in graph.graph.nodes))
+
+with torch.device("meta"):
+    block = dit.WanDiT(dit.Config(dim=256, ffn_dim=512, heads=2, layers=1, in_channels=4, out_channels=4)).blocks[0]
+with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    empty = lambda *shape, dtype=BF16: torch.empty(*shape, dtype=dtype, device="cuda")  # only pretends to be on a GPU
+    for module in block.modules():
+        for name, p in module._parameters.items():
+            wide = p is not None and ("Norm" in type(module).__name__ or name == "modulation")
+            module._parameters[name] = p if p is None else torch.nn.Parameter(empty(*p.shape, dtype=FP32 if wide else BF16), False)
+    keys, rope = empty(1, 16, 2, 128), empty(24, 64, dtype=torch.complex64)
+    inputs = empty(1, 24, 256, dtype=FP32), empty(1, 1, 6, 256, dtype=FP32), rope, dit.KeysValues((keys, keys), None, None), BF16
+    try:
+        torch.compile(block, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    except Exception as e:
+        print(e.inner_exception if hasattr(e, "inner_exception") else e)
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU to run on")
+def test_a_compiled_block_keeps_its_kernels():
+    """torch.compile takes a block as one graph (`fullgraph`) with seven of our kernels in it: traced on pretended GPU tensors, nothing is run."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", TRACE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "7", done.stdout + done.stderr
