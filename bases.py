@@ -264,7 +264,7 @@ _I2V = Settings(shift=5.0)
 
 BASES = {base.name: base for base in (
     # what was chosen for ten minutes on two cores: regression in place of the first steps, a higher learning rate that falls, no average
-    Toy("toy", Settings("ridge_to_init", "closed_form", "shifted", toy.SHIFT, "empty", steps_align=2000, lr_align=2e-3, batch_align=16, steps_head=800,
+    Toy("toy", Settings("noise_aware", "closed_form", "shifted", toy.SHIFT, "empty", steps_align=2000, lr_align=2e-3, batch_align=16, steps_head=800,
                         lr_head=8e-3, warmup_head=50, steps=1400, lr=4e-3, warmup=50, decay="linear", rank=32, alpha=64, clip=1.0, ema=0.0, batch=32,
                         checkpoint_blocks=False, export="fp32")),
     Base("wan2.1-t2v-1.3b", Settings(steps=40_000), guidance=3.0),

@@ -145,7 +145,7 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     rows = {row["stage"]: row for row in report["stages"]}
     assert list(rows) == [stages[0], "1a random", "1a closed_form", "1a ridge_to_init", "1a noise_aware", *stages[1:]]
     assert all({"validation_loss", "prompt_fit", "sigma"} <= rows[s].keys() for s in stages)
-    assert {"r2", "mse", "norm_ratio"} <= rows["1a random"].keys() and rows["1a, assembled"]["r2"] == rows["1a ridge_to_init"]["r2"]
+    assert {"r2", "mse", "norm_ratio"} <= rows["1a random"].keys() and rows["1a, assembled"]["r2"] == rows["1a noise_aware"]["r2"]
     assert rows["1a closed_form"]["r2"] > rows["1a random"]["r2"] and rows["1a ridge_to_init"]["r2"] > rows["1a random"]["r2"]
     assert {p.name for p in out.iterdir()} == {
         "cache", "1a", "1b", "2", "report.json", "stages.png", "stages.safetensors", "pairs.png", "transformer.safetensors", "ae.safetensors",
@@ -364,7 +364,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(job, tmp_path, monkeypatch):
 def test_other_settings_are_refused_with_the_difference(job, tiny_toy):
     """Nothing of the old run is touched. A changed base counts as another setting."""
     adapt.train_head(first := job(), first.expert)
-    for more, difference in ((["--align", "closed_form"], "align ridge_to_init -> closed_form"), (["--seed", "1"], "data .*, seed 0 -> 1")):
+    for more, difference in ((["--align", "closed_form"], "align noise_aware -> closed_form"), (["--seed", "1"], "data .*, seed 0 -> 1")):
         with pytest.raises(UserError, match=f"run/1a was made with other settings .{difference}.: use the same ones, or another --out"):
             job(*more)
     with pytest.raises(UserError, match="run/1b was made with other settings .lr_head 0.008 -> 0.5.: use"):
