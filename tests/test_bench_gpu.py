@@ -40,10 +40,10 @@ def test_diffusers_is_among_them(report):
 
 
 def test_extrapolation_from_few_blocks(report):
-    """The row says so, and gives the time and FLOPs of all blocks; a video adds 100 forwards and the decode."""
+    """The row says so where few were measured, which depends on the machine's speed; a video adds 100 forwards and the decode."""
     rows = {row["name"]: row for row in report["rows"]}
     step = rows["1.3B base f8t4c16, 4 frames 720p"]
-    assert step["note"] == f"extrapolated from {step['blocks']} of 4 blocks" and step["blocks"] < 4
+    assert step["note"] == ("" if step["blocks"] == 4 else f"extrapolated from {step['blocks']} of 4 blocks")
     decode, video = rows["base f8t4c16, 4 frames 720p"], rows["1.3B base f8t4c16, 4 frames 720p, 50 steps"]
     assert video["seconds"] == pytest.approx(100 * step["seconds"] + decode["seconds"])
 
