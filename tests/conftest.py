@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_triton.py; must precede triton, which other packages import too
+
 
 def golden(name):
     """Path of a file of reference tensors: from the full set where GOLDEN_DIR names one, else the cut shipped in tests/golden."""
