@@ -12,7 +12,7 @@ embeddings they have never seen, and training end to end first improves and then
     stage 2   LoRA on the blocks, embedder and head in full: the light end-to-end fine-tune
     export    the LoRA in three layouts, and merged: a folder that sample.py takes as a model
 
-    python adapt.py --base toy                                              the toy, from its embedded base, in about ten minutes on two cores
+    python adapt.py --base toy                                              the toy, from its embedded base, in a quarter of an hour on two cores
     python adapt.py --base wan2.1 --weights DIR [DIR] --data CLIPS          Wan 2.1 1.3B, with what was published for it (`bases.py`)
     torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...          the same on eight GPUs, weights and optimiser sharded
     python adapt.py --base wan2.1-t2v-14b --gpus 8 --plan                   what that needs, before it is paid for
