@@ -36,7 +36,7 @@ import data
 import dit
 import metrics
 import toy
-from arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
+from arms import ALL, ARMS, GROUPS, HELD, LONGER, OPTIONS, PRESETS, World, run, weights_file
 from checkpoint import UserError
 
 # ---------------------------------------------------------------------------------------------------- before any arm
@@ -207,7 +207,7 @@ def main(argv=None):
     p.add_argument("--preset", choices=list(PRESETS), default="laptop", help="sizes of the experiment")
     p.add_argument("--out", default="out/compare_adapt", help="folder for caches, trials and weights")
     p.add_argument("--results", default="results", help="folder for compare_adapt.json and .png")
-    p.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ALL), help="only these")
+    p.add_argument("--arms", nargs="+", choices=list(ALL), default=[k for k in ALL if k not in LONGER], help="only these")
     p.add_argument("--seeds", type=int, help="fewer seeds than the preset's; the others can be added later")
     p.add_argument("--base-weights", help="transformer of the base in place of the embedded one (.safetensors)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -57,7 +57,7 @@ import metrics
 import train as training
 from chunk_causal import Conv3d
 from muon import Muon
-from train_ae import inflate
+from train_ae import image_autoencoder, inflate
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
 LENGTHS = {32: 24, 80: 18, LONG: 18}  # frames of the clips that arms are judged on: how many
@@ -210,29 +210,6 @@ def plot_limits(path, result):
 
 
 # ---------------------------------------------------------------------------------------------------- training
-
-
-class Still(nn.Module):
-    """What is left of a 3-D convolution on single frames: its middle tap."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(conv.weight[:, :, 1].detach() * 3**0.5), conv.bias  # a third of the inputs: as strong as before
-
-    def forward(self, x, state=None):
-        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=1)[:, :, None], state
-
-
-def image_autoencoder(config):
-    """The 2-D autoencoder of these widths, for clips of one frame; what resamples time does nothing."""
-    net = ae.DCAEV(dataclasses.replace(config, temporal_factor=1, chunk=1))
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Conv3d):
-                setattr(module, name, Still(child))
-    for p in (*net.encoder.stages[-2].op_list[-1].parameters(), *net.decoder.stages[-2].op_list[0].parameters()):
-        nn.init.zeros_(p).requires_grad_(False)
-    return net
 
 
 def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):

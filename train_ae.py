@@ -88,6 +88,7 @@ class Phase:
 #: For the published sizes on 8 H100. None of these has been run: times follow from the operations of spec 9 (forward, once more for
 #: `recompute_stages`, twice for the backward pass) at 40 % of the peak.
 FULL = {
+    "image": Phase("space", (256, 256), 1, 64, 50_000, 1e-4, "0.9 s per step, 13 hours", images=0.0, perceptual_frames=1),
     "low": Phase("all", (256, 256), 80, 2, 200_000, 1e-4, "7 s per step, 16 days; the released model has 31.1 dB (spec 8.3)"),
     "high": Phase("inner", (512, 512), 120, 1, 20_000, 5e-5, "11 s per step, 2.5 days"),
     "refine": Phase("head", (256, 256), 80, 2, 20_000, 5e-5, "2.5 s per step, 14 hours; sharper, PSNR a little lower", adversarial=0.05),
@@ -95,8 +96,8 @@ FULL = {
 #: For `small` on a laptop: Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
 _LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, perceptual_frames=2, disc_width=16)
 LAPTOP = {
-    "low": Phase("all", (64, 64), 16, 8, 2000, 2e-3, "1.7 s per step on one core, an hour; only 200 steps of batch 4 were run: 15.4 dB, "
-                 "rising", **_LAPTOP),
+    "image": Phase("space", (64, 64), 1, 64, 1200, 4e-3, "", **{**_LAPTOP, "images": 0.0, "perceptual": 0.0}),
+    "low": Phase("all", (64, 64), 16, 8, 800, 1e-3, "", **_LAPTOP),
     "high": Phase("inner", (128, 128), 32, 1, 300, 5e-4, "1 s per step, 5 minutes", **_LAPTOP),
     "refine": Phase("head", (64, 64), 16, 4, 300, 2e-4, "1.2 s per step, 6 minutes", adversarial=0.05, **_LAPTOP),
 }
@@ -110,14 +111,20 @@ def programme(preset):
 # ---------------------------------------------------------------------------------------------------- what is trained
 
 
+def through_time(net):
+    """The two blocks that resample time, of the encoder and of the decoder."""
+    return net.encoder.stages[-2].op_list[-1], net.decoder.stages[-2].op_list[0]
+
+
 def part(net, which):
     """The layers that a phase trains, as a module list.
 
-    all: everything. inner: the two deepest stages of encoder and decoder, on both sides of the temporal resampling, and the projections to
-    and from the latent. head: the decoder's last stage and projection to pixels.
+    all: everything. space: all but what resamples time. inner: the two deepest stages of encoder and decoder, on both sides of the temporal
+    resampling, and the projections to and from the latent. head: the decoder's last stage and projection to pixels.
     """
     enc, dec, first = net.encoder, net.decoder, net.config.first
-    return nn.ModuleList({"all": [enc, dec], "inner": [*enc.stages[-2:], enc.project_out, dec.project_in, *dec.stages[-2:]],
+    return nn.ModuleList({"all": [enc, dec], "space": [block for block in (*enc.layers, *dec.layers) if block not in through_time(net)],
+                          "inner": [*enc.stages[-2:], enc.project_out, dec.project_in, *dec.stages[-2:]],
                           "head": [dec.stages[first], dec.project_out]}[which])
 
 
@@ -199,7 +206,7 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
     decides the result; `preset` names the file.
     """
     c, device = net.config, next(net.parameters()).device
-    if phase.frames % c.piece or phase.frames < 2 * c.piece:
+    if phase.trained != "space" and (phase.frames % c.piece or phase.frames < 2 * c.piece):
         raise UserError(f"--frames must be a multiple of the chunk ({c.piece}) and at least two chunks, got {phase.frames}.")
     out, autocast = Path(out), torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     torch.manual_seed(seed)
@@ -257,20 +264,29 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
     if inflate_from:
         print(inflate(net, checkpoint.load_tensors(inflate_from)[0]))
     prepare(net, device, compiled)
-    phases, steps = list(phases or programme(preset)), changes.get("steps")
+    begun = start or inflate_from
+    phases, steps = list(phases or [name for name in programme(preset) if not (begun and name == "image")]), changes.get("steps")
+    if "image" in phases and (begun or phases[0] != "image"):
+        raise UserError("the phase image begins from nothing: name it first in --phases, and without --start and --inflate.")
     if isinstance(steps, list) and len(steps) != len(phases):
         raise UserError(f"--steps has {len(steps)} numbers for {len(phases)} phases ({', '.join(phases)}): give one, or one for each.")
+    films = str(folder) if isinstance(folder, (str, Path)) else " ".join(map(str, folder))
     for i, name in enumerate(phases):
         phase = dataclasses.replace(programme(preset)[name], **changes)
         if isinstance(steps, list):
             phase = dataclasses.replace(phase, steps=steps[i])
+        if name == "image":
+            phase = dataclasses.replace(phase, frames=1)
         dataset = clips.Clips(folder, phase.frames, phase.size, "train", seed, cache=cache)
         for reason in dataset.skipped.values():
             print(f"skipped: {reason}")
         stream = functools.partial(batches, dataset, phase.batch, workers, device)
-        films = str(folder) if isinstance(folder, (str, Path)) else " ".join(map(str, folder))
-        path = run_phase(net, phase, name, Path(out) / name, stream, clips.validation(folder, phase.frames, phase.size, 8), seed, preset=preset,
-                         data=films, start=start and str(start), inflated=inflate_from and str(inflate_from), **more)
+        trained = prepare(image_autoencoder(net.config), device, compiled) if name == "image" else net
+        path = run_phase(trained, phase, name, Path(out) / name, stream, clips.validation(folder, phase.frames, phase.size, 8), seed,
+                         preset=preset + "-image" * (name == "image"), data=films, start=start and str(start),
+                         inflated=inflate_from and str(inflate_from), **more)
+        if name == "image":
+            print(inflate(net, trained.state_dict()))
     return path
 
 
@@ -359,6 +375,30 @@ def measure(preset, folder, cache, workers, changes={}, rounds=12, bf16=True):
 
 
 # ---------------------------------------------------------------------------------------------------- from images to video
+
+
+class Still(nn.Module):
+    """What is left of a 3-D convolution on single frames: its middle tap."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight[:, :, 1].detach() * 3**0.5), conv.bias  # a third of the inputs: as strong as before
+
+    def forward(self, x, state=None):
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=1)[:, :, None], state
+
+
+def image_autoencoder(config):
+    """The 2-D autoencoder of these widths, for clips of one frame: a third of the operations. What resamples time does nothing."""
+    net = ae.DCAEV(dataclasses.replace(config, temporal_factor=1, chunk=1))
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv3d):
+                setattr(module, name, Still(child))
+    for block in through_time(net):
+        for p in block.parameters():
+            nn.init.zeros_(p).requires_grad_(False)
+    return net
 
 
 @torch.no_grad()

@@ -50,9 +50,9 @@ def run_programme(out, films, monkeypatch, phases=None, **changes):
     return train_ae.train_clips("tiny", films, out, workers=0, perceptual="random", phases=phases, changes={**SHORT, "disc_width": 8, **changes})
 
 
-def test_the_three_phases(tmp_path, films, monkeypatch):
+def test_the_phases_for_video(tmp_path, films, monkeypatch):
     """Each begins with the averaged weights of the one before and trains its own layers only; the latent scale is measured at the end."""
-    last = run_programme(tmp_path / "ae", films, monkeypatch)
+    last = run_programme(tmp_path / "ae", films, monkeypatch, ("low", "high", "refine"))
     folders = [tmp_path / "ae" / name for name in ("low", "high", "refine")]
     assert last == folders[2] / "tiny.safetensors"
     for folder in folders:
@@ -74,6 +74,33 @@ def test_the_three_phases(tmp_path, films, monkeypatch):
     net = ae.load(last)
     with torch.no_grad():
         assert 0.8 < (net.config.scale * net.encode(x)).square().mean().sqrt() < 1.25
+
+
+def test_video_begins_with_the_image_autoencoder(tmp_path, films, monkeypatch, capsys):
+    """Phase 0 trains everything but what resamples time; the next phase begins with its kernels as middle taps (at a rate of 0 it keeps them)."""
+    run_programme(tmp_path / "ae", films, monkeypatch, ("image",), lr=1e-3)
+    still, metadata = checkpoint.load_tensors(tmp_path / "ae" / "image" / "tiny-image.safetensors")
+    assert metadata["training"]["frames"] == 1 and metadata["log"][-1]["psnr"] > 0
+    through_time = re.compile(r"encoder\.stages\.2\.op_list\.1\.|decoder\.stages\.2\.op_list\.0\.")
+    untouched = train_ae.image_autoencoder(TINY).state_dict()
+    assert all((not still[k].any()) == bool(through_time.match(k)) for k, v in still.items() if v.ndim == 4) and still.keys() == untouched.keys()
+
+    run_programme(tmp_path / "flat", films, monkeypatch, ("image", "low"), lr=0.0)
+    assert "inflated" in capsys.readouterr().out
+    still, low = (checkpoint.load_tensors(tmp_path / "flat" / name)[0] for name in ("image/tiny-image.safetensors", "low/tiny.safetensors"))
+    kernels = [k for k, v in still.items() if v.ndim == 4 and not through_time.match(k)]
+    assert kernels and all(torch.equal(low[k][:, :, 1], still[k]) and not low[k][:, :, [0, 2]].any() for k in kernels)
+
+
+def test_the_image_phase_comes_first_or_not_at_all(tmp_path, films, monkeypatch):
+    with pytest.raises(UserError, match="image begins from nothing"):
+        run_programme(tmp_path / "ae", films, monkeypatch, ("low", "image"))
+    ae.save(tiny(), tmp_path / "tiny.safetensors")
+    started = dict(workers=0, perceptual="random", start=tmp_path / "tiny.safetensors", changes={**SHORT, "steps": [1, 1, 1], "disc_width": 8})
+    train_ae.train_clips("tiny", films, tmp_path / "on", **started)
+    assert sorted(p.name for p in (tmp_path / "on").iterdir()) == ["high", "low", "refine"]
+    with pytest.raises(UserError, match="image begins from nothing"):
+        train_ae.train_clips("tiny", films, tmp_path / "no", phases=["image"], **started)
 
 
 def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
@@ -161,13 +188,13 @@ def test_latent_noise_spreads_by_a_share_of_the_rms():
 @pytest.mark.parametrize("frames", [8, 20])
 def test_clips_hold_two_chunks_or_more(tmp_path, films, monkeypatch, frames):
     with pytest.raises(UserError, match=r"--frames must be a multiple of the chunk \(8\) and at least two chunks"):
-        run_programme(tmp_path / "ae", films, monkeypatch, frames=frames)
+        run_programme(tmp_path / "ae", films, monkeypatch, ("low",), frames=frames)
 
 
 def test_steps_are_one_number_or_one_for_each_phase(tmp_path, films, monkeypatch):
     run_programme(tmp_path / "ae", films, monkeypatch, ("low", "refine"), steps=[2, 1])
     assert {p.parent.name: p.name for p in (tmp_path / "ae").rglob("checkpoint*")} == {"low": "checkpoint-0000002.pt", "refine": "checkpoint-0000001.pt"}
-    with pytest.raises(UserError, match=r"--steps has 2 numbers for 3 phases \(low, high, refine\)"):
+    with pytest.raises(UserError, match=r"--steps has 2 numbers for 4 phases \(image, low, high, refine\)"):
         run_programme(tmp_path / "other", films, monkeypatch, steps=[2, 1])
 
 
@@ -177,8 +204,9 @@ def test_every_phase_fits_every_preset(preset):
     config = ae.PRESETS[preset]
     with torch.device("meta"):
         net = ae.DCAEV(config)
-    for phase in train_ae.programme(preset).values():
-        assert phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk and all(s % config.spatial_factor == 0 for s in phase.size)
+    for name, phase in train_ae.programme(preset).items():
+        assert phase.frames == 1 if name == "image" else phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk
+        assert all(s % config.spatial_factor == 0 for s in phase.size)
         assert sum(p.numel() for p in train_ae.part(net, phase.trained).parameters()) > 0
     inner = sum(p.numel() for p in train_ae.part(net, "inner").parameters())
     assert 0.2 < inner / sum(p.numel() for p in net.parameters()) < 0.98
