@@ -96,10 +96,10 @@ FULL = {
 #: For `small` on a laptop: Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
 _LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, perceptual_frames=2, disc_width=16)
 LAPTOP = {
-    "image": Phase("space", (64, 64), 1, 64, 1200, 4e-3, "", **{**_LAPTOP, "images": 0.0, "perceptual": 0.0}),
-    "low": Phase("all", (64, 64), 16, 8, 800, 1e-3, "", **_LAPTOP),
-    "high": Phase("inner", (128, 128), 32, 1, 300, 5e-4, "1 s per step, 5 minutes", **_LAPTOP),
-    "refine": Phase("head", (64, 64), 16, 4, 300, 2e-4, "1.2 s per step, 6 minutes", adversarial=0.05, **_LAPTOP),
+    "image": Phase("space", (64, 64), 1, 64, 800, 4e-3, "", **{**_LAPTOP, "images": 0.0, "perceptual": 0.0}),
+    "low": Phase("all", (64, 64), 16, 8, 500, 1e-3, "", **_LAPTOP),
+    "high": Phase("inner", (128, 128), 32, 1, 100, 5e-4, "", **_LAPTOP),
+    "refine": Phase("head", (64, 64), 16, 4, 100, 2e-4, "", adversarial=0.05, **_LAPTOP),
 }
 
 
