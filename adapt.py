@@ -16,6 +16,7 @@ embeddings they have never seen, and training end to end first improves and then
     python adapt.py --base wan2.1 --weights DIR [DIR] --data CLIPS          Wan 2.1 1.3B, with what was published for it (`bases.py`)
     torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...          the same on eight GPUs, weights and optimiser sharded
     python adapt.py --base wan2.1-t2v-14b --gpus 8 --plan                   what that needs, before it is paid for
+    python adapt.py --base wan2.1 ... --buckets 720F32MS --continue-from OUT --out OUT2      on at a higher resolution: stage 2 alone, a fresh LoRA
     python adapt.py --base toy --pretrain | --score | --compare             train the toy base; score both toys; the comparison of ways to adapt
 
 Every stage has a folder in --out. Rerun the same command after an interruption: what is finished is not done again, what was begun goes on,
@@ -52,6 +53,7 @@ import lora
 import models
 import toy
 import train as training
+import wan_weights
 from bases import DTYPES
 from checkpoint import UserError
 from journal import Journal
@@ -80,6 +82,20 @@ class Job:
     def folder(self, expert, stage):
         return Path(self.args.out) / f"{expert.prefix}{stage}"
 
+    @property
+    def experts(self):
+        """The transformers to begin with: the base's, or with --continue-from those of an adapted model."""
+        found, adapted = self.base.experts(self.teacher), self.args.continue_from
+        if not adapted:
+            return found
+        files = [models.find((f"{stem}.safetensors", f"{stem}/*.safetensors"), [adapted]) for stem in ("transformer", "transformer_2")[: len(found)]]
+        for file, expert in zip(files, found):
+            told = file and checkpoint.open_tensors(file)[1].get("adapted", {})
+            if not told or (told["base"], told["target"]) != (self.base.name, bases.target_of(self.student.ae.config)):
+                raise UserError(f"{adapted} holds no {self.base.name} adapted to {bases.target_of(self.student.ae.config)}"
+                                + (f", but {told['base']} adapted to {told['target']}" if told else "") + ": --continue-from wants the --out of such a run.")
+        return [expert._replace(path=file) for file, expert in zip(files, found)]
+
 
 def adapt(base, settings, args):
     """AE-Adapt-V, stage by stage, into the folder args.out."""
@@ -93,8 +109,8 @@ def adapt(base, settings, args):
     job = Job(base, settings, args, args.device, teacher, student, source, held, journal, started)
     last = STAGES.index(args.stage)
     for number, stage in enumerate((align_ends, train_head, train_lora), 1):
-        for expert in base.experts(teacher):
-            if number <= last:
+        for expert in job.experts:
+            if number <= last and (stage is train_lora or not args.continue_from):
                 stage(job, expert)
     if last == len(STAGES) - 1:
         export(job)
@@ -145,8 +161,10 @@ def train_head(job, expert):
 
 
 def train_lora(job, expert):
-    """Stage 2: LoRA on the blocks (spec 5.3), embedder and head in full -> 2/trained.safetensors."""
-    start, s = result(job.folder(expert, "1b") / "trained.safetensors"), job.settings
+    """Stage 2: LoRA on the blocks (spec 5.3), embedder and head in full -> 2/trained.safetensors. It begins where 1b ended, or an adapted model."""
+    start, s = ends(expert) if job.args.continue_from else result(job.folder(expert, "1b") / "trained.safetensors"), job.settings
+    if job.args.continue_from and alone(job.folder(expert, "2") / "trained.safetensors") and f"{expert.prefix}before" not in job.journal:
+        examine(job, expert, "before", build(job, expert, start)[1])
     config = config_of(job, expert, "steps", "lr", "warmup", "decay", "rank", "alpha", "ema", start=cache.hash_tensors(start))
     fit(job, expert, "2", "2, LoRA", lambda: build(job, expert, start, adapters=True)[1], config, s.steps, s.lr, s.warmup, s.ema, s.steps_head)
 
@@ -158,7 +176,7 @@ def export(job):
         return
     about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank, alpha=s.alpha, step=s.steps)
     shown = {k: getattr(job.student, k) for k in models.SAMPLING}
-    for number, expert in enumerate(job.base.experts(job.teacher)):
+    for number, expert in enumerate(job.experts):
         suffix = "_2" if number else ""  # as diffusers calls the second transformer
         trained = result(job.folder(expert, "2") / "trained.safetensors")
         net = build(job, expert, trained, adapters=True, dtype=dtype, device="cpu")[1]
@@ -304,8 +322,9 @@ def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
     if training.rank() == 0 and (new or f"{expert.prefix}{title}" not in job.journal):
         tensors = result(folder / "trained.safetensors")
         base, net = build(job, expert, tensors, adapters=name == "2")
-        examine(job, expert, title, net, depth=depth(job, base, net), trained=sum(v.numel() for v in tensors.values()),
-                **embedding(job, expert, net.patch_embedding.weight, net.patch_embedding.bias))
+        numbers = {} if job.args.continue_from else dict(  # there the base's own space plays no part
+            depth=depth(job, base, net), **embedding(job, expert, net.patch_embedding.weight, net.patch_embedding.bias))
+        examine(job, expert, title, net, trained=sum(v.numel() for v in tensors.values()), **numbers)
 
 
 def train(job, expert, folder, what, ready, config, steps, lr, warmup, ema, first):
@@ -359,6 +378,12 @@ def build(job, expert, tensors, adapters=False, dtype=None, device=None):
         lora.wrap(net, s.rank, s.alpha, full=ENDS)
     training.copy_into(net, tensors)
     return base, net
+
+
+def ends(expert):
+    """The embedder and head of a transformer, fp32."""
+    tensors = wan_weights.open_checkpoint(expert.path)[0]
+    return {k: checkpoint.read(v).float() for k, v in tensors.items() if k.startswith(ENDS)}
 
 
 def config_of(job, expert, *names, **more):
@@ -454,6 +479,8 @@ def arguments(argv=None):
     what.add_argument("--ae", metavar="FILE", help="the deep autoencoder, where it is not in these folders")
     what.add_argument("--data", nargs="+", metavar="CLIPS", help="captioned clips: folders of x.mp4 + x.txt, CSV, JSONL, web-dataset tars")
     what.add_argument("--out", default="out/adapt", help="folder for everything (default: out/adapt)")
+    what.add_argument("--continue-from", type=Path, metavar="OUT", help="an adapted model, the --out of another run: train it on with a fresh LoRA, 15 %% of "
+                      "stage 2's steps, for example on 720p clips (--buckets 720F32MS)")
     what.add_argument("--stage", choices=STAGES, default="export", help="stop after this one (default: export)")
     for name, text in dict(plan="print what the run needs, and stop", pretrain="train the toy base itself instead", score="score the embedded toys instead",
                            compare="the comparison of ways to adapt, on the toy, instead").items():
@@ -493,6 +520,8 @@ def main(argv=None):
     args, given = arguments(argv)
     base = bases.find(args.base)
     settings = dataclasses.replace(base.settings, **given)
+    if args.continue_from:  # spec 5.4: 10 to 20 % of the steps
+        settings = dataclasses.replace(settings, **{k: getattr(settings, k) * 15 // 100 for k in ("steps", "warmup") if k not in given})
     if "rank" in given and "alpha" not in given:
         settings = dataclasses.replace(settings, alpha=2 * settings.rank)  # the published ratio
     if args.threads:

@@ -22,6 +22,7 @@ import torch
 
 import ae
 import cache
+import captions
 import checkpoint
 import data
 import dit
@@ -159,12 +160,11 @@ class Base:
         folders = [Path(w) for w in args.weights] or [Path("checkpoints") / self.name]
         autoencoder = deep_autoencoder(args.target, args.ae, folders)  # first: the likelier thing to miss
         teacher = models.load_model(self.name, folders, (), DTYPES[settings.dtype], args.device, args.text_cache)
-        return teacher, self.student(teacher, autoencoder, settings)
+        return teacher, self.student(teacher, autoencoder, settings, args.buckets or f"480F{autoencoder.config.spatial_factor}MS")
 
-    def student(self, teacher, autoencoder, settings):
-        """The teacher around the deep autoencoder. It samples as the released DC-VideoGen models do, at the size that it is trained at."""
-        cell = autoencoder.config.spatial_factor
-        size = tuple(n // cell * cell for n in (480, 832))
+    def student(self, teacher, autoencoder, settings, buckets):
+        """The teacher around the deep autoencoder. It samples as the released DC-VideoGen models do, in the 16:9 that it is trained at."""
+        size = captions.bucket_sizes(buckets)[0.5625]
         return replace(teacher, name=f"{self.name} in {target_of(autoencoder.config)}", low=None, ae=autoencoder, ae_dtype=DTYPES[settings.dtype],
                        net=models.Deferred(None, config=deep_config(teacher.net.config, autoencoder.config)), size=size, picture="dc",
                        frames=80, solver="unipc_diffusers", shift=teacher.shift if teacher.low else 5.0, guidance=self.guidance,
@@ -180,6 +180,7 @@ class Base:
         """-> (training data, held-out data)"""
         if not args.data:
             raise UserError(f"--base {self.name} needs --data: a folder of captioned clips (x.mp4 with x.txt), a CSV, a JSONL or a web-dataset tar.")
+        teacher = None if args.continue_from else teacher  # whose latents only stage 1 reads
         source = cache.Source(args.data, student, teacher, None if args.no_cache else args.cache, args.buckets or f"480F{student.ae.config.spatial_factor}MS",
                               args.frames, seed=settings.seed, drop=settings.drop, null=settings.null, workers=args.workers)
         return source, source.held_out()

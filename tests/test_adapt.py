@@ -235,6 +235,33 @@ def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp
     assert video.shape == (3, 5, 64, 96) and report["settings"]["shift"] == 5.0 and report["settings"]["guidance"] == 3.0
 
 
+def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache, tmp_path):
+    """--continue-from: stage 2 alone, on the exported model, in larger buckets. Nothing of the base's latent space is made or read."""
+    first = wan("wan2.1", "--align", "closed_form", "--no-samples", out=tmp_path / "first")
+    out = wan("wan2.1", "--continue-from", str(first), "--buckets", "96x128F32MS", "--no-samples", out=tmp_path / "second")
+    rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
+    assert list(rows) == ["before", "2, LoRA"] and rows["before"]["validation_loss"] > 0 and not {"r2", "depth"} & rows["2, LoRA"].keys()
+    assert {p.name for p in out.iterdir()} >= {"2", "transformer.safetensors", "lora.safetensors"} and not {"1a", "1b"} & {p.name for p in out.iterdir()}
+    assert len([p for p in (out / "cache").iterdir() if p.is_dir()]) == len([p for p in (first / "cache").iterdir() if p.is_dir()]) - 1
+    before, after = (dit.load(o / "transformer.safetensors").state_dict() for o in (first, out))
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {"patch_embedding.weight", "head.head.weight", "blocks.0.self_attn.q.weight"} <= moved and "blocks.0.norm3.weight" not in moved
+    model = models.load_model(str(out), [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache=text_cache)
+    assert model.size == (96, 160) and sampled(out, [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache, tmp_path)[0].shape == (3, 5, 64, 96)
+    with pytest.raises(UserError, match="holds no wan2.1-t2v-1.3b adapted to f32t4c32: --continue-from wants"):
+        wan("wan2.1", "--continue-from", str(tmp_path), out=tmp_path / "third")
+    with pytest.raises(UserError, match="but wan2.1-t2v-1.3b adapted to f32t4c32"):
+        wan("wan2.1-t2v-14b", "--continue-from", str(first), out=tmp_path / "third")
+
+
+def test_a_continuation_takes_a_share_of_the_steps(monkeypatch):
+    told = []
+    monkeypatch.setattr(adapt, "adapt", lambda base, settings, args: told.append((settings.steps, settings.warmup)))
+    adapt.main(["--base", "wan2.1-t2v-14b", "--continue-from", "x"])
+    adapt.main(["--base", "wan2.1-t2v-14b", "--continue-from", "x", "--steps", "700"])
+    assert told == [(1200, 150), (700, 150)]
+
+
 def test_image_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp_path):
     """From diffusers' layout to diffusers' layout, by regression. The exported model has mask and condition channels and the image branch."""
     out = wan("wan2.1-i2v-14b-480p", "--align", "closed_form", "--no-samples", "--format", "diffusers", layout=1)

@@ -22,7 +22,7 @@ def deep(name, target="f32t4c32"):
 
 
 def arguments(folders, **more):
-    return types.SimpleNamespace(weights=folders, target="f32t4c32", ae=None, device="cpu", text_cache=None, **more)
+    return types.SimpleNamespace(weights=folders, target="f32t4c32", ae=None, device="cpu", text_cache=None, buckets=None, continue_from=None, **more)
 
 
 @pytest.mark.parametrize("name, steps, shift, guidance", [
