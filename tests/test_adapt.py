@@ -254,6 +254,19 @@ def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache,
         wan("wan2.1-t2v-14b", "--continue-from", str(first), out=tmp_path / "third")
 
 
+def test_into_f64t4c128(wan, tiny_folders, text_cache, tmp_path):
+    """--target f64t4c128: a deep token covers 4 x 4 of the base's; 128 latent channels; buckets that 64 divides."""
+    torch.manual_seed(0)
+    ae.save(ae.DCAEV(ae.Config((0, *[16] * 7), (0, *[1] * 7), 128, chunk=8)), tmp_path / "f64.safetensors")
+    out = wan("wan2.1", "--target", "f64t4c128", "--ae", str(tmp_path / "f64.safetensors"), "--buckets", "128x192F64MS", "--align", "closed_form", "--no-samples")
+    net = dit.load(out / "transformer.safetensors")
+    assert (net.config.in_channels, net.config.out_channels, net.config.patch) == (128, 128, (1, 1, 1))
+    rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
+    assert rows["1a closed_form"]["r2"] > rows["1a random"]["r2"] and rows["2, LoRA"]["validation_loss"] > 0
+    video, report = sampled(out, [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache, tmp_path, "--size", "64x128")
+    assert video.shape == (3, 5, 64, 128)
+
+
 def test_a_continuation_takes_a_share_of_the_steps(monkeypatch):
     told = []
     monkeypatch.setattr(adapt, "adapt", lambda base, settings, args: told.append((settings.steps, settings.warmup)))
