@@ -124,8 +124,6 @@ def align_ends(job, expert):
         config |= config_of(job, expert, "steps_align", "lr_align", "batch_align")
     if s.align == "noise_aware" or s.head == "closed_form":
         config |= config_of(job, expert, "time_sampling", "shift")
-    if s.head == "closed_form" and expert.name:
-        raise UserError(f"the closed-form head is for bases with one transformer, and {job.base.name} has two: use --head zero.")
     if finished(file, config):
         return
     start = initial_embedder(job.student.net.config, s.seed)
@@ -141,7 +139,7 @@ def align_ends(job, expert):
     base, net = build(job, expert, {})
     training.copy_into(net, {"patch_embedding.weight": weight.view_as(net.patch_embedding.weight), "patch_embedding.bias": bias})
     if s.head == "closed_form":
-        align.solve_head(net, job.source, batches=96, batch=s.batch, mode=s.time_sampling, shift=s.shift)
+        align.solve_head(net, job.source, batches=96, batch=s.batch, mode=s.time_sampling, shift=s.shift, inside=(expert.low, expert.high))
     examine(job, expert, "1a, assembled", net, depth=depth(job, base, net), **numbers)
     checkpoint.save_tensors(file, {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}, {"settings": config})
 
@@ -206,7 +204,7 @@ def align_embedder(job, expert, start, sgd):
     ways = {"random": lambda: start,
             "closed_form": lambda: align.solve_embedding(fitted, E_T),
             "ridge_to_init": lambda: align.solve_embedding(fitted, E_T, 3e-2, start[0]),
-            "noise_aware": lambda: align.solve_noised(fitted, E_T, *noise_of(job), s.time_sampling, s.shift),
+            "noise_aware": lambda: align.solve_noised(fitted, E_T, *noise_of(job), s.time_sampling, s.shift, inside=(expert.low, expert.high)),
             **({"sgd": lambda: sgd} if sgd else {})}
     numbers, found = {}, {}
     for way, solve in ways.items():
@@ -281,10 +279,7 @@ def draw(shape, settings, expert, seed, step, positions):
     rows = []
     for position in positions:
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0] >> 1))
-        while True:
-            sigma, t, weight = flow.sample_times(1, settings.time_sampling, settings.shift, generator)
-            if expert.low <= t.item() / 1000 < expert.high:
-                break
+        sigma, t, weight = flow.sample_times(1, settings.time_sampling, settings.shift, generator, inside=(expert.low, expert.high))
         rows.append((sigma, t, weight, torch.randn(1, *shape, generator=generator)))
     return [torch.cat(column) for column in zip(*rows)]
 

@@ -158,14 +158,14 @@ def coupling(moments, teacher, s, noisy):
     return a @ b / s
 
 
-def noised(moments, lift, s, noisy, mode="shifted", shift=5.0, draws=100_000):
+def noised(moments, lift, s, noisy, mode="shifted", shift=5.0, draws=100_000, inside=(0.0, 1.001)):
     """Moments of the same tokens with noise of the training distribution, base and student coupled by `lift` (from `coupling`).
 
     An entry of a noised patch is k z + sigma e with k = 1 - sigma where it is latent; where it is mask or condition, k = 1 and there is no
     noise. So every moment is the clean one times E[k k'], plus E[sigma^2] times the noise's covariance: 1/s^2 for the base, 1 for the
     student, `lift` between them. For pairs made with mode "downsample".
     """
-    sigma, _, weight = (a.double() for a in flow.sample_times(draws, mode, shift, torch.Generator().manual_seed(0)))
+    sigma, _, weight = (a.double() for a in flow.sample_times(draws, mode, shift, torch.Generator().manual_seed(0), inside=inside))
     mean = lambda f: (weight * f).sum() / weight.sum()
     A, a, B = mean((1 - sigma) ** 2), mean(1 - sigma), mean(sigma**2)
     latent = [(torch.arange(len(m)) < n).double() for m, n in zip((moments.x, moments.u), noisy)]
@@ -178,9 +178,9 @@ def noised(moments, lift, s, noisy, mode="shifted", shift=5.0, draws=100_000):
                    moments.xu * second(x, u) + n * B * lifted, moments.uu * second(u, u) + n * B * u.diag())
 
 
-def solve_noised(moments, teacher, s, noisy, mode="shifted", shift=5.0, ridge=1e-5):
+def solve_noised(moments, teacher, s, noisy, mode="shifted", shift=5.0, ridge=1e-5, inside=(0.0, 1.001)):
     """Noise-aware closed form of stage 1a -> (weight, bias): the regression on pairs with coupled noise at the training's noise levels."""
-    return solve_embedding(noised(moments, coupling(moments, teacher, s, noisy), s, noisy, mode, shift), teacher, ridge)
+    return solve_embedding(noised(moments, coupling(moments, teacher, s, noisy), s, noisy, mode, shift, inside=inside), teacher, ridge)
 
 
 def sgd_embedding(pair, n, patches, teacher, weight, bias, steps=20000, batch=4, lr=2e-4, seed=0, keep=512, progress=True):
@@ -287,7 +287,7 @@ def velocity_of(net, batch, device):
 
 
 @torch.no_grad()
-def solve_head(net, source, batches=48, batch=64, ridge=1e-4, mode="shifted", shift=5.0, seed=7):
+def solve_head(net, source, batches=48, batch=64, ridge=1e-4, mode="shifted", shift=5.0, seed=7, inside=(0.0, 1.001)):
     """Closed form of the head (spec 4): the best linear map from the features that enter it to the velocity, in place.
 
     Only forward passes at random times: sum w u u' and w u v' over features u (with a 1 for the bias) and target patches v, with the
@@ -300,7 +300,7 @@ def solve_head(net, source, batches=48, batch=64, ridge=1e-4, mode="shifted", sh
     try:
         for step in tqdm(range(batches), desc="align head by regression", unit="batch", leave=False):
             clips, generator = source.batch(step, range(batch)), torch.Generator().manual_seed(seed * 1_000_003 + step)
-            sigma, t, weight = flow.sample_times(batch, mode, shift, generator)
+            sigma, t, weight = flow.sample_times(batch, mode, shift, generator, inside=inside)
             noise = torch.randn(clips.z.shape, generator=generator)
             velocity_of(net, clips, device)(flow.add_noise(clips.z, noise, sigma).to(device), t.to(device))
             v = rearrange(flow.velocity_target(clips.z, noise).to(device), "b c (f p) (h q) (w r) -> b (f h w) (p q r c)",

@@ -64,8 +64,10 @@ def released_grid(shift, points=50):
     return sigmas, bell * points / bell.sum()
 
 
-def sample_times(batch, mode="shifted", shift=5.0, generator=None, device="cpu"):
+def sample_times(batch, mode="shifted", shift=5.0, generator=None, device="cpu", inside=(0.0, 1.001)):
     """Draw the noise level of each training sample -> (sigma, t, weight), fp32, [batch].
+
+    inside: the times low <= t / 1000 < high of an expert that works in these only. Others are drawn again.
 
     "released": what the released code does. An integer t is drawn uniformly from 0..999 and told to the network, but
         the noise is that of the nearest of 50 shifted grid points. So the shift hardly moves the distribution towards
@@ -85,6 +87,10 @@ def sample_times(batch, mode="shifted", shift=5.0, generator=None, device="cpu")
         t, weight = 1000 * sigma, torch.ones_like(sigma)
     else:
         raise UserError(f'time sampling "{mode}" is unknown: use "released" or "shifted".')
+    outside = (t < 1000 * inside[0]) | (t >= 1000 * inside[1])
+    if outside.any():
+        again = sample_times(int(outside.sum()), mode, shift, generator, where, inside)
+        sigma, t, weight = (a.to(b.dtype).masked_scatter(outside, b) for a, b in zip((sigma, t, weight), again))
     return tuple(a.to(device, torch.float32) for a in (sigma, t, weight))
 
 

@@ -102,7 +102,7 @@ def attention(q, k, v, offset=None):
     """
     if _plain or q.device.type == "cpu" and k.shape[1] <= (256 if q.dtype == torch.bfloat16 else 16):
         return attention_plain(q, k, v, offset)
-    if _attention is not None and offset is None and q.is_cuda and q.dtype != torch.float32 and not (_plain or torch.is_grad_enabled()):
+    if _attention is not None and offset is None and q.is_cuda and q.dtype != torch.float32 and not torch.is_grad_enabled():
         return _attention(q, k, v)
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # b n l c
     mask = None if offset is None else offset.view(1, 1, 1, -1)

@@ -300,7 +300,7 @@ def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_c
         return fit(job, expert, *rest)
 
     monkeypatch.setattr(adapt, "fit", spied)
-    out = wan("wan2.2-t2v-a14b", "--align", "closed_form", "--no-samples")
+    out = wan("wan2.2-t2v-a14b", "--align", "noise_aware", "--head", "closed_form", "--no-samples")
     assert min(told["high"]) >= 875 > max(told["low"]) and len(told["high"]) == len(told["low"]) > 10
     assert {f"{e}-{stage}" for e in ("high", "low") for stage in ("1a", "1b", "2")} <= {p.name for p in out.iterdir()}
     one, two = (dit.load(out / f"transformer{n}.safetensors").state_dict() for n in ("", "_2"))

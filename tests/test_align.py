@@ -302,7 +302,7 @@ def test_the_regressed_head_is_the_weighted_least_squares_solution(net, monkeypa
     features, targets, weights, target, times = [], [], [], flow.velocity_target, flow.sample_times
     net.head.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     monkeypatch.setattr(flow, "velocity_target", lambda z, noise: targets.append(target(z, noise)) or targets[-1])
-    monkeypatch.setattr(flow, "sample_times", lambda *a: (drawn := times(*a), weights.append(drawn[2]))[0])
+    monkeypatch.setattr(flow, "sample_times", lambda *a, **more: (drawn := times(*a, **more), weights.append(drawn[2]))[0])
     align.solve_head(net, Clips(), batches=3, batch=16, ridge=1e-9, mode=mode)
 
     u, v, w = torch.cat(features), torch.cat(targets), torch.cat(weights)[:, None, None]

@@ -150,6 +150,18 @@ def test_shifted_samples_tell_the_network_what_it_sees(shift, mean):
     assert (weight == 1).all() and abs(sigma.mean() - mean) < 0.01
 
 
+@pytest.mark.parametrize("mode", ["released", "shifted"])
+def test_times_of_one_expert_are_those_of_all_within_its_range(mode):
+    """Same distribution as throwing away what lies outside; the weights go with their times."""
+    draw = lambda **more: flow.sample_times(40_000, mode, 5.0, torch.Generator().manual_seed(0), **more)
+    sigma, t, weight = draw()
+    keep = (t >= 300) & (t < 875)
+    mine = draw(inside=(0.3, 0.875))
+    assert mine[1].min() >= 300 and mine[1].max() < 875 and len(mine[1]) == 40_000
+    for a, b in zip((sigma, t, weight), mine):
+        assert b[keep].equal(a[keep]) and b.mean().item() == pytest.approx(a[keep].mean().item(), rel=0.01)
+
+
 def test_unknown_time_sampling_is_refused():
     with pytest.raises(UserError, match="released"):
         flow.sample_times(1, "logit-normal")
