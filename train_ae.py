@@ -1,7 +1,9 @@
 """Training DC-AE-V: the programme that turns a folder of clips into an autoencoder (paper, section on DC-AE-V; spec dc-ae-v 7).
 
-A deep autoencoder is trained in three phases, after the image DC-AE, each starting from the averaged weights of the one before:
+A deep autoencoder is trained in phases, as the image DC-AE was, each starting from the averaged weights of the one before:
 
+    image    single frames, as a 2-D autoencoder:         L1 + 0.5 perceptual.  What a latent cell is to hold of space is learnt without time,
+             at a third of the operations; then every kernel becomes the middle tap of a 3-D one (`inflate`)
     low      small crops, short clips, all layers:        L1 + 0.5 perceptual
     high     large crops, long clips, the inner layers:   L1 + 0.5 perceptual.  A latent must mean the same at every size and length, and
              what depends on size and length sits in the deep layers, next to the latent. The rest is frozen, and costs little
@@ -13,13 +15,13 @@ At the end of each phase the latent scale 1/RMS is measured on training clips an
 What is known and what is our choice. Known of DC-AE-V (spec 7.1): chunks of 40 frames, no KL term, joint training on images and video
 (from a name), EMA, evaluation and by a reviewer's word training on 80 frames. Known of the image DC-AE: the three phases. From Open-Sora
 2.0 (spec 7.3): weights 1, 0.5, 0.05, a fifth of the steps on stills, AdamW betas (0.9, 0.98), lr 5e-5, clipping at 1. Our choice, since
-nothing is published (spec 7.2): all step counts, sizes and batches below, which layers count as inner and as head, the learning rate of
+nothing is published (spec 7.2): to begin with images; all step counts, sizes and batches below, which layers count as inner and as head, the learning rate of
 `low`, the noise on the latent.
 
-    python ae.py train --data CLIPS --preset small                   all three phases on a laptop
-    python ae.py train --data CLIPS --preset f32t4c32 --phases low   the first phase at full size
+    python ae.py train --data CLIPS --preset small                   all phases on a laptop
+    python ae.py train --data CLIPS --preset f32t4c32 --phases image low      the first two at full size
     torchrun --nproc-per-node 8 ae.py train ...                      any of them on several GPUs
-    python ae.py train --data CLIPS --preset f32t4c32 --inflate dc-ae-2d.safetensors      starts from an image autoencoder
+    python ae.py train --data CLIPS --preset f32t4c32 --inflate dc-ae-2d.safetensors      starts from a published image autoencoder
     python ae.py train --overfit out/clips/box.mp4 --preset small    one clip by heart: shows that model and losses work
     python ae.py train --preset toy-base                             the toy base's autoencoder on the toy world (20 minutes on one core)
     python ae.py train --preset toy --grow-from weights/toy-base.safetensors     the deep toy (an hour on one core)
