@@ -2,7 +2,7 @@
 (spec dc-ae-v 8) for any autoencoder, and the memory of a stream that does not end.
 
     python ae.py reconstruct assets/bunny.mp4                              side-by-side mp4, contact sheet, PSNR, SSIM
-    python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS            a line for each: DC-AE-V and Wan VAE files, in one table
+    python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS            a line for each: DC-AE-V and Wan VAE files, in one table; with --results also pictures
     python ae.py eval weights/toy.safetensors --stream 2000                2,000 frames in the memory of one chunk -> results/streaming.json
 """
 import argparse
@@ -106,6 +106,19 @@ def evaluate(net, held_out):
     return dict(**result, latent=metrics.latent_statistics(latents[: len(held_out)]))
 
 
+@torch.no_grad()
+def show(path, nets, held_out, frames=4):
+    """A contact sheet: clip by clip, the original and what each of {name: autoencoder} makes of it."""
+    rows, labels = [], []
+    for _, x in held_out:
+        rows, labels = rows + [x.cpu()], labels + ["original"]
+        for name, net in nets.items():
+            like = next(net.parameters())
+            rows.append(net.decode(net.encode(x[None].to(like)), x.shape[1], x.shape[2:])[0].float().cpu())
+            labels.append(name)
+    data.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
+
+
 # ---------------------------------------------------------------------------------------------------- a film without end
 
 
@@ -164,7 +177,7 @@ def main_eval(argv):
     p.add_argument("--frames", type=int, default=80, help="per clip, as published; fewer where the clips are short")
     p.add_argument("--size", type=data.size_arg, default="256x256", metavar="HxW", help="as published")
     p.add_argument("--stream", type=int, metavar="N", help="instead: the memory while N frames go through, on the film --data")
-    p.add_argument("--results", metavar="FILE", help="JSON to write")
+    p.add_argument("--results", metavar="FILE", help="JSON to write; beside it a contact sheet of three clips")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = p.parse_args(argv)
     nets = {Path(w).stem: load(w).to(a.device) for w in a.weights}
@@ -183,6 +196,8 @@ def main_eval(argv):
             print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
         for column, reason in next(iter(results.values()))["left_out"].items():
             print(f"{column} is left out: {reason}")
+        if a.results:
+            show(Path(a.results).with_suffix(".png"), nets, held_out[:3])
     if a.results or a.stream:
         path = a.results or "results/streaming.json"
         judged = Path(film).name if a.stream else str(a.data)

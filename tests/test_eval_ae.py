@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import ae
 import data
@@ -80,6 +81,8 @@ def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatc
         assert result["mean"]["psnr"] == pytest.approx(metrics.psnr(net(held_out), held_out), abs=1e-3)
         assert result["latent"]["rms"] == pytest.approx(net.encode(held_out).square().mean().sqrt().item(), rel=1e-4)
     printed = capsys.readouterr().out
+    with Image.open(tmp_path / "r.png") as sheet:  # two clips, a row each for original and reconstruction, of four frames
+        assert sheet.size == (4 * 66 * 3, 4 * 66 * 3)
     assert "| w |" in printed and "PSNR dB" in printed and "flicker latent frame" in printed and "inverse_rms" in printed
 
 
