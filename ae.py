@@ -103,8 +103,8 @@ PRESETS = {
     "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
     # A laptop model for film, f32t4c32: unshuffles by 4 at once, for full-resolution layers cost everything.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),
-    # What it is measured by: f8t4c16 of about its size, causal, as the Wan VAE is (but for the first frame, which stands alone there).
-    "small-base": Config((0, 48, 64, 128), (0, 1, 1, 3), 16, chunk=8, patch=4, temporal="causal"),
+    # What it is measured by: f8t4c16 of about as many operations, causal, as the Wan VAE is (but for the first frame, which stands alone there).
+    "small-base": Config((0, 48, 64, 64), (0, 1, 1, 6), 16, chunk=8, patch=4, temporal="causal"),
 }
 
 

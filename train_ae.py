@@ -391,7 +391,10 @@ class Still(nn.Module):
 
 
 def image_autoencoder(config):
-    """The 2-D autoencoder of these widths, for clips of one frame: a third of the operations. What resamples time does nothing."""
+    """The 2-D autoencoder of these widths, for clips of one frame: a third of the operations. What resamples time does nothing, so the widths
+    on both sides of it must be equal, as they are in all published presets."""
+    if config.widths[-1] != config.widths[-2]:
+        raise ValueError(f"the last two widths, {config.widths[-2:]}, must be equal for an image autoencoder to start from.")
     net = ae.DCAEV(dataclasses.replace(config, temporal_factor=1, chunk=1))
     for module in list(net.modules()):
         for name, child in module.named_children():

@@ -204,6 +204,8 @@ def test_every_phase_fits_every_preset(preset):
     config = ae.PRESETS[preset]
     with torch.device("meta"):
         net = ae.DCAEV(config)
+        y = train_ae.image_autoencoder(config)(torch.zeros(1, 3, 1, config.spatial_factor, config.spatial_factor))
+    assert y.shape[2] == 1
     for name, phase in train_ae.programme(preset).items():
         assert phase.frames == 1 if name == "image" else phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk
         assert all(s % config.spatial_factor == 0 for s in phase.size)
