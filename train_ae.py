@@ -277,8 +277,9 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
         phase = dataclasses.replace(programme(preset)[name], **changes)
         if isinstance(steps, list):
             phase = dataclasses.replace(phase, steps=steps[i])
-        if name == "image":
-            phase = dataclasses.replace(phase, frames=1)
+        if name == "image":  # of clips, `changes` speaks; in place of each as many pictures as by default
+            per_clip = programme(preset)["image"].batch // programme(preset)["low"].batch
+            phase = dataclasses.replace(phase, frames=1, batch=changes["batch"] * per_clip if "batch" in changes else phase.batch)
         dataset = clips.Clips(folder, phase.frames, phase.size, "train", seed, cache=cache)
         for reason in dataset.skipped.values():
             print(f"skipped: {reason}")
@@ -526,7 +527,7 @@ def main_train(argv):
     p.add_argument("--start", metavar="FILE", help="weights of the same preset to begin with")
     p.add_argument("--inflate", metavar="FILE", help="weights of an image autoencoder to begin with")
     p.add_argument("--steps", type=int, nargs="+", help="optimiser steps: one number for each phase, or one for all")
-    p.add_argument("--batch", type=int, help="clips per step and process")
+    p.add_argument("--batch", type=int, help="clips per step and process; in the phase image, so many times 8 (published sizes: 32) pictures")
     p.add_argument("--accumulate", type=int, help="batches per step")
     p.add_argument("--frames", type=int, help="frames per clip: whole chunks, two or more")
     p.add_argument("--size", type=data.size_arg, metavar="HxW", help="of the crops")

@@ -80,7 +80,7 @@ def test_video_begins_with_the_image_autoencoder(tmp_path, films, monkeypatch, c
     """Phase 0 trains everything but what resamples time; the next phase begins with its kernels as middle taps (at a rate of 0 it keeps them)."""
     run_programme(tmp_path / "ae", films, monkeypatch, ("image",), lr=1e-3)
     still, metadata = checkpoint.load_tensors(tmp_path / "ae" / "image" / "tiny-image.safetensors")
-    assert metadata["training"]["frames"] == 1 and metadata["log"][-1]["psnr"] > 0
+    assert (metadata["training"]["frames"], metadata["training"]["batch"]) == (1, 8) and metadata["log"][-1]["psnr"] > 0
     through_time = re.compile(r"encoder\.stages\.2\.op_list\.1\.|decoder\.stages\.2\.op_list\.0\.")
     untouched = train_ae.image_autoencoder(TINY).state_dict()
     assert all((not still[k].any()) == bool(through_time.match(k)) for k, v in still.items() if v.ndim == 4) and still.keys() == untouched.keys()
