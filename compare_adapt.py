@@ -5,7 +5,7 @@ reported, but left out of the fit that is compared. Then every arm (`arms.py`) r
 not at the edge, with the same number of trials for all; the best is chosen on the validation loss *inside* the adaptation data and the first seed.
 Then the other seeds at that rate. The options run at the rate of the arm that they vary. `claims.py` draws the conclusions. No ordering is a pass/fail test.
 
-    python adapt.py --base toy --compare                    or python compare_adapt.py: the laptop preset; arms A to G took under two hours on one busy core
+    python adapt.py --base toy --compare                    or python compare_adapt.py: the laptop preset; arms A to G took an hour and a half on one busy core
     python compare_adapt.py --preset short                  half an hour on one busy core
     python compare_adapt.py --preset gpu                    on a GPU (not measured)
     python compare_adapt.py --preset smoke                  two minutes, numbers without meaning

@@ -301,23 +301,29 @@ def plot(path, arms):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 4, figsize=(20, 4))
-    for ax, group, title in zip(axes, ("temporal", "shallow"), ("f32t4c32", "f8t4c2")):
-        for name, arm in arms.items():
-            for way, long in arm["long"].items() if name.startswith(group) else ():
-                ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
-        ax.axvline(32, color="black", linestyle=":", label="end of the training length")
-        ax.set(title=f"{title}: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
-        ax.legend(fontsize=7)
+    groups = [g for g in STEPS if any(name.startswith(g) for name in arms)]
+    fig, axes = plt.subplots(1, len(groups), figsize=(3 + 5 * len(groups), 4), squeeze=False)
+    axes = axes[0]
     points = lambda group, pick: sorted((int(n.split("-")[1]), pick(a)) for n, a in arms.items() if n.startswith(group))
-    axes[2].plot(*zip(*points("chunk", lambda a: a["psnr"]) or [(0, 0)]), marker="o")
-    axes[2].set(title="quality against chunk size, clips of 80 frames", xlabel="frames per chunk", ylabel="dB")
-    twin = axes[2].twinx()
-    twin.plot(*zip(*points("chunk", lambda a: a["long"]["streamed"]["flicker"]) or [(0, 0)]), marker="x", color="tab:red")
-    twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
-    channels = points("latent", lambda a: a["psnr"]) + ([(32, arms["temporal-chunk_causal"]["psnr"])] if "temporal-chunk_causal" in arms else [])
-    axes[3].plot(*zip(*sorted(channels) or [(0, 0)]), marker="o")
-    axes[3].set(title="quality against latent channels", xlabel="channels", ylabel="dB")
+    for ax, group in zip(axes, groups):
+        if group in ("temporal", "shallow"):
+            for name, arm in arms.items():
+                for way, long in arm["long"].items() if name.startswith(group) else ():
+                    ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
+            ax.axvline(32, color="black", linestyle=":", label="end of the training length")
+            name = {"temporal": "f32t4c32", "shallow": "f8t4c2"}[group]
+            ax.set(title=f"{name}: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
+            ax.legend(fontsize=7)
+        elif group == "chunk":
+            ax.plot(*zip(*points("chunk", lambda a: a["psnr"])), marker="o")
+            ax.set(title="quality against chunk size, clips of 80 frames", xlabel="frames per chunk", ylabel="dB")
+            twin = ax.twinx()
+            twin.plot(*zip(*points("chunk", lambda a: a["long"]["streamed"]["flicker"])), marker="x", color="tab:red")
+            twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
+        else:
+            middle = [(32, arms["temporal-chunk_causal"]["psnr"])] if "temporal-chunk_causal" in arms else []
+            ax.plot(*zip(*sorted(points("latent", lambda a: a["psnr"]) + middle)), marker="o")
+            ax.set(title="quality against latent channels", xlabel="channels", ylabel="dB")
     for ax in axes:
         ax.grid(alpha=0.3)
     fig.tight_layout()
