@@ -14,7 +14,7 @@ The base was trained on everything. Arms (same seeds, same total of steps, those
     C naive LoRA          the same, ends and LoRA trained            G closed form    embedder and head by regression, half of 1b, LoRA
     D no MSE stage        random embedder, 1b, LoRA
 
-and OPTIONS: E with one thing changed each (other alignments, time samplings, null condition), and LONGER: some arms with eight times the samples.
+and OPTIONS: E with one thing changed each (other alignments, time samplings, null condition), and some arms with eight times the samples.
 """
 import copy
 import math
@@ -78,8 +78,8 @@ OPTIONS = {
     "c2": replace(ARMS["E"], title="shifted times, S 8", sampling=("shifted", 8.0)),
     "d": replace(ARMS["E"], title="null is a word", null="word"),
 }
-LONGER = {f"L{k}": replace(ARMS[k], title=f"{ARMS[k].title}, 2x steps, 4x batch", stretch=(2, 4), like=k) for k in "ABEG"}  # only if asked for
-OPTIONS |= LONGER
+#: some arms with eight times the samples
+OPTIONS |= {f"L{k}": replace(ARMS[k], title=f"{ARMS[k].title}, 2x steps, 4x batch", stretch=(2, 4), like=k) for k in "ABEG"}
 ALL = {**ARMS, **OPTIONS}
 
 

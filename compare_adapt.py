@@ -5,8 +5,9 @@ reported, but left out of the fit that is compared. Then every arm (`arms.py`) r
 not at the edge, with the same number of trials for all; the best is chosen on the validation loss *inside* the adaptation data and the first seed.
 Then the other seeds at that rate. The options run at the rate of the arm that they vary. `claims.py` draws the conclusions. No ordering is a pass/fail test.
 
-    python adapt.py --base toy --compare                    or python compare_adapt.py: the laptop preset; arms A to G took an hour and a half on one busy core
+    python adapt.py --base toy --compare                    or python compare_adapt.py: the laptop preset: an hour and a half on one busy core
     python compare_adapt.py --preset short                  half an hour on one busy core
+    python compare_adapt.py --arms E b ab                   options are E with one thing changed, and take its learning rate
     python compare_adapt.py --preset gpu                    on a GPU (not measured)
     python compare_adapt.py --preset smoke                  two minutes, numbers without meaning
 
@@ -36,7 +37,7 @@ import data
 import dit
 import metrics
 import toy
-from arms import ALL, ARMS, GROUPS, HELD, LONGER, OPTIONS, PRESETS, World, run, weights_file
+from arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
 from checkpoint import UserError
 
 # ---------------------------------------------------------------------------------------------------- before any arm
@@ -207,7 +208,9 @@ def main(argv=None):
     p.add_argument("--preset", choices=list(PRESETS), default="laptop", help="sizes of the experiment")
     p.add_argument("--out", default="out/compare_adapt", help="folder for caches, trials and weights")
     p.add_argument("--results", default="results", help="folder for compare_adapt.json and .png")
-    p.add_argument("--arms", nargs="+", choices=list(ALL), default=[k for k in ALL if k not in LONGER], help="only these")
+    p.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ARMS),
+                   help=f"which; besides A to G the options {', '.join(OPTIONS)} (arms.py)")
+    p.add_argument("--steps", type=int, help="of every arm, in place of the preset's")
     p.add_argument("--seeds", type=int, help="fewer seeds than the preset's; the others can be added later")
     p.add_argument("--base-weights", help="transformer of the base in place of the embedded one (.safetensors)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -217,7 +220,8 @@ def main(argv=None):
         raise UserError(f"options take the learning rate of the arm that they vary: add {' '.join(missing)} to --arms.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    world = World(PRESETS[args.preset], Path(args.out), args.base_weights, args.device)
+    preset = PRESETS[args.preset] if args.steps is None else replace(PRESETS[args.preset], steps=args.steps)
+    world = World(preset, Path(args.out), args.base_weights, args.device)
     settings = dict(preset=asdict(world.preset), base=toy.hash_of(world.base.net), autoencoder=toy.hash_of(world.deep.ae), held=HELD)
     compare(world, Ledger(world.out, settings), args.arms, args.seeds or world.preset.seeds, Path(args.results))
 
