@@ -160,9 +160,13 @@ def train_head(job, expert):
 
 def train_lora(job, expert):
     """Stage 2: LoRA on the blocks (spec 5.3), embedder and head in full -> 2/trained.safetensors. It begins where 1b ended, or an adapted model."""
-    start, s = ends(expert) if job.args.continue_from else result(job.folder(expert, "1b") / "trained.safetensors"), job.settings
-    if job.args.continue_from and alone(job.folder(expert, "2") / "trained.safetensors") and f"{expert.prefix}before" not in job.journal:
-        examine(job, expert, "before", build(job, expert, start)[1])
+    s, first = job.settings, job.folder(expert, "1b") / "trained.safetensors"
+    if job.args.continue_from:
+        first = job.folder(expert, "2") / "start.safetensors"
+        if not first.exists() and alone(first):
+            examine(job, expert, "before", build(job, expert, ends(expert))[1])
+            checkpoint.save_tensors(first, ends(expert))
+    start = result(first)
     config = config_of(job, expert, "steps", "lr", "warmup", "decay", "rank", "alpha", "ema", start=cache.hash_tensors(start))
     fit(job, expert, "2", "2, LoRA", lambda: build(job, expert, start, adapters=True)[1], config, s.steps, s.lr, s.warmup, s.ema, s.steps_head)
 
