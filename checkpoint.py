@@ -24,7 +24,6 @@ import json
 import os
 import pickle
 import platform
-import re
 import struct
 import subprocess
 import sys

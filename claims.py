@@ -127,7 +127,7 @@ def table(world, s, what):
             lines.append(f"| {key} {a['title']} | {a['rate']:g} | {say(a['fit']['inside'].get(first))} | " + " | ".join(say(a["fit"][g][total]) for g in GROUPS)
                          + f" | {say(a['held'][total])} | {say(a['shape'][total])} | {a['loss']['inside'][total]['mean']:.3f} | {' / '.join(str(x or '-') for x in steps)} | {a['trained']:,} | {a['seconds']['mean']:.0f} |")
     if what == "arms":
-        lines.append(f"| base | | | " + " | ".join(f"{s['base'][g]:.2f}" for g in GROUPS) + f" | {s['base_held']:.2f} | | | | | |")
+        lines.append("| base | | | " + " | ".join(f"{s['base'][g]:.2f}" for g in GROUPS) + f" | {s['base_held']:.2f} | | | | | |")
     return "\n".join(lines)
 
 

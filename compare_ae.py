@@ -44,18 +44,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
 import ae
 import checkpoint
 import clips
-import data
 import metrics
 import train as training
-from chunk_causal import Conv3d
 from muon import Muon
 from train_ae import image_autoencoder, inflate
 

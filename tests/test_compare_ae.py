@@ -9,6 +9,7 @@ import torch
 import ae
 import compare_ae
 import data
+from chunk_causal import Conv3d
 from compare_ae import ARMS, BASE
 
 
@@ -80,7 +81,7 @@ def test_latent_frames_of_a_still_clip_say_the_same_until_they_learn():
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_short_chunks_in_bf16_are_those_of_fp32(frames):
     """oneDNN gives garbage for a single bf16 frame of few channels: chunks of one frame are where it showed."""
-    conv, x = compare_ae.Conv3d(3, 3, frames), torch.randn(2, 3, 8, 16, 16)
+    conv, x = Conv3d(3, 3, frames), torch.randn(2, 3, 8, 16, 16)
     junk = [torch.full((n,), float("nan")) for n in (10_000, 100_000) * 20]  # memory that is freed with something telling in it
     del junk
     with torch.autocast("cpu", torch.bfloat16):
