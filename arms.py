@@ -31,6 +31,7 @@ import data
 import dit
 import encoders
 import flow
+import kernels
 import lora
 import metrics
 import models
@@ -248,7 +249,7 @@ class World:
         model = replace(model, text=NullWord()) if null == "word" else model
         found, shown = {}, {}
         for group, prompts in self.prompts.items():
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with kernels.autocast(self.device):
                 videos = sample.videos(model, prompts, steps=self.preset.sampling_steps)
             found[group], shown[group] = metrics.prompt_fit(videos, prompts), [v[:, [0, (v.shape[1] - 1) // 2, -1]] for v in videos[:2]]
             held = [(v, holds(p)) for v, p in zip(videos, prompts) if holds(p)]
@@ -286,7 +287,7 @@ def run(world, key, lr, seed):
                 group["lr"] = lr * min((i + 1) / p.warmup, 1 - i / steps)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + first + i)
             batch = source.batch(first + i, range(batch_size))
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):  # no gain on the CPU at these sizes
+            with kernels.autocast(world.device, world.device.type == "cuda"):  # no gain on the CPU at these sizes
                 loss, *_ = flow.loss(align.velocity_of(net, batch, world.device), batch.z.to(world.device), *arm.sampling, generator)
             opt.zero_grad(set_to_none=True)
             loss.backward()

@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import kernels
 from checkpoint import UserError
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif .y4m".split())
@@ -559,7 +560,7 @@ def measure(folder, cache, index, seconds=10.0, rounds=2, steps=8, preset="small
                 started = time.perf_counter()
                 x = next(stream)
                 waited = time.perf_counter() - started
-                with torch.autocast(device.type, torch.bfloat16):
+                with kernels.autocast(device):
                     loss = (net(x).float() - x).abs().mean()
                 optimiser.zero_grad()
                 loss.backward()

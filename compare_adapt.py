@@ -35,6 +35,7 @@ import checkpoint
 import claims
 import data
 import dit
+import kernels
 import metrics
 import toy
 from arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
@@ -52,7 +53,7 @@ def gate(world):
     clips = torch.stack([data.to_tensor(data.render(data.scene_of(p, rng))) for p in prompts])
     rows = {"clips": metrics.prompt_fit(clips, prompts)}
     for name, model in (("base", world.base), ("deep", world.deep)):
-        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16):
+        with torch.no_grad(), kernels.autocast(world.device):
             made = torch.cat([model.ae(x.to(world.device)).float().cpu() for x in clips.split(16)])
         rows[f"{name} reconstruction"] = {**metrics.prompt_fit(made, prompts), "psnr": metrics.psnr(made, clips)}
     base, strips = world.score(world.base)

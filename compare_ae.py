@@ -50,6 +50,7 @@ from tqdm import tqdm
 import ae
 import checkpoint
 import clips
+import kernels
 import metrics
 import train as training
 from muon import Muon
@@ -215,7 +216,7 @@ def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
     run = training.Run(out / name, config, {"net": net}, {"net": Muon(net, lr)}, training.Plan(steps, save_every=100, keep=1))
 
     def error(x, number):
-        with torch.autocast("cpu", torch.bfloat16):
+        with kernels.autocast(x.device):
             y = net.decoder(net.encoder(x)[0])[0].float()
         l1, mse = (y - x).abs().mean(), (y - x).square().mean()
         yield "net", l1 + mse, {"loss": (l1 + mse).detach(), "psnr": 10 * torch.log10(4 / mse.detach())}

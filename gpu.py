@@ -46,6 +46,8 @@ def without_bf16(device):
     """Why bf16 is not used on this device; None where it can be."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no bf16 (it is older than Ampere)"
+    if device.type == "cpu" and not kernels.bf16_units():
+        return "this CPU has no units for bf16 (AVX-512 or AMX)"
     return None
 
 

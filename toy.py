@@ -23,6 +23,7 @@ import data
 import dit
 import encoders
 import flow
+import kernels
 import metrics
 import models
 import sample
@@ -86,7 +87,7 @@ def cache_latents(model, shards, folder, seed=1):
         rng = np.random.default_rng((seed, shard))
         if tensors is None:
             clips, scenes = data.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with kernels.autocast(model.device):
                 z = torch.cat([model.encode(x) for x in clips.split(16)])
                 condition = torch.cat([model.condition(len(x), shape, x) for x in clips[:WITH_IMAGE, :, 0].split(16)])
             tensors = {"z": z.half().cpu(), "condition": condition.half().cpu()}
@@ -110,7 +111,7 @@ def encode_scenes(model, scenes, folder, name):
         z = []
         for i in tqdm(range(0, len(scenes), 16), desc=f"encode {name}", leave=False):
             clips = torch.stack([data.to_tensor(data.render(s, model.frames, model.size[0])) for s in scenes[i : i + 16]])
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with kernels.autocast(model.device):
                 z.append(model.encode(clips).half().cpu())
         z = torch.cat(z)
         checkpoint.save_tensors(file, {"z": z})
@@ -202,7 +203,7 @@ def fit(net, source, opt, lr, steps, batch, state_file, settings, desc, bf16=Tru
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             for group in opt.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, 1 - step / steps)
-            with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            with kernels.autocast(next(net.parameters()).device, bf16):
                 loss, *_ = flow_loss(net, source.batch(step, range(batch)), generator)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} at step {step} of '{desc}': lower its learning rate; {state_file} holds the last good state.")

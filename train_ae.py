@@ -52,6 +52,7 @@ import ae
 import checkpoint
 import clips
 import data
+import kernels
 import losses
 import metrics
 import train as training
@@ -210,7 +211,7 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
     c, device = net.config, next(net.parameters()).device
     if phase.trained != "space" and (phase.frames % c.piece or phase.frames < 2 * c.piece):
         raise UserError(f"--frames must be a multiple of the chunk ({c.piece}) and at least two chunks, got {phase.frames}.")
-    out, autocast = Path(out), torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    out, autocast = Path(out), kernels.autocast(device, bf16)
     torch.manual_seed(seed)
     net.requires_grad_(False)
     module = part(net, phase.trained).requires_grad_(True)
@@ -353,7 +354,7 @@ def measure(preset, folder, cache, workers, changes={}, rounds=12, bf16=True):
     (decoded once into `cache`, cut out by threads; or decoded by the training process when they are wanted).
     """
     device, phase = training.start(), dataclasses.replace(programme(preset)["low"], perceptual=0.0, images=0.0, **changes)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = kernels.autocast(device, bf16)
     ways = {"ours": (prepare, True), "straightforward": (straightforward, False), "our data, plain net": (straightforward, True),
             "our net, plain data": (prepare, False)}
     running, seconds = {}, {name: [] for name in ways}
@@ -456,7 +457,7 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
     net = prepare(ae.DCAEV(ae.PRESETS[preset]), device)
     if grow_from:
         grow(net, ae.load(grow_from).to(device), out / "grow", grow_steps, 4 * batch, grow_clips, frames, noise, seed,
-             torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+             kernels.autocast(device, bf16))
 
     def toy(number):
         for n in itertools.count(number):
