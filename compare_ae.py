@@ -10,30 +10,30 @@ linearly from the numbers that came before:
 The reason for the difference is in this: what stays the same for 16 frames is coded once for 16 frames, with four times as many numbers, if the
 decoder may look at all of them. A causal one must code it with the first latent frame.
 
-**What a short training makes of it**: every arm is the same small autoencoder, trained from the same start on the same clips in the same
-order for the same number of steps. The start is an image autoencoder of the same widths, trained once on single frames and inflated
-(`train_ae.inflate`, spec 3.7): what a latent cell is to hold of space need not be learned ten times, and the arms' budget goes into time. One
-thing differs per group:
+**What trained networks make of it**: every arm is the same small DC-AE-V at f8t4 between two fixed layers (`on_patches`): the principal components
+of single 8x8 patches, and their inverse. How space is coded is not in question here, and learning it takes nearly all of a laptop's steps: f32t4c32 arms
+from pixels stayed within 0.05 dB of each other. All arms begin with the same random weights and get the same clips in
+the same order for the same number of steps. One thing differs per group:
 
-    temporal   chunk-causal, causal, non-causal convolutions at f32t4c32; trained on 32 frames (two chunks of 16), judged on those and on clips
-               three times as long
-    shallow    the same three at f8t4c2: the same compression with less depth to train
-    latent     16 or 64 latent channels in place of 32
-    chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself
-               and the one before it. (A causal convolution sees two back.)
+    temporal   chunk-causal (8 frames), causal, non-causal convolutions, 2 latent channels: 384 times smaller, as f32t4c32; trained on 16 frames (two
+               chunks), judged on those and on clips six times as long
+    latent     1 or 4 latent channels in place of 2 (as 16 and 64 in place of 32 at f32)
+    chunk      chunks of 1, 4, 8, 20, 40 frames, trained on 80 frames. Chunk 1 is causal with one frame of memory per layer: a frame sees itself and
+               the one before it. (A causal convolution sees two back.)
 
 Expected from the paper: inside the training length chunk-causal is close to non-causal and far above causal; beyond it non-causal degrades and
-chunk-causal does not; quality rises with the chunk. The limits show it (but for the degrading, which needs a trained net). The tiny arms
-do not: a convolution treats every moment alike, and to split a chunk's content over its latent frames they must learn to treat them
-differently, by what the zeros at the chunk's borders tell them of their place. `still` measures how far they got: the share of the
-latent's variance that lies within the chunks of a clip that stands still.
+chunk-causal does not; quality rises with the chunk. One thing is hard for a small net: a convolution treats every moment alike, and to split a
+chunk's content over its latent frames it must learn to treat them differently, by what the zeros behind each chunk tell it of its place. Eight
+frames are two latent frames, which one layer can tell apart; forty need many layers, which the published network has and these have not.
+`still` measures how far an arm got: the share of the latent's variance that lies within stretches of 16 frames of a clip that stands still.
 A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
 length that know nothing of each other.
 
-Judged is on films that no arm has seen (HELD_OUT). All clips are 64x64 crops, a quarter of the frame's side or more.
+Judged is on films that no arm has seen (HELD_OUT). Clips are 32x32 windows of 64x64 crops, which are a quarter of the frame's
+side or more.
 
     python assets/fetch.py && python ae.py compare --groups limits      3 minutes on one core -> results/limits.json, limits.png
-    python ae.py compare            all arms, two hours on one core -> results/compare.json, compare.png
+    python ae.py compare            all arms, TIME -> results/compare.json, compare.png
     python ae.py compare --groups temporal --steps 300        a quick look
 
 Killed and started again it goes on where it stopped. --score judges again what is trained.
@@ -43,7 +43,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
 from einops import rearrange
 from tqdm import tqdm
 
@@ -54,17 +56,17 @@ import kernels
 import metrics
 import train as training
 from muon import Muon
-from train_ae import image_autoencoder, inflate
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
-LENGTHS = {32: 24, 80: 18, LONG: 18}  # frames of the clips that arms are judged on: how many
+LENGTHS = {16: 24, 80: 12, LONG: 12}  # frames of the clips that arms are judged on: how many
 HELD_OUT = ("bigbuckbunny", "carphone_pristine", "cup", "china", "home", "squirrel_cls")
 ZOOM = 0.25  # smallest side of a crop, as a share of the frame's
-IMAGES, IMAGE_STEPS = 64, 800  # the start: single frames per step, steps
-STEPS = {"temporal": 600, "shallow": 400, "chunk": 200, "latent": 400}
-# The first width is three times the patch's area: with less, the first convolution mixes the three colours into fewer (16: into one).
-BASE = ae.Config((0, 48, 64, 64, 64, 64), (0, 1, 1, 1, 1, 1), 32, chunk=16, patch=4)  # f32t4c32
-SHALLOW = ae.Config((0, 48, 64, 64), (0, 1, 1, 2), 2, chunk=16, patch=4)  # f8t4c2
+STEPS = {"temporal": 1200, "latent": 1200, "chunk": 500}
+LR = 2e-3
+PATCH, KEPT = 8, 40  # side of a patch; numbers that describe one, of 192: the rest, at 35 dB, is lost to all rules alike
+PATCHES = 1000  # clips whose patches tell what these numbers are
+WINDOW = 32  # side of what arms are trained and judged on
+BASE = ae.Config((0, 64, 64), (0, 1, 2), 2, chunk=8, patch=PATCH)  # f8t4c2
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,8 @@ class Arm:
     group: str
     label: str
     changes: dict = field(default_factory=dict)
-    frames: int = 32
-    batch: int = 2
-    base: ae.Config = BASE
+    frames: int = 16
+    batch: int = 8
 
     @property
     def name(self):
@@ -84,13 +85,12 @@ class Arm:
 
     @property
     def config(self):
-        return dataclasses.replace(self.base, **self.changes)
+        return dataclasses.replace(BASE, **self.changes)
 
 
 ARMS = [*(Arm("temporal", t, {"temporal": t}) for t in ("chunk_causal", "causal", "non_causal")),
-        *(Arm("shallow", t, {"temporal": t}, base=SHALLOW) for t in ("chunk_causal", "causal", "non_causal")),
-        *(Arm("chunk", str(c), {"chunk": c}, frames=80, batch=1) for c in (40, 8, 1, 20, 4)),
-        *(Arm("latent", str(z), {"latent_channels": z}) for z in (16, 64))]  # 32 is temporal-chunk_causal
+        *(Arm("chunk", str(c), {"chunk": c}, frames=80, batch=2) for c in (40, 8, 1, 20, 4)),
+        *(Arm("latent", str(z), {"latent_channels": z}) for z in (1, 4))]  # 2 is temporal-chunk_causal
 
 
 def draw(films, frames, n):
@@ -114,41 +114,61 @@ def hold_out(folders, out):
 #: rule -> (frames coded together, whether what came before is known). Of the clips of 80 frames that this is done on.
 RULES = {"each latent frame alone": (4, False), "causal": (4, True), "chunk-causal 8": (8, True), "chunk-causal 16": (16, True),
          "chunk-causal 20": (20, True), "chunk-causal 40": (40, True), "non-causal": (80, True), "non-causal, pieces of 32": (32, False)}
-PATCH, KEPT = 8, 40  # side of a patch; numbers that describe one, of 192: the rest, at 35 dB, is lost to all rules alike
 CHANNELS = (1, 2, 4, 8, 16)  # numbers per patch and four frames
 
 
-def to_patches(x):
-    """[b, 3, t, h, w] -> [b, patches, t, 192]."""
-    return rearrange(x, "b c t (h p) (w q) -> b (h w) t (c p q)", p=PATCH, q=PATCH)
+class Patches(nn.Module):
+    """A frame as patches, each as its KEPT leading principal components over `clips`, an iterable of [b, 3, t, h, w].
+
+    [b, 3, t, h, w] -> [b, KEPT, t, h / PATCH, w / PATCH], of unit variance on average; `back` is the inverse, as far as there is one.
+    """
+
+    def __init__(self, clips):
+        super().__init__()
+        sample = torch.cat([self.cut(x[:, :, ::4]).flatten(0, 3) for x in clips])
+        mean = sample.mean(dim=0)
+        variance, basis = torch.linalg.eigh((sample - mean).T @ (sample - mean) / len(sample))
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis.flip(1)[:, :KEPT])
+        self.register_buffer("rms", (variance.sum() / KEPT).sqrt())
+
+    @staticmethod
+    def cut(x):
+        return rearrange(x, "b c t (h p) (w q) -> b t h w (c p q)", p=PATCH, q=PATCH)
+
+    def forward(self, x):
+        return ((self.cut(x) - self.mean) @ self.basis / self.rms).permute(0, 4, 1, 2, 3)
+
+    def back(self, y):
+        x = y.permute(0, 2, 3, 4, 1) * self.rms @ self.basis.T + self.mean
+        return rearrange(x, "b t h w (c p q) -> b c t (h p) (w q)", p=PATCH, q=PATCH)
 
 
 class Linear:
     """The best linear coders of film under a temporal rule, from second moments alone.
 
-    A patch over t frames is a vector of t * KEPT numbers (after the principal components of single patches); C is its covariance over `clips`, an
-    iterable of [b, 3, t, h, w]. A group of frames f is coded by the n leading eigenvectors v of C[f, f]. Knowing z = v'x[f], the best linear
-    guess of everything is C[:, f] v (v' C[f, f] v)^-1 z. Take it off, from C and from the clip: what is left is what the next
-    group has to code. For each group this is the best choice; it does not spend numbers on the groups to come.
+    A patch over t frames is a vector of t * KEPT numbers (`Patches`); C is its covariance over `clips`, an iterable of [b, 3, t, h, w]. A group
+    of frames f is coded by the n leading eigenvectors v of C[f, f]. Knowing z = v'x[f], the best linear guess of everything is
+    C[:, f] v (v' C[f, f] v)^-1 z. Take it off, from C and from the clip: what is left is what the next group has to code. For each
+    group this is the best choice; it does not spend numbers on the groups to come.
     """
 
     def __init__(self, clips):
         clips = list(clips)
-        sample = torch.cat([to_patches(x)[:, :, ::4].flatten(0, 2) for x in clips])
-        self.mean = sample.mean(dim=0)
-        self.basis = torch.linalg.eigh((sample - self.mean).T @ (sample - self.mean))[1].flip(1)[:, :KEPT]
+        self.patches = Patches(clips)
         flat = torch.cat([self.project(x).flatten(0, 1) for x in clips]).flatten(1)
         self.centre = flat.mean(dim=0)
         flat -= self.centre
         self.covariance = flat.T @ flat / len(flat)
 
     def project(self, x):
-        return (to_patches(x) - self.mean) @ self.basis  # b patches t KEPT
+        return rearrange(self.patches(x) * self.patches.rms, "b k t h w -> b (h w) t k")
 
     def psnr(self, x, together, past, channels):
         """PSNR of every frame of clips x [b, 3, t, h, w], coded `together` frames at a time: [b, t]."""
         C, left, t = self.covariance.clone(), self.project(x).flatten(2) - self.centre, x.shape[2]
-        lost = (to_patches(x) - self.mean).square().sum(-1) - self.project(x).square().sum(-1)  # b patches t
+        exact = rearrange(self.patches.cut(x) - self.patches.mean, "b t h w v -> b (h w) t v")
+        lost = exact.square().sum(-1) - self.project(x).square().sum(-1)  # b patches t
         error = torch.empty_like(lost)
         for start in range(0, t, together):
             count = min(together, t - start)
@@ -161,7 +181,7 @@ class Linear:
             else:
                 left[..., f] -= z @ guess[:, f]
             error[:, :, start : start + count] = left[..., f].unflatten(-1, (count, KEPT)).square().sum(-1)
-        return 10 * torch.log10(4 * 3 * PATCH**2 / (error + lost).mean(dim=1).clamp(min=1e-6))
+        return 10 * torch.log10(4 * exact.shape[-1] / (error + lost).mean(dim=1).clamp(min=1e-6))
 
 
 def limits(films, cache, seed=0, train=400, held=24, frames=80):
@@ -209,41 +229,66 @@ def plot_limits(path, result):
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def fit(name, net, films, out, frames, batch, steps, seed, lr=4e-3, **settings):
-    """Train on clips of so many frames -> (net in eval mode, what it took). Muon, L1 + MSE in pixels: the toy's recipe without noise."""
-    dataset = clips.Clips(films, frames, SIZE, "train", seed, cache=out / "cache", zoom=ZOOM)
-    config = dict(frames=frames, batch=batch, lr=lr, seed=seed, starts=len(dataset), **settings)
-    run = training.Run(out / name, config, {"net": net}, {"net": Muon(net, lr)}, training.Plan(steps, save_every=100, keep=1))
+class Into(nn.Module):
+    """Pixels -> patches, as a streaming layer."""
+
+    def __init__(self, patches):
+        super().__init__()
+        self.patches = patches
+
+    def forward(self, x, state=None):
+        return self.patches(x), state
+
+
+class Out(Into):
+    """Patches -> pixels, as a streaming layer."""
+
+    def forward(self, y, state=None):
+        return self.patches.back(y), state
+
+
+def on_patches(config, patches):
+    """A DC-AE-V from pixels to pixels whose first and last layer are `patches` and fixed; what is between them is one at patch 1."""
+    net = ae.DCAEV(dataclasses.replace(config, patch=1))
+    net.config, k, width = config, patches.basis.shape[1], config.widths[config.first]
+    net.encoder.project_in = ae.Stage([Into(patches), ae.Resample(k, width, 1, 1, config.chunk, config.temporal)])
+    net.decoder.project_out.op_list[2] = ae.Resample(width, k, 1, 1, config.chunk, config.temporal, up=True)
+    net.decoder.project_out = ae.Stage([net.decoder.project_out, Out(patches)])
+    return net
+
+
+def window(x, number, seed):
+    """A WINDOW out of a batch of clips, at a place that (seed, number) alone decides."""
+    i, j = np.random.default_rng((seed, number)).integers(0, x.shape[3] - WINDOW + 1, 2)
+    return x[..., i : i + WINDOW, j : j + WINDOW]
+
+
+def windows(x):
+    """Clips cut into all their windows: [b, 3, t, h, w] -> [b * windows, 3, t, WINDOW, WINDOW]."""
+    return rearrange(x, "b c t (h p) (w q) -> (b h w) c t p q", p=WINDOW, q=WINDOW)
+
+
+def train_arm(arm, films, out, steps, seed=0):
+    """Train one arm -> (net in eval mode, what it took). Muon, mean squared error in pixels."""
+    dataset = clips.Clips(films, arm.frames, SIZE, "train", seed, cache=out / "cache", zoom=ZOOM)
+    patches = Patches(dataset.sample(10**6 + i)[None].float() / 127.5 - 1 for i in range(PATCHES))
+    torch.manual_seed(seed)
+    net = on_patches(arm.config, patches)
+    config = dict(arm=arm.name, **dataclasses.asdict(arm.config), frames=arm.frames, batch=arm.batch, lr=LR, seed=seed, starts=len(dataset))
+    run = training.Run(out / arm.name, config, {"net": net}, {"net": Muon(net, LR)}, training.Plan(steps, save_every=100, keep=1))
 
     def error(x, number):
+        x = window(x, number, seed)
         with kernels.autocast(x.device):
-            y = net.decoder(net.encoder(x)[0])[0].float()
-        l1, mse = (y - x).abs().mean(), (y - x).square().mean()
-        yield "net", l1 + mse, {"loss": (l1 + mse).detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
+            y = whole(net, x).float()
+        mse = (y - x).square().mean()
+        yield "net", mse, {"loss": mse.detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
 
-    run.fit(clips.loader(dataset, batch, run.number, workers=0), error, what=name)
+    run.fit(clips.loader(dataset, arm.batch, run.number, workers=0), error, what=arm.name)
     log = training.read_log(run.folder)
     seconds = sorted(line["seconds_per_step"] for line in log)[len(log) // 2]
-    return net.eval(), dict(steps=steps, frames=frames, batch=batch, parameters=sum(p.numel() for p in net.parameters()),
+    return net.eval(), dict(steps=steps, frames=arm.frames, batch=arm.batch, parameters=sum(p.numel() for p in net.parameters()),
                             seconds_per_step=round(seconds, 3), train_psnr=[(line["step"], round(line["psnr"], 3)) for line in log])
-
-
-def train_arm(arm, films, out, steps, image_steps, short, seed=0):
-    """The image autoencoder (once per size of the latent), inflated and trained as this arm -> (net, what it took).
-
-    `start_psnr` is that of the inflated net on clips `short`: an arm must beat it. The learning rate is low for that reason: at 2e-3 and at
-    5e-4 arms ended below it.
-    """
-    torch.manual_seed(seed)
-    latent = f"f{arm.config.spatial_factor}c{arm.config.latent_channels}"
-    image, _ = fit(f"image-{latent}", image_autoencoder(arm.config), films, out, 1, IMAGES, image_steps, seed)
-    net = ae.DCAEV(arm.config)
-    inflate(net, image.state_dict())
-    with torch.no_grad():
-        start = metrics.psnr(torch.cat([whole(net, x) for x in short.split(4)]), short)
-    net, took = fit(arm.name, net, films, out, arm.frames, arm.batch, steps, seed, lr=1e-4, arm=arm.name, changes=arm.changes,
-                    image_steps=image_steps)
-    return net, dict(start_psnr=start, **took)
 
 
 # ---------------------------------------------------------------------------------------------------- judging
@@ -263,9 +308,9 @@ def pieces(net, x, frames):
 def within_chunks(net, arm, short, together=16):
     """How differently the latent frames of a clip that stands still are used: their variance within stretches of 16 frames, over all variance.
 
-    0: each of them says the same, as the inflated start does. 3/4: the four of them say four things of equal weight.
+    0: each of them says the same. 3/4: the four of them say four things of equal weight.
     """
-    z = torch.cat([net.encoder(x[:, :, :1].expand(-1, -1, arm.frames, -1, -1))[0] for x in short.split(4)])
+    z = torch.cat([net.encoder(x[:, :, :1].expand(-1, -1, arm.frames, -1, -1))[0] for x in short.split(16)])
     z = rearrange(z, "b c (k n) h w -> c (b k h w) n", n=together // arm.config.temporal_factor)
     return (z.var(dim=2, correction=0).mean() / z.flatten(1).var(dim=1, correction=0).mean()).item()
 
@@ -276,14 +321,14 @@ def score(net, arm, short, long):
 
     Long clips: {"streamed" or "whole" or "pieces": {psnr, psnr_frames, psnr_start and psnr_beyond the training length, flicker at its borders}}.
     """
-    y = torch.cat([whole(net, x) for x in short.split(4)])
+    y = torch.cat([whole(net, x) for x in short.split(16)])
     result = dict(psnr=metrics.psnr(y, short), ssim=metrics.ssim(y, short), still=within_chunks(net, arm, short), long={})
     period = dict(chunk_causal=max(arm.config.chunk, 4), causal=4, non_causal=arm.frames)[arm.config.temporal]
     ways = {"streamed": lambda net, x: net(x)}
     if arm.config.temporal == "non_causal":
         ways = {"whole": whole, "pieces": lambda net, x: pieces(net, x, arm.frames)}
     for way, run in ways.items():
-        y = torch.cat([run(net, x) for x in long.split(1)])
+        y = torch.cat([run(net, x) for x in long.split(4)])
         frames = metrics.psnr_frames(y, long).mean(dim=0)
         result["long"][way] = dict(psnr=frames.mean().item(), psnr_start=frames[: arm.frames].mean().item(),
                                    psnr_beyond=frames[arm.frames :].mean().item() if arm.frames < LONG else None,
@@ -292,7 +337,7 @@ def score(net, arm, short, long):
 
 
 def plot(path, arms):
-    """PSNR over frame index at f32 and f8, quality against chunk size, quality against latent channels."""
+    """PSNR over frame index, quality against chunk size, quality against latent channels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -303,13 +348,13 @@ def plot(path, arms):
     axes = axes[0]
     points = lambda group, pick: sorted((int(n.split("-")[1]), pick(a)) for n, a in arms.items() if n.startswith(group))
     for ax, group in zip(axes, groups):
-        if group in ("temporal", "shallow"):
+        if group == "temporal":
             for name, arm in arms.items():
                 for way, long in arm["long"].items() if name.startswith(group) else ():
                     ax.plot(long["psnr_frames"], label=f"{name.split('-')[1]} ({way})", linewidth=1)
-            ax.axvline(32, color="black", linestyle=":", label="end of the training length")
-            name = {"temporal": "f32t4c32", "shallow": "f8t4c2"}[group]
-            ax.set(title=f"{name}: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
+                    frames = arm["frames"]
+            ax.axvline(frames, color="black", linestyle=":", label="end of the training length")
+            ax.set(title=f"f8t4c2: PSNR over frame index, clips of {LONG} frames", xlabel="frame", ylabel="dB")
             ax.legend(fontsize=7)
         elif group == "chunk":
             ax.plot(*zip(*points("chunk", lambda a: a["psnr"])), marker="o")
@@ -318,7 +363,7 @@ def plot(path, arms):
             twin.plot(*zip(*points("chunk", lambda a: a["long"]["streamed"]["flicker"])), marker="x", color="tab:red")
             twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
         else:
-            middle = [(32, arms["temporal-chunk_causal"]["psnr"])] if "temporal-chunk_causal" in arms else []
+            middle = [(2, arms["temporal-chunk_causal"]["psnr"])] if "temporal-chunk_causal" in arms else []
             ax.plot(*zip(*sorted(points("latent", lambda a: a["psnr"]) + middle)), marker="o")
             ax.set(title="quality against latent channels", xlabel="channels", ylabel="dB")
     for ax in axes:
@@ -332,11 +377,10 @@ def plot(path, arms):
 def table(arms):
     """Markdown: one line per arm and way of meeting long clips."""
     number = lambda v, digits=2: "-" if v is None or v != v else f"{v:.{digits}f}"
-    lines = ["| arm | steps | start dB | PSNR dB | SSIM | still | long clips | first frames | beyond | flicker |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| arm | steps | PSNR dB | SSIM | still | long clips | first frames | beyond | flicker |", "|---|---|---|---|---|---|---|---|---|"]
     for name, arm in arms.items():
         for way, long in arm["long"].items():
-            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['start_psnr'])} | {number(arm['psnr'])} "
+            lines.append(f"| {name.replace('-', ': ', 1)} | {arm['steps']} | {number(arm['psnr'])} "
                          f"| {number(arm['ssim'], 4)} | {number(arm['still'], 3)} | {way} {number(long['psnr'])} | {number(long['psnr_start'])} "
                          f"| {number(long['psnr_beyond'])} | {number(long['flicker'])} |")
     return "\n".join(lines)
@@ -353,7 +397,6 @@ def main_compare(argv):
     p.add_argument("--results", default="results", help="folder for limits.json, compare.json and their plots")
     p.add_argument("--groups", nargs="+", choices=["limits", *STEPS], default=["limits", *STEPS])
     p.add_argument("--steps", type=int, help=f"optimiser steps of each arm (default: {', '.join(f'{g} {n}' for g, n in STEPS.items())})")
-    p.add_argument("--image-steps", type=int, default=IMAGE_STEPS, help="optimiser steps of the image autoencoder that all start from")
     p.add_argument("--score", action="store_true", help="train nothing, judge what is finished")
     p.add_argument("--seed", type=int, default=0, help="of weights and clips")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -373,13 +416,14 @@ def main_compare(argv):
         steps = args.steps or STEPS[arm.group]
         if arm.group not in args.groups or args.score and not (out / arm.name / f"checkpoint-{steps:07d}.pt").exists():
             continue
-        net, took = train_arm(arm, films, out, steps, args.image_steps, held_out[arm.frames], args.seed)
-        arms[arm.name] = {**took, **score(net, arm, held_out[arm.frames], held_out[LONG])}
-        short = held_out[32]
+        net, took = train_arm(arm, films, out, steps, args.seed)
+        short, long = (windows(held_out[frames]) for frames in (arm.frames, LONG))
+        arms[arm.name] = {**took, **score(net, arm, short, long)}
+        short = held_out[16]
         flat = metrics.psnr(short.mean(dim=(2, 3, 4), keepdim=True).expand_as(short), short)
         checkpoint.write_json(Path(args.results) / "compare.json", dict(
-            **checkpoint.provenance(), size=SIZE, zoom=ZOOM, image_steps=args.image_steps, held_out=HELD_OUT, seed=args.seed,
-            base=dataclasses.asdict(BASE), shallow=dataclasses.asdict(SHALLOW), flat_colour=flat, arms=arms))
+            **checkpoint.provenance(), size=SIZE, zoom=ZOOM, lr=LR, patch=PATCH, kept=KEPT, window=WINDOW, held_out=HELD_OUT, seed=args.seed,
+            base=dataclasses.asdict(BASE), flat_colour=flat, arms=arms))
         print(table(arms), flush=True)
     if arms:
         plot(Path(args.results) / "compare.png", arms)

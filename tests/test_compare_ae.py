@@ -15,7 +15,7 @@ from compare_ae import ARMS, BASE
 
 def test_arms_differ_in_one_thing():
     """Within a group all have the same clips, batches and steps, and but for the latent channels as many weights."""
-    for group, field in (("temporal", "temporal"), ("shallow", "temporal"), ("chunk", "chunk"), ("latent", "latent_channels")):
+    for group, field in (("temporal", "temporal"), ("chunk", "chunk"), ("latent", "latent_channels")):
         arms = [arm for arm in ARMS if arm.group == group]
         assert len({(arm.frames, arm.batch) for arm in arms}) == 1
         for arm in arms:
@@ -24,9 +24,8 @@ def test_arms_differ_in_one_thing():
             sizes = {sum(p.numel() for p in ae.DCAEV(arm.config).parameters()) for arm in arms}
         assert len(sizes) == (1 if group != "latent" else len(arms))
     assert {arm.label for arm in ARMS if arm.group == "chunk"} == {"1", "4", "8", "20", "40"}
-    assert len({arm.name for arm in ARMS}) == len(ARMS) and compare_ae.LONG == 3 * ARMS[0].frames
-    assert BASE.spatial_factor == 32 and compare_ae.SHALLOW.spatial_factor == 8 and BASE.latent_channels == 16 * compare_ae.SHALLOW.latent_channels
-    assert all(arm.config.widths[1] >= 3 * arm.config.patch**2 for arm in ARMS)  # or the first convolution would lose colours
+    assert len({arm.name for arm in ARMS}) == len(ARMS) and compare_ae.STEPS["latent"] == compare_ae.STEPS["temporal"]
+    assert BASE.spatial_factor == 8 and 3 * 8 * 8 * 4 / BASE.latent_channels == 384
 
 
 # ---------------------------------------------------------------------------------------------------- linear coders
@@ -60,7 +59,7 @@ def test_one_frame_at_a_time_is_principal_components(still_life):
     flat = linear.project(x).flatten(2)
     u = torch.linalg.svd((flat - flat.mean((0, 1))).flatten(0, 1), full_matrices=False)[2][:2]
     y = (flat - flat.mean((0, 1))) @ u.T @ u + flat.mean((0, 1))
-    error = (linear.project(x) - y.unflatten(-1, (4, -1))).square().sum(-1) + (compare_ae.to_patches(x) - linear.mean).square().sum(-1)
+    error = (linear.project(x) - y.unflatten(-1, (4, -1))).square().sum(-1) + compare_ae.rearrange((linear.patches.cut(x) - linear.patches.mean).square().sum(-1), "b t h w -> b (h w) t")
     error -= linear.project(x).square().sum(-1)
     assert torch.allclose(linear.psnr(x, 4, False, 2), 10 * torch.log10(4 * 192 / error.mean(1)), atol=1e-3)
 
@@ -68,14 +67,46 @@ def test_one_frame_at_a_time_is_principal_components(still_life):
 # ---------------------------------------------------------------------------------------------------- arms
 
 
-def test_latent_frames_of_a_still_clip_say_the_same_until_they_learn():
-    """The inflated start: nothing varies within a chunk. A net whose first temporal tap is not zero uses the chunk's border."""
-    arm = next(arm for arm in ARMS if arm.name == "shallow-chunk_causal")
-    image, net, x = compare_ae.image_autoencoder(arm.config), ae.DCAEV(arm.config), torch.rand(1, 3, 2, 32, 32) * 2 - 1
-    compare_ae.inflate(net, image.state_dict())
+@pytest.fixture(scope="module")
+def patches(still_life):
+    return compare_ae.Patches(still_life.split(10))
+
+
+def test_patches_keep_what_their_components_say(still_life, patches):
+    """Four patterns make all patches of these clips, so 40 components keep everything, and of noise 40 of 192 numbers."""
+    y = patches(still_life)
+    assert y.shape == (60, 40, 16, 4, 4) and y.square().mean() == pytest.approx(1, rel=0.3)
+    torch.testing.assert_close(patches.back(y), still_life, atol=1e-4, rtol=0)
+    noise = torch.randn(2, 3, 4, 32, 32)
+    assert 0.6 < (patches.back(patches(noise)) - noise).square().mean() < 0.95
+
+
+def test_an_arm_sees_and_makes_pixels(patches):
+    """Its first and last layer are fixed; what is trained lies between. Whole clip and stream are the same."""
+    net, x = compare_ae.on_patches(BASE, patches).eval(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    fixed = {name for name, _ in net.named_buffers()}
+    assert {name.rsplit(".")[-1] for name in fixed} == {"mean", "basis", "rms"} and not fixed & {name for name, _ in net.named_parameters()}
+    with torch.no_grad():
+        assert net.encode(x).shape == (1, 2, 4, 4, 4)
+        torch.testing.assert_close(net(x), compare_ae.whole(net, x), atol=5e-5, rtol=0)
+
+
+def test_latent_frames_of_a_still_clip(patches):
+    """The two latent frames of a chunk differ by what the zeros behind it do; without that tap none does."""
+    arm, x = ARMS[0], torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    net = compare_ae.on_patches(arm.config, patches)
+    assert compare_ae.within_chunks(net, arm, x) > 1e-3
+    for module in net.encoder.modules():
+        if isinstance(module, Conv3d):
+            module.weight.data[:, :, 0] = module.weight.data[:, :, 2] = 0
     assert compare_ae.within_chunks(net, arm, x) < 1e-6
-    net.encoder.project_out.conv.weight.data[:, :, 2] += 0.1
-    assert compare_ae.within_chunks(net, arm, x) > 0.01
+
+
+def test_a_window_depends_on_the_number_of_the_batch(monkeypatch):
+    x = torch.rand(2, 3, 4, 64, 64)
+    assert torch.equal(compare_ae.window(x, 3, 0), compare_ae.window(x, 3, 0)) and compare_ae.window(x, 3, 0).shape == (2, 3, 4, 32, 32)
+    assert not torch.equal(compare_ae.window(x, 3, 0), compare_ae.window(x, 4, 0))
+    assert torch.equal(compare_ae.windows(x)[1], x[0, :, :, :32, 32:]) and len(compare_ae.windows(x)) == 8
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
@@ -89,27 +120,16 @@ def test_short_chunks_in_bf16_are_those_of_fp32(frames):
     assert torch.allclose(y.float(), conv(x)[0], atol=0.05)
 
 
-def test_ways_to_meet_a_long_clip():
+def test_ways_to_meet_a_long_clip(patches):
     """The non-causal model sees across pieces only in one call; the others give in one call what they give as a stream."""
     x = torch.rand(1, 3, 32, 32, 32) * 2 - 1
-    nets = {arm.label: ae.DCAEV(arm.config).eval() for arm in ARMS if arm.group == "temporal"}
+    nets = {arm.label: compare_ae.on_patches(arm.config, patches).eval() for arm in ARMS if arm.group == "temporal"}
     with torch.no_grad():
         y = compare_ae.pieces(nets["non_causal"], x, 16)
         assert torch.allclose(y[:, :, 16:], compare_ae.whole(nets["non_causal"], x[:, :, 16:]), atol=1e-5)
         assert not torch.allclose(y, compare_ae.whole(nets["non_causal"], x), atol=1e-3)
         for temporal in ("chunk_causal", "causal"):
             assert torch.allclose(nets[temporal](x), compare_ae.whole(nets[temporal], x), atol=5e-5)
-
-
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("temporal-causal", "shallow-non_causal", "chunk-20", "latent-16")], ids=lambda arm: arm.name)
-def test_arms_start_from_one_image_autoencoder(arm):
-    """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever the arm may see of time."""
-    image, net, x = compare_ae.image_autoencoder(arm.config), ae.DCAEV(arm.config), torch.rand(1, 3, 1, 32, 32) * 2 - 1
-    compare_ae.inflate(net, image.state_dict())
-    with torch.no_grad():
-        y = compare_ae.whole(image, x)
-        clip = lambda v: v.expand(-1, -1, 2 * arm.config.piece, -1, -1)
-        assert y.std() > 0.05 and torch.allclose(compare_ae.whole(net, clip(x)), clip(y), atol=1e-4)
 
 
 def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
@@ -119,22 +139,22 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
         (tmp_path / "films").mkdir(exist_ok=True)
         film = data.render(data.random_scene(np.random.default_rng(i)), 64, 64)
         data.write_video(tmp_path / "films" / f"{name}.mp4", data.to_tensor(film), fps=10)
-    tiny = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 2, chunk=16, patch=4)
-    monkeypatch.setattr(compare_ae, "ARMS", [compare_ae.Arm("temporal", t, {"temporal": t}, base=tiny) for t in ("chunk_causal", "non_causal")])
+    monkeypatch.setattr(compare_ae, "BASE", ae.Config((0, 16, 16), (0, 1, 1), 2, chunk=8, patch=8))
+    monkeypatch.setattr(compare_ae, "ARMS", [compare_ae.Arm("temporal", t, {"temporal": t}, batch=2) for t in ("chunk_causal", "non_causal")])
     monkeypatch.setattr(compare_ae, "LONG", 64)
-    monkeypatch.setattr(compare_ae, "LENGTHS", {32: 1, 64: 1})
-    monkeypatch.setattr(compare_ae, "IMAGES", 2)
-    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--image-steps", "1"])
+    monkeypatch.setattr(compare_ae, "LENGTHS", {16: 1, 64: 1})
+    monkeypatch.setattr(compare_ae, "PATCHES", 4)
+    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2"])
     result = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert list(result["arms"]) == ["temporal-chunk_causal", "temporal-non_causal"]
     assert set(result["arms"]["temporal-non_causal"]["long"]) == {"whole", "pieces"}
     long = result["arms"]["temporal-chunk_causal"]["long"]["streamed"]
-    assert len(long["psnr_frames"]) == 64 and long["psnr_beyond"] == pytest.approx(np.mean(long["psnr_frames"][32:]), abs=1e-3)
+    assert len(long["psnr_frames"]) == 64 and long["psnr_beyond"] == pytest.approx(np.mean(long["psnr_frames"][16:]), abs=1e-3)
     assert (tmp_path / "results" / "compare.png").stat().st_size > 10_000 and "| temporal: non_causal | 2 |" in capsys.readouterr().out
     dataset = compare_ae.clips.Clips(tmp_path / "out" / "compare" / "films", 16, (64, 64), "train")
     assert sorted(p.rsplit("/")[-1] for p in dataset.paths) == ["a.mp4", "b.mp4"]
 
     monkeypatch.setattr(compare_ae.training.Run, "_one_step", None)  # nothing is trained again
-    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--image-steps", "1", "--score"])
+    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--score"])
     again = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert {k: v["psnr"] for k, v in again["arms"].items()} == {k: v["psnr"] for k, v in result["arms"].items()}

@@ -196,3 +196,14 @@ def test_a_whole_autoencoder(slow):
     assert not torch.equal(y, expected) and (y - expected).abs().max() <= 1e-5 * expected.abs().max()
     exact, plain = expected, slow(net.bfloat16().decode, z.bfloat16())
     assert (fast.bfloat16().decode(z.bfloat16()) - exact).norm() <= 1.2 * (plain - exact).norm()
+
+
+def test_bf16_on_a_cpu_only_where_it_has_units_for_it(monkeypatch):
+    """A product is computed in fp32 on a CPU that would go through bf16 number by number; a GPU is not asked."""
+    x = torch.ones(2, 2)
+    for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(kernels, "bf16_units", lambda: units)
+        with kernels.autocast(x.device):
+            assert (x @ x).dtype == dtype
+    with kernels.autocast(x.device, bf16=False):
+        assert (x @ x).dtype == torch.float32

@@ -1,4 +1,5 @@
 """The training programme: phases train what they say, an inflated image autoencoder is the image autoencoder, a killed run is not lost."""
+import dataclasses
 import json
 import re
 
@@ -269,6 +270,20 @@ def image_autoencoder(sd, n, x, patch):
         x = block(x, f"decoder.stages.{i}.op_list.{int(i < n)}")
     x = F.silu(norm(x, "decoder.project_out.op_list.0"))
     return z, F.pixel_shuffle(conv(x, "decoder.project_out.op_list.2.conv.conv"), patch)
+
+
+@pytest.mark.parametrize("changes", [dict(temporal="causal"), dict(temporal="non_causal"), dict(chunk=20), dict(chunk=1)], ids=str)
+def test_an_image_autoencoder_is_inflated_under_every_temporal_rule(changes):
+    """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever a frame may see."""
+    config = dataclasses.replace(TINY, **changes)
+    torch.manual_seed(0)
+    image, net, x = train_ae.image_autoencoder(config), ae.DCAEV(config), torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    train_ae.inflate(net, image.state_dict())
+    clip = lambda v: v.expand(-1, -1, 2 * config.piece, -1, -1)
+    through = lambda net, v: net.decoder(net.encoder(v)[0])[0]
+    with torch.no_grad():
+        y = through(image, x)
+        assert y.std() > 0.05 and torch.allclose(through(net, clip(x)), clip(y), atol=1e-4)
 
 
 def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
