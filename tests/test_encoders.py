@@ -263,6 +263,19 @@ def test_umt5_loads_every_layout(tmp_path):
     assert 1e-4 < rounded < 0.03  # bf16 has 8 bits
 
 
+@torch.inference_mode()
+def test_umt5_in_bf16_on_any_cpu(monkeypatch):
+    """With units for bf16 and without, where the products are in fp32: bf16 comes out, as near to fp32 as bf16 is, and the weights stay bf16."""
+    weights, tensors, _ = reference("umt5_tiny")
+    net, error = UMT5.from_state_dict({k: v.bfloat16() for k, v in weights.items()}, dtype=torch.bfloat16), {}
+    for units in (True, False):
+        monkeypatch.setattr(encoders, "bf16_units", lambda: units)
+        y = net(tensors["in/ids"], tensors["in/mask"])
+        assert y.dtype == torch.bfloat16 and {p.dtype for p in net.parameters()} == {torch.bfloat16}
+        error[units] = ((y - tensors["out"]).norm() / tensors["out"].norm()).item()
+    assert 1e-4 < error[False] < error[True] < 0.03
+
+
 @pytest.mark.parametrize("change, sentence", {
     "missing": r"1 missing \(first: blocks.1.attn.o.weight\)", "extra": r"1 unexpected \(first: lm_head.weight\)",
     "shape": r"blocks.2.ffn.fc2.weight has shape \[64, 95\]", "other": "not the weights of a umT5 encoder", "heads": "4 heads, not 8"}.items())
