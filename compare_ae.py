@@ -11,9 +11,9 @@ The reason for the difference is in this: what stays the same for 16 frames is c
 decoder may look at all of them. A causal one must code it with the first latent frame.
 
 **What trained networks make of it**: every arm is the same small DC-AE-V at f8t4 between two fixed layers (`on_patches`): the principal components
-of single 8x8 patches, and their inverse. How space is coded is not in question here, and learning it takes nearly all of a laptop's steps: f32t4c32 arms
-from pixels stayed within 0.05 dB of each other. All arms begin with the same random weights and get the same clips in
-the same order for the same number of steps. One thing differs per group:
+of single 8x8 patches, and their inverse. How space is coded is not in question here, and learning it takes nearly all of a laptop's steps:
+f32t4c32 arms from pixels stayed within 0.05 dB of each other (results/compare_pixels.json). All arms begin with the same random weights and
+get the same clips in the same order for the same number of steps. One thing differs per group:
 
     temporal   chunk-causal (8 frames), causal, non-causal convolutions, 2 latent channels: 384 times smaller, as f32t4c32; trained on 16 frames (two
                chunks), judged on those and on clips six times as long
@@ -29,11 +29,10 @@ frames are two latent frames, which one layer can tell apart; forty need many la
 A non-causal model meets a long clip in two ways: the whole clip at once, longer than any it was trained on, or in pieces of the training
 length that know nothing of each other.
 
-Judged is on films that no arm has seen (HELD_OUT). Clips are 32x32 windows of 64x64 crops, which are a quarter of the frame's
-side or more.
+Judged is on films that no arm has seen (HELD_OUT). Clips are 32x32 windows of 64x64 crops, which are a quarter of the frame's side or more.
 
     python assets/fetch.py && python ae.py compare --groups limits      3 minutes on one core -> results/limits.json, limits.png
-    python ae.py compare            all arms, TIME -> results/compare.json, compare.png
+    python ae.py compare            limits and all arms, an hour on one core -> results/compare.json, compare.png
     python ae.py compare --groups temporal --steps 300        a quick look
 
 Killed and started again it goes on where it stopped. --score judges again what is trained.

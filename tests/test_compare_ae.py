@@ -59,7 +59,8 @@ def test_one_frame_at_a_time_is_principal_components(still_life):
     flat = linear.project(x).flatten(2)
     u = torch.linalg.svd((flat - flat.mean((0, 1))).flatten(0, 1), full_matrices=False)[2][:2]
     y = (flat - flat.mean((0, 1))) @ u.T @ u + flat.mean((0, 1))
-    error = (linear.project(x) - y.unflatten(-1, (4, -1))).square().sum(-1) + compare_ae.rearrange((linear.patches.cut(x) - linear.patches.mean).square().sum(-1), "b t h w -> b (h w) t")
+    power = (linear.patches.cut(x) - linear.patches.mean).square().sum(-1)  # b t h w
+    error = (linear.project(x) - y.unflatten(-1, (4, -1))).square().sum(-1) + power.flatten(2).transpose(1, 2)
     error -= linear.project(x).square().sum(-1)
     assert torch.allclose(linear.psnr(x, 4, False, 2), 10 * torch.log10(4 * 192 / error.mean(1)), atol=1e-3)
 
