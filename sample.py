@@ -314,7 +314,8 @@ def main(argv=None):
         args.weights = args.weights or [f"checkpoints/{args.model}"]
         models.download(args.model, args.weights[0])
     args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and models.is_wan(args.model) else "fp32")
-    if args.dtype == "bf16" and (reason := gpu.without_bf16(args.device)):
+    elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a machine with a GPU
+    if args.dtype == "bf16" and not elsewhere and (reason := gpu.without_bf16(args.device)):
         print(f"matrix products: fp32, because {reason}")
         args.dtype = "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

@@ -418,6 +418,13 @@ def test_an_old_gpu_computes_in_fp32_and_says_so(tiny_toy, out, capsys, monkeypa
     assert json.loads((out / "a.json").read_text())["settings"]["dtype"] == "fp32"
 
 
+def test_so_does_a_cpu_without_bf16_but_not_in_a_plan_for_another_machine(tiny_toy, out, capsys, monkeypatch):
+    monkeypatch.setattr(gpu.kernels, "bf16_units", lambda: False)
+    for more, said in (([], True), (["--plan"], False)):
+        sample.main(["--prompt", "a ring", "--out", str(out), "--dtype", "bf16", *more, *QUICK])
+        assert ("matrix products: fp32, because this CPU has no units for bf16" in capsys.readouterr().out) == said
+
+
 def test_streamed_blocks_are_neither_compiled_nor_eight_bits():
     model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
     model.offload = "blocks"
