@@ -96,7 +96,7 @@ FULL = {
     "high": Phase("inner", (512, 512), 120, 1, 20_000, 5e-5, "11 s per step, 2.5 days"),
     "refine": Phase("head", (256, 256), 80, 2, 20_000, 5e-5, "2.5 s per step, 14 hours; sharper, PSNR a little lower", adversarial=0.05),
 }
-#: For `small` on a laptop: Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
+#: For `small` on a laptop whose CPU has units for bf16 (others take longer): Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
 _LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, perceptual_frames=2, disc_width=16)
 LAPTOP = {
     "image": Phase("space", (64, 64), 1, 64, 800, 4e-3, "0.6 s per step on one core, 8 minutes; 19.7 dB on frames of films held out", **{**_LAPTOP, "images": 0.0, "perceptual": 0.0}),
