@@ -124,7 +124,7 @@ def ceilings():
     tasks["copy"] = lambda: y.copy_(x)
     seconds = turns(tasks, 9)
     found = dict(fp32=flops / seconds["fp32"], bf16=flops / seconds["bf16"], copy=2 * x.nbytes / seconds["copy"])
-    print(f"ceilings: matrix product {found['fp32'] / 1e9:.2g} GFLOP/s in fp32, {found['bf16'] / 1e9:.2g} in bf16; copy {found['copy'] / 1e9:.1f} GB/s", flush=True)
+    print(f"ceilings: matrix product {found['fp32'] / 1e9:.3g} GFLOP/s in fp32, {found['bf16'] / 1e9:.3g} in bf16; copy {found['copy'] / 1e9:.1f} GB/s", flush=True)
     return found
 
 
