@@ -1,0 +1,1 @@
+"""What training needs: autoencoder training, the shared loop, clips, captions, caches of latents, bases, metrics."""
