@@ -42,21 +42,15 @@ from tqdm import tqdm
 
 import ae
 import align
-import bases
-import cache
-import checkpoint
-import data
 import dit
-import encoders
 import flow
 import lora
-import models
-import toy
-import train as training
-import wan_weights
-from bases import DTYPES
-from checkpoint import UserError
-from journal import Journal
+from files import checkpoint, layouts, video as data
+from files.checkpoint import UserError
+from training import bases, cache, loop, toy_base
+from training.bases import DTYPES
+from training.journal import Journal
+from wan import models, text as encoders
 
 STAGES = ("cache", "align", "head", "lora", "export")
 ENDS = ("patch_embedding", "head")  # trained whole, from stage 1b on
@@ -99,8 +93,8 @@ class Job:
 
 def adapt(base, settings, args):
     """AE-Adapt-V, stage by stage, into the folder args.out."""
-    started, own = time.perf_counter(), training.start()
-    args.device = args.device if args.device and training.processes() == 1 else own
+    started, own = time.perf_counter(), loop.start()
+    args.device = args.device if args.device and loop.processes() == 1 else own
     teacher, student = base.models(args, settings)
     source, held = base.sources(teacher, student, args, settings)  # the cache
     for model in (teacher, student):
@@ -137,7 +131,7 @@ def align_ends(job, expert):
 
     # assemble: blocks from the base, the aligned embedder, a zero or regressed head
     base, net = build(job, expert, {})
-    training.copy_into(net, {"patch_embedding.weight": weight.view_as(net.patch_embedding.weight), "patch_embedding.bias": bias})
+    loop.copy_into(net, {"patch_embedding.weight": weight.view_as(net.patch_embedding.weight), "patch_embedding.bias": bias})
     if s.head == "closed_form":
         align.solve_head(net, job.source, batches=96, batch=s.batch, mode=s.time_sampling, shift=s.shift, inside=(expert.low, expert.high))
     examine(job, expert, "1a, assembled", net, depth=depth(job, base, net), **numbers)
@@ -174,7 +168,7 @@ def train_lora(job, expert):
 def export(job):
     """The adapted model as files that others read, in args.out: the transformer(s) merged, the LoRA in three layouts, the autoencoder."""
     s, out, dtype = job.settings, Path(job.args.out), DTYPES[job.settings.export]
-    if training.rank():
+    if loop.rank():
         return
     about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank, alpha=s.alpha, step=s.steps)
     shown = {k: getattr(job.student, k) for k in models.SAMPLING}
@@ -192,7 +186,7 @@ def export(job):
     ae.save(job.student.ae, out / "ae.safetensors", dtype)
     print(f"done in {time.perf_counter() - job.started:.0f} s. See {out / 'stages.png'} and {out / 'report.json'}, and try\n"
           f"  python sample.py --model {out} " + (f"--weights {' '.join(map(str, job.args.weights))} " if job.args.weights else "")
-          + ("--image PICTURE " if job.student.task == "i2v" else "") + f"--prompt \"{toy.PROMPTS[0] if job.base.name == 'toy' else '...'}\"")
+          + ("--image PICTURE " if job.student.task == "i2v" else "") + f"--prompt \"{toy_base.PROMPTS[0] if job.base.name == 'toy' else '...'}\"")
 
 
 # ---------------------------------------------------------------------------------------------------- stage 1a: the patch embedder
@@ -245,12 +239,12 @@ def initial_embedder(config, seed):
 def align_by_sgd(job, expert, weight, bias, config):
     """Stage 1a as published: AdamW, betas (0.9, 0.9), constant rate, batches of clips -> (weight, bias). A run that can be killed."""
     s, net = job.settings, nn.Linear(*reversed(weight.shape)).to(job.device)
-    training.copy_into(net, {"weight": weight, "bias": bias})
+    loop.copy_into(net, {"weight": weight, "bias": bias})
     W, b = (p.float().to(job.device) for p in align.matrix(expert.embedder()))
     opt = torch.optim.AdamW(net.parameters(), lr=s.lr_align, betas=(0.9, 0.9), weight_decay=0)
-    plan = training.Plan(s.steps_align, warmup=0, decay="constant", clip=0.0, save_every=1000, log_every=100, keep=1)
-    run = training.Run(job.folder(expert, "1a"), config, {"net": net}, {"net": opt}, plan)
-    clips, batch = min(len(job.source), s.clips_align), max(s.batch_align // training.processes(), 1)
+    plan = loop.Plan(s.steps_align, warmup=0, decay="constant", clip=0.0, save_every=1000, log_every=100, keep=1)
+    run = loop.Run(job.folder(expert, "1a"), config, {"net": net}, {"net": opt}, plan)
+    clips, batch = min(len(job.source), s.clips_align), max(s.batch_align // loop.processes(), 1)
 
     def batches(number):
         while True:
@@ -314,11 +308,11 @@ def fit(job, expert, name, title, ready, config, steps, lr, warmup, ema, first):
     first: number of the source's batch at step 0, so that stage 2 does not begin with the clips of 1b.
     """
     s, folder = job.settings, job.folder(expert, name)
-    clips = s.batch * s.accumulated(training.processes()) * training.processes()
+    clips = s.batch * s.accumulated(loop.processes()) * loop.processes()
     config |= config_of(job, expert, "time_sampling", "shift", "clip", "dtype", "seed", clips_per_step=clips)
     if new := not finished(folder / "trained.safetensors", config):
         train(job, expert, folder, f"{expert.prefix}{title}", ready, config, steps, lr, warmup, ema, first)
-    if training.rank() == 0 and (new or f"{expert.prefix}{title}" not in job.journal):
+    if loop.rank() == 0 and (new or f"{expert.prefix}{title}" not in job.journal):
         tensors = result(folder / "trained.safetensors")
         base, net = build(job, expert, tensors, adapters=name == "2")
         numbers = {} if job.args.continue_from else dict(  # there the base's own space plays no part
@@ -330,13 +324,13 @@ def train(job, expert, folder, what, ready, config, steps, lr, warmup, ema, firs
     """The training of `fit`, by all processes together."""
     s = job.settings
     torch.manual_seed(s.seed)
-    net = training.masters(ready()).train()
+    net = loop.masters(ready()).train()
     net.checkpointing = s.checkpoint_blocks
-    training.shard(net, net.blocks)
-    trained = training.trained(net)
+    loop.shard(net, net.blocks)
+    trained = loop.trained(net)
     opt = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0)
-    plan = training.Plan(steps, warmup, s.decay, s.clip, s.accumulated(training.processes()), ema, job.args.save_every)
-    run = training.Run(folder, config, {"net": net}, {"net": opt}, plan)
+    plan = loop.Plan(steps, warmup, s.decay, s.clip, s.accumulated(loop.processes()), ema, job.args.save_every)
+    run = loop.Run(folder, config, {"net": net}, {"net": opt}, plan)
 
     def batches(number):
         while True:
@@ -355,11 +349,11 @@ def train(job, expert, folder, what, ready, config, steps, lr, warmup, ema, firs
 
     run.fit(batches(run.number), losses, report, what=what)
     with run.averaged():
-        tensors = {k: training.whole(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
-    if training.rank() == 0:
-        training.plot(folder)
+        tensors = {k: loop.whole(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
+    if loop.rank() == 0:
+        loop.plot(folder)
         checkpoint.save_tensors(folder / "trained.safetensors", tensors, {"settings": config, "step": steps})
-    training.everywhere(None)  # nobody looks for the file before it is there
+    loop.everywhere(None)  # nobody looks for the file before it is there
 
 
 # ---------------------------------------------------------------------------------------------------- the model between the stages
@@ -375,13 +369,13 @@ def build(job, expert, tensors, adapters=False, dtype=None, device=None):
     net = dit.inherit(base, job.student.net.config, share=True).requires_grad_(False).eval()
     if adapters:
         lora.wrap(net, s.rank, s.alpha, full=ENDS)
-    training.copy_into(net, tensors)
+    loop.copy_into(net, tensors)
     return base, net
 
 
 def ends(expert):
     """The embedder and head of a transformer, fp32."""
-    tensors = wan_weights.open_checkpoint(expert.path)[0]
+    tensors = layouts.open_checkpoint(expert.path)[0]
     return {k: checkpoint.read(v).float() for k, v in tensors.items() if k.startswith(ENDS)}
 
 
@@ -395,16 +389,16 @@ def finished(file, config):
     if not file.exists():
         return False
     made = checkpoint.open_tensors(file)[1].get("settings", {})
-    if different := training.difference(made, config):
+    if different := loop.difference(made, config):
         raise UserError(f"{file.parent} was made with other settings ({different}): use the same ones, or another --out.")
     return True
 
 
 def alone(file):
     """True in process 0, which does the work that ends with `file`; the others wait here for it. (Not in an exchange, which has a time limit.)"""
-    while training.rank() and not file.exists():
+    while loop.rank() and not file.exists():
         time.sleep(0.2)
-    return training.rank() == 0
+    return loop.rank() == 0
 
 
 def result(file):
@@ -492,7 +486,7 @@ def arguments(argv=None):
     clips.add_argument("--frames", type=int, default=80, help="of a clip (default: 80; the base sees the first 77)")
     clips.add_argument("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
     clips.add_argument("--workers", type=int, default=2, help="threads that read clips and entries (default: 2)")
-    clips.add_argument("--shards", type=int, default=10, help=f"toy: clips for stages 1b and 2, in shards of {toy.SHARD} (default: 10)")
+    clips.add_argument("--shards", type=int, default=10, help=f"toy: clips for stages 1b and 2, in shards of {toy_base.SHARD} (default: 10)")
     clips.add_argument("--align-shards", type=int, default=3, help="toy: the first of them, used for stage 1a (default: 3)")
     settings = p.add_argument_group("settings")
     choices = dict(align=("sgd", "closed_form", "ridge_to_init", "noise_aware", "random"), head=("zero", "closed_form"), time_sampling=("released", "shifted"),
@@ -527,17 +521,17 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     torch.manual_seed(settings.seed)
     if args.plan:
-        import plan
+        from training import plan
 
         return plan.show(base, settings, args)
     if args.compare:
-        import compare_adapt
+        from experiments import compare_adapt
 
         passed = {"--threads": args.threads, "--device": args.device}
         return compare_adapt.main([str(part) for pair in passed.items() if pair[1] is not None for part in pair])
     if args.pretrain or args.score:
-        vars(args).update(vars(settings), device=str(args.device or training.start()))
-        return (toy.pretrain if args.pretrain else toy.score)(args)
+        vars(args).update(vars(settings), device=str(args.device or loop.start()))
+        return (toy_base.pretrain if args.pretrain else toy_base.score)(args)
     adapt(base, settings, args)
 
 

@@ -34,11 +34,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import reduce, repeat
 
-import checkpoint
 import kernels
-import tiling
-from checkpoint import UserError
 from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, run_layers, split_state
+from files import checkpoint
+from files.checkpoint import UserError
+from gpu import tiling
 
 
 @dataclass(frozen=True)
@@ -476,7 +476,7 @@ def save(net, path, dtype=torch.float32, **metadata):
 def main(argv=None):
     """Each command lives in a file above this one, which is imported only when asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    files = {"reconstruct": "eval_ae", "train": "train_ae", "eval": "eval_ae", "compare": "compare_ae"}
+    files = {"reconstruct": "training.evaluate", "train": "training.autoencoder", "eval": "training.evaluate", "compare": "experiments.temporal"}
     p = argparse.ArgumentParser(description="DC-AE-V, the deep compression video autoencoder.", usage="ae.py COMMAND ... (COMMAND --help says more)")
     p.add_argument("command", choices=files, help="reconstruct: a video file through the autoencoder; train: on the toy world or on a folder of "
                    "clips; eval: table of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal against causal and non-causal")

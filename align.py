@@ -46,7 +46,7 @@ from einops import rearrange, reduce
 from tqdm import tqdm
 
 import flow
-from checkpoint import UserError
+from files.checkpoint import UserError
 
 # ---------------------------------------------------------------------------------------------------- pairs of tokens
 

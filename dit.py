@@ -47,10 +47,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import wan_weights
-from checkpoint import Stored, UserError, load_strict, save_tensors, user_errors
+from files import layouts
+from files.checkpoint import Stored, UserError, load_strict, save_tensors, user_errors
 from kernels import attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm, rms_norm, rms_norm_rope
-from offload import StreamedBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,6 +460,8 @@ def stream_blocks(net, device):
     (offload.py), everything else moves there. Merge LoRA before. Returns net; to move or save it again, load it anew."""
     blocks, net.blocks = list(net.blocks), nn.ModuleList()
     net.to(device)
+    from gpu.offload import StreamedBlocks  # a floor further up
+
     net.blocks = StreamedBlocks(blocks, device)
     return net
 
@@ -510,12 +511,12 @@ def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2, r
 
 def to_diffusers(sd):
     """State dict with diffusers' names, the same tensors."""
-    return {wan_weights.to_diffusers(k): v for k, v in sd.items()}
+    return {layouts.to_diffusers(k): v for k, v in sd.items()}
 
 
 def infer_config(sd, heads=None):
     """Config from the shapes of a state dict in original names; no shape shows the heads: 128 channels each by default."""
-    return Config(**wan_weights.sizes(sd, heads))
+    return Config(**layouts.sizes(sd, heads))
 
 
 @torch.no_grad()
@@ -544,7 +545,7 @@ def inherit(base, config, share=False):
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu", what="the transformer state dict"):
     """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode. With `dtype` bf16 the large matrices are
     stored in it. Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names it, and `what` holds it."""
-    sd = wan_weights.original(sd)
+    sd = layouts.original(sd)
     config = config or infer_config(sd, heads)
     with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below, one at a time
         net = WanDiT(config).cast_weights(dtype)
@@ -557,13 +558,13 @@ def load(path, heads=None, dtype=torch.float32, device="cpu"):
 
     Needs the memory of the result and of one tensor; the files are never held whole. device: where the tensors go directly.
     """
-    tensors, settings = wan_weights.open_checkpoint(path, heads)
+    tensors, settings = layouts.open_checkpoint(path, heads)
     return from_state_dict(tensors, config=Config(**settings), dtype=dtype, device=device, what=str(path))
 
 
 def read_config(path, heads=None):
     """The Config that `load` would use, without reading the weights."""
-    return Config(**wan_weights.open_checkpoint(path, heads)[1])
+    return Config(**layouts.open_checkpoint(path, heads)[1])
 
 
 def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):
@@ -576,7 +577,7 @@ def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e
     sd = {k: Stored(tuple(v.shape), dtype or v.dtype, lambda v=v: v.to(dtype or v.dtype)) for k, v in net.state_dict().items()}
     metadata = {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)}
     if Path(path).suffix != ".safetensors":
-        wan_weights.save_folder(Path(path), sd, net.config, format, metadata, shard_bytes)
+        layouts.save_folder(Path(path), sd, net.config, format, metadata, shard_bytes)
     elif format == "original":
         save_tensors(path, sd, metadata)
     else:

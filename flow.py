@@ -31,7 +31,7 @@ import math
 import numpy as np
 import torch
 
-from checkpoint import UserError
+from files.checkpoint import UserError
 
 # ------------------------------------------------------------------------- The straight line and the training objective
 

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import dit
-import fp8 as eight_bits
 import kernels
-from checkpoint import UserError
+from files.checkpoint import UserError
+from gpu import fp8 as eight_bits
 
 
 class Velocity:

@@ -55,7 +55,7 @@ def refused():
     global _refused
     if _refused is None:
         try:
-            import triton_kernels
+            from gpu import triton_kernels
             triton_kernels.try_out()
             _refused = ""
         except Exception as e:  # no Triton, no C compiler for its launchers, a GPU it does not know: each has exceptions of its own
@@ -136,7 +136,7 @@ def layer_norm_modulate(x, scale, shift, eps, dtype=None):
     if _plain:
         return layer_norm_modulate_plain(x, scale, shift, eps, dtype)
     if fused(x, scale, shift):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.layer_norm_modulate(x, scale, shift, eps, dtype)
     if scale.shape[:2] == (1, 1) and not recorded(x, scale, shift):
         return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps).to(dtype or x.dtype)
@@ -152,7 +152,7 @@ def rms_norm(x, weight, eps):
     models do. Written out because on the CPU autograd through these operations beats the backward of F.rms_norm.
     """
     if fused(x, weight):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.rms_norm(x, weight, eps)
     return _rms_norm(x, weight, eps).to(x.dtype)
 
@@ -177,7 +177,7 @@ def rms_norm_rope(x, weight, rope, heads, eps):
     if _plain:
         return rms_norm_rope_plain(x, weight, rope, heads, eps)
     if fused(x, weight):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.rms_norm_rope(x, weight, rope, heads, eps)
     pairs = torch.view_as_complex(_rms_norm(x, weight, eps).float().view(*x.shape[:2], heads, -1, 2))
     turned = pairs * rope[:, None] if recorded(x, weight) else pairs.mul_(rope[:, None])
@@ -194,7 +194,7 @@ def gate_residual(x, y, gate):
     if _plain:
         return gate_residual_plain(x, y, gate)
     if fused(x, y, gate):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.gate_residual(x, y, gate)
     x, y = (a.unflatten(1, (gate.shape[1], -1)) for a in (x, y.to(x.dtype)))  # b g l/g d
     return torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
@@ -207,7 +207,7 @@ def residual_norm(x, y, gate, scale, shift, eps, dtype, affine=False):
     hand; here they are made one after the other.
     """
     if fused(x, y, gate, scale, shift):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.residual_norm(x, y, gate, scale, shift, eps, dtype, affine)
     x = x + y if gate is None else gate_residual(x, y, gate)
     if affine:
@@ -227,7 +227,7 @@ def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
     reads it, and no fp32 copy of a whole bf16 activation exists (half of the decode's peak memory, once).
     """
     if fused(x, weight, bias):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.rms_norm_channels(x, weight, bias, eps, silu, shortcut)
     size = SLICE.get(x.device.type, 2**24)
     if _plain or recorded(x, weight, bias, shortcut) or x.numel() <= size:

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import UserError, load_tensors, save_tensors
-from wan_weights import to_diffusers
+from files.checkpoint import UserError, load_tensors, save_tensors
+from files.layouts import to_diffusers
 
 # What AE-Adapt-V adapts: 6 linears per block and the 3 of the time embedding. Cross-attention, text and image
 # embedders, norms and modulation stay as the base has them: what they learned about prompts is what is inherited.

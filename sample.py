@@ -36,18 +36,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import data
 import dit
-import encoders
 import flow
-import fp8
-import gpu
 import guided
 import kernels
-import models
-import tiling
-from checkpoint import UserError
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from gpu import choose, fp8, tiling
+from wan import models, text as encoders
 
 # ---------------------------------------------------------------------------------------------------- the guided loop
 
@@ -275,7 +271,7 @@ class Timer(dict):
         self[self.name] = time.perf_counter() - self.started
 
 
-def choose(model, args):
+def choose_fast_paths(model, args):
     """What is decided by trying it on the device, before memory is planned -> lines that say what runs, and why."""
     kernels.use(plain=args.slow)
     lines = [f"thin operations: {kernels.describe(args.device)}"]
@@ -284,12 +280,12 @@ def choose(model, args):
             torch.cuda.set_device(args.device)  # kernels are launched on the current one
         c = model.net.config
         if args.dtype == "bf16" and not args.slow:
-            lines.append(gpu.choose_attention(args.device, dit.tokens(c, model.latent_shape(args.frames, args.size)), c.heads, c.dim // c.heads)[1])
-        convolution = gpu.choose_convolution(args.device, model.ae_dtype)
+            lines.append(choose.choose_attention(args.device, dit.tokens(c, model.latent_shape(args.frames, args.size)), c.heads, c.dim // c.heads)[1])
+        convolution = choose.choose_convolution(args.device, model.ae_dtype)
         model.ae_dtype = convolution.dtype
         model.ae.to(memory_format=torch.contiguous_format if args.slow else convolution.layout)
         lines.append(convolution.line)
-    if args.compile and (reason := gpu.without_compiler(args.device)):
+    if args.compile and (reason := choose.without_compiler(args.device)):
         args.compile = False
         lines.append(f"blocks: not compiled, because {reason}")
     if args.fp8:
@@ -315,7 +311,7 @@ def main(argv=None):
         models.download(args.model, args.weights[0])
     args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and models.is_wan(args.model) else "fp32")
     elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a machine with a GPU
-    if args.dtype == "bf16" and not elsewhere and (reason := gpu.without_bf16(args.device)):
+    if args.dtype == "bf16" and not elsewhere and (reason := choose.without_bf16(args.device)):
         print(f"matrix products: fp32, because {reason}")
         args.dtype = "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
@@ -334,7 +330,7 @@ def main(argv=None):
     args.size = tuple(args.size)
     if args.cfg_batch is None:
         args.cfg_batch = dit.tokens(model.net.config, model.latent_shape(args.frames, args.size)) <= 4096
-    choices = [] if args.plan else choose(model, args)
+    choices = [] if args.plan else choose_fast_paths(model, args)
     model.offload, args.tile, memory = plan(model, args.frames, args.size, dtype, 1 + args.cfg_batch, args.offload, args.tile,
                                            args.memory and args.memory * 2**30)
     print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}; expected memory "

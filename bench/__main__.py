@@ -30,13 +30,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import data
 import dit
-import metrics
-import models
 import sample
-from checkpoint import UserError
+from files import ROOT, checkpoint, video as data
+from files.checkpoint import UserError
+from training import metrics
+from wan import models
 
 
 def rounds(tasks, repeats):
@@ -109,8 +108,8 @@ def peak_of(task):
 def fresh(function, **arguments):
     """Call a function of this file in a new process -> what it returns (JSON). Freed tensors go back to the system at once there (glibc
     keeps what is below 32 MB, and fragments would count)."""
-    code = f"import bench, json, sys; print(json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], cwd=Path(__file__).parent, capture_output=True, text=True,
+    code = f"import json, sys; from bench import __main__ as bench; print(json.dumps(bench.{function}(**json.loads(sys.argv[1]))))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"})
     if done.returncode:
         raise UserError(f"{function} failed in its own process: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1]}")
@@ -257,17 +256,17 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes started from here
     if args.suite == "gpu":  # writes after every row
-        import bench_gpu
-        return bench_gpu.run(args.out or ("out/bench_gpu_dry_run.json" if args.dry_run else SUITES["gpu"]), args.dry_run)
+        from bench import gpu
+        return gpu.run(args.out or ("out/bench_gpu_dry_run.json" if args.dry_run else SUITES["gpu"]), args.dry_run)
     if args.suite == "cpu":
-        import bench_cpu
+        from bench import cpu
     started = checkpoint.provenance()
     found = {"toy": lambda: dict(repeats=args.repeats, **toy(args.repeats)), "load": lambda: load(scratch=args.scratch),
-             "activations": activations, "shortcuts": shortcuts, "cpu": lambda: bench_cpu.run(args.repeats)}[args.suite]()
+             "activations": activations, "shortcuts": shortcuts, "cpu": lambda: cpu.run(args.repeats)}[args.suite]()
     out = Path(args.out or SUITES[args.suite])
     checkpoint.write_json(out, dict(**started, suite=args.suite, **found))
     if args.suite == "cpu":
-        bench_cpu.plot(found, out.with_suffix(".png"))
+        cpu.plot(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ae
 import dit
 import kernels
-import models
 import sample
+from files import ROOT
+from wan import models
 
 SMALL = dit.Config(dim=512, ffn_dim=2048, heads=4, layers=8, in_channels=16, out_channels=16)  # shaped like Wan 2.1
 LATENTS = (4, 32, 32), (4, 64, 64)  # 1,024 and 4,096 tokens
@@ -200,7 +200,7 @@ def training(table, repeats):
 
 def start():
     """Cold start: seconds of `import ae, dit, sample` over torch itself, and of the first command of the README, mp4 written; the best of three."""
-    here, env = Path(__file__).parent, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    here, env = ROOT, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     code = "import time; a = time.process_time(); import torch; b = time.process_time(); import ae, dit, sample; print(b - a, time.process_time() - b)"
     imports = [[float(n) for n in subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, check=True).stdout.split()] for _ in range(3)]
     runs = []

@@ -32,15 +32,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ae
-import checkpoint
 import dit
-import gpu
 import guided
 import kernels
-import models
 import sample
-import tiling
-import wan_vae
+from files import checkpoint
+from gpu import choose, tiling
+from wan import models, vae
 
 STEPS = 50  # of a video, with two passes each
 SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920), "2160p": (2160, 3840)}
@@ -94,8 +92,8 @@ class Scale:
     def autoencoder(self, space):
         tiny = self.device.type == "cpu"
         if space.startswith("base"):
-            c = wan_vae.PRESETS["wan2.1"]
-            return wan_vae.WanVAE(dataclasses.replace(c, width=8, decoder_width=8) if tiny else c)
+            c = vae.PRESETS["wan2.1"]
+            return vae.WanVAE(dataclasses.replace(c, width=8, decoder_width=8) if tiny else c)
         c = ae.PRESETS[space.split()[1]]
         return ae.DCAEV(dataclasses.replace(c, widths=(8,) * len(c.widths), depths=(0, *(1,) * (len(c.widths) - 1)), chunk=4) if tiny else c)
 
@@ -121,7 +119,7 @@ class Suite:
     def attend(self, name):
         """Let attention run through a backend of gpu.py; None: as the library chooses."""
         if self.scale.device.type == "cuda":
-            gpu.set_attention(name)
+            choose.set_attention(name)
 
     def left(self):
         return self.end - time.perf_counter()
@@ -503,12 +501,12 @@ def run(out, dry_run=False, budget=570.0):
     if not dry_run and not torch.cuda.is_available():
         raise checkpoint.UserError("--suite gpu needs a CUDA GPU, and torch finds none: add --dry-run to walk through it with tiny shapes on the CPU.")
     scale = dry(torch.device("cpu")) if dry_run else Scale(torch.device("cuda"))
-    if not dry_run and (reason := gpu.without_bf16(scale.device)):
+    if not dry_run and (reason := choose.without_bf16(scale.device)):
         raise checkpoint.UserError(f"--suite gpu measures in bf16, but {reason}: use a newer GPU.")
     suite = Suite(scale, out, budget)
     if not dry_run:
-        suite.attention, line = gpu.choose_attention(scale.device, 17600, 12)
-        suite.convolution = gpu.choose_convolution(scale.device, scale.dtype)
+        suite.attention, line = choose.choose_attention(scale.device, 17600, 12)
+        suite.convolution = choose.choose_convolution(scale.device, scale.dtype)
         suite.report["choices"] = [line, suite.convolution.line, f"thin operations: {kernels.describe(scale.device)}"]
         print("\n".join(suite.report["choices"]))
     ceilings(suite)

@@ -27,16 +27,14 @@ import torch
 
 import ae
 import align
-import data
 import dit
-import encoders
 import flow
 import kernels
 import lora
-import metrics
-import models
 import sample
-import toy
+from files import video as data
+from training import metrics, toy_base
+from wan import models, text as encoders
 
 ENDS = ("patch_embedding", "head")
 HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
@@ -53,7 +51,7 @@ class Arm:
     head: str = "zero"  # or closed_form
     head_steps: float = 0.0
     lora: bool = True
-    sampling: tuple = ("shifted", toy.SHIFT)
+    sampling: tuple = ("shifted", toy_base.SHIFT)
     null: str = "empty"
     stretch: tuple = (1, 1)  # steps and batch, as multiples of the preset's
     like: str = "E"  # of an option: the arm whose learning rate it takes
@@ -175,13 +173,13 @@ class World:
         self.base.to(device)
         self.prompts = {g: [s.attributes() for s in scenes_of(g, n, (99, i))] for i, (g, n) in enumerate(zip(GROUPS, preset.prompts))}
         sets = {"train": scenes_of("inside", preset.clips, 1), **{g: scenes_of(g, preset.held, (2, i)) for i, g in enumerate(GROUPS)}}
-        self.clips = {k: toy.encode_scenes(self.deep, s, out / "cache", k) for k, s in sets.items()}
-        self.teacher = {k: toy.encode_scenes(self.base, sets[k], out / "cache", f"{k}, base") for k in ("train", "inside", "combination")}
+        self.clips = {k: toy_base.encode_scenes(self.deep, s, out / "cache", k) for k, s in sets.items()}
+        self.teacher = {k: toy_base.encode_scenes(self.base, sets[k], out / "cache", f"{k}, base") for k in ("train", "inside", "combination")}
         self.patches = self.base.net.config.patch, self.deep.net.config.patch
         self.noisy = [n.config.out_channels * math.prod(n.config.patch) for n in (self.base.net, self.deep.net)]
         tokens = [math.prod(c.z.shape[-2:]) / p[1] / p[2] for c, p in zip((self.teacher["train"], self.clips["train"]), self.patches)]
         self.s = round((tokens[0] / tokens[1]) ** 0.5)
-        self.pairs = toy.Source(self.clips["train"], self.base.text, self.teacher["train"])
+        self.pairs = toy_base.Source(self.clips["train"], self.base.text, self.teacher["train"])
         self.seconds = {}  # of the one pass over each set of clips that the closed forms need
         self.moments = {k: self.pass_over(k) for k in self.teacher}
         self.kept = {}  # alignments, and states after stage 1b, that several trials share
@@ -206,10 +204,10 @@ class World:
         sgd = lambda *how: align.sgd_embedding(self.pairs.pair, len(self.pairs), self.patches, E_T, fresh.weight, fresh.bias, *how, seed=seed)
         return {None: lambda: (fresh.weight, fresh.bias), "sgd": lambda: sgd(steps, clips, lr), "sgd_published": lambda: sgd(*self.preset.sgd_published),
                 "closed_form": lambda: align.solve_embedding(m, E_T), "ridge_to_init": lambda: align.solve_embedding(m, E_T, 3e-2, fresh.weight),
-                "noise_aware": lambda: align.solve_noised(m, E_T, self.s, self.noisy, shift=toy.SHIFT)}[method]()
+                "noise_aware": lambda: align.solve_noised(m, E_T, self.s, self.noisy, shift=toy_base.SHIFT)}[method]()
 
     def source(self, arm, seed):
-        return toy.Source(self.clips["train"], NullWord() if arm.null == "word" else self.base.text, seed=seed, image=0.0)
+        return toy_base.Source(self.clips["train"], NullWord() if arm.null == "word" else self.base.text, seed=seed, image=0.0)
 
     def aligned(self, arm, seed):
         """The arm's start: embedder and head aligned, stage 1b not begun."""
@@ -231,9 +229,9 @@ class World:
         out, training = {}, net.training
         net.eval()
         for group in GROUPS:
-            source, generator = toy.Source(self.clips[group], self.base.text, null=0, drop=0, image=0.0), torch.Generator().manual_seed(0)
+            source, generator = toy_base.Source(self.clips[group], self.base.text, null=0, drop=0, image=0.0), torch.Generator().manual_seed(0)
             steps = max(1, self.preset.held // 32)
-            out[group] = sum(toy.flow_loss(net, source.batch(i, range(min(32, self.preset.held))), generator)[0].item() for i in range(steps)) / steps
+            out[group] = sum(toy_base.flow_loss(net, source.batch(i, range(min(32, self.preset.held))), generator)[0].item() for i in range(steps)) / steps
         net.train(training)
         return out
 
@@ -326,8 +324,8 @@ def run(world, key, lr, seed):
         lora.wrap(net, p.rank, 2 * p.rank, full=ENDS)
     row["trained"] = train(net, head_steps, total - head_steps, lr)
     stop(net, total)
-    inside = toy.Source(world.clips["inside"], world.base.text, null=0, drop=0, image=0.0)
-    row["sigma"] = align.loss_by_sigma(net.eval(), inside, 4, p.held, shift=toy.SHIFT)
+    inside = toy_base.Source(world.clips["inside"], world.base.text, null=0, drop=0, image=0.0)
+    row["sigma"] = align.loss_by_sigma(net.eval(), inside, 4, p.held, shift=toy_base.SHIFT)
     row["seconds"] = round(time.perf_counter() - began + row.pop("seconds_before"), 1)
     return row
 

@@ -11,9 +11,8 @@ import statistics
 
 import torch
 
-import checkpoint
-import data
-from arms import ALL, ARMS, GROUPS, OPTIONS
+from experiments.arms import ALL, ARMS, GROUPS, OPTIONS
+from files import checkpoint, video as data
 
 
 def spread(values):

@@ -31,15 +31,13 @@ import torch
 from tqdm import tqdm
 
 import align
-import checkpoint
-import claims
-import data
 import dit
 import kernels
-import metrics
-import toy
-from arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
-from checkpoint import UserError
+from experiments import claims
+from experiments.arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import metrics, toy_base
 
 # ---------------------------------------------------------------------------------------------------- before any arm
 
@@ -223,7 +221,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     preset = PRESETS[args.preset] if args.steps is None else replace(PRESETS[args.preset], steps=args.steps)
     world = World(preset, Path(args.out), args.base_weights, args.device)
-    settings = dict(preset=asdict(world.preset), base=toy.hash_of(world.base.net), autoencoder=toy.hash_of(world.deep.ae), held=HELD)
+    settings = dict(preset=asdict(world.preset), base=toy_base.hash_of(world.base.net), autoencoder=toy_base.hash_of(world.deep.ae), held=HELD)
     compare(world, Ledger(world.out, settings), args.arms, args.seeds or world.preset.seeds, Path(args.results))
 
 

@@ -49,12 +49,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 import ae
-import checkpoint
-import clips
 import kernels
-import metrics
-import train as training
-from muon import Muon
+from files import checkpoint
+from training import clips, loop, metrics
+from training.muon import Muon
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
 LENGTHS = {16: 24, 80: 12, LONG: 12}  # frames of the clips that arms are judged on: how many
@@ -274,7 +272,7 @@ def train_arm(arm, films, out, steps, seed=0):
     torch.manual_seed(seed)
     net = on_patches(arm.config, patches)
     config = dict(arm=arm.name, **dataclasses.asdict(arm.config), frames=arm.frames, batch=arm.batch, lr=LR, seed=seed, starts=len(dataset))
-    run = training.Run(out / arm.name, config, {"net": net}, {"net": Muon(net, LR)}, training.Plan(steps, save_every=100, keep=1))
+    run = loop.Run(out / arm.name, config, {"net": net}, {"net": Muon(net, LR)}, loop.Plan(steps, save_every=100, keep=1))
 
     def error(x, number):
         x = window(x, number, seed)
@@ -284,7 +282,7 @@ def train_arm(arm, films, out, steps, seed=0):
         yield "net", mse, {"loss": mse.detach(), "psnr": 10 * torch.log10(4 / mse.detach())}
 
     run.fit(clips.loader(dataset, arm.batch, run.number, workers=0), error, what=arm.name)
-    log = training.read_log(run.folder)
+    log = loop.read_log(run.folder)
     seconds = sorted(line["seconds_per_step"] for line in log)[len(log) // 2]
     return net.eval(), dict(steps=steps, frames=arm.frames, batch=arm.batch, parameters=sum(p.numel() for p in net.parameters()),
                             seconds_per_step=round(seconds, 3), train_psnr=[(line["step"], round(line["psnr"], 3)) for line in log])

@@ -37,6 +37,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from files import ROOT
+
 
 class UserError(Exception):
     """A mistake the user can mend, told in one sentence that says what to do."""
@@ -109,8 +111,7 @@ def read_json(path):
 
 def provenance():
     """Where a measured number comes from: date, commit, hardware, versions. Part of every file in results/."""
-    root = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     return dict(date=datetime.date.today().isoformat(), commit=git.stdout.strip() or "unknown", torch=torch.__version__,
                 python=platform.python_version(), cpu=f"{cpu}, {os.cpu_count()} cores", threads=torch.get_num_threads(),

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from checkpoint import Stored, UserError, read
+from files import checkpoint
+from files.checkpoint import Stored, UserError, read
 
 # (original, diffusers); the first that matches whole path components wins.
 BLOCK_NAMES = [                              # inside blocks.i.

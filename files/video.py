@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-import checkpoint
-from checkpoint import UserError
+from files import checkpoint
+from files.checkpoint import UserError
 
 # ---------------------------------------------------------------------------------------------------- the toy world
 

@@ -25,7 +25,7 @@ LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_att
 def quantize_rows(x):
     """x [m d] -> (x / scale in fp8 [m d], scale fp32 [m 1]) with the largest value of each row at the end of the range."""
     if kernels.fused(x):
-        import triton_kernels
+        from gpu import triton_kernels
         return triton_kernels.quantize_rows(x)
     largest = torch.finfo(DTYPE).max
     scale = (x.abs().amax(1, keepdim=True).float() / largest).clamp(min=1e-12)

@@ -44,7 +44,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import checkpoint
+from files import ROOT, checkpoint
 
 GROUP = 32  # latent frames whose features are held at once: 128 frames of video
 
@@ -408,9 +408,9 @@ def extra_work(net, side, shape, tile, dtype=torch.float32):
 def cases():
     """Name -> (network of reduced width, latent shape, tiles). Large enough for the convolutions to take the library's fast path."""
     import ae
-    import wan_vae
+    from wan import vae
 
-    narrow = lambda name, **widths: wan_vae.WanVAE(dataclasses.replace(wan_vae.PRESETS[name], **widths))
+    narrow = lambda name, **widths: vae.WanVAE(dataclasses.replace(vae.PRESETS[name], **widths))
     return {
         "dc-ae-v": (lambda: ae.DCAEV(ae.Config((0, 64, 128, 128, 256, 256, 256), (0, 2, 3, 1, 1, 1, 1), 32, chunk=16)), (8, 6, 8),
                     [None, (6, 4), (3, 4), (2, 3)]),
@@ -468,7 +468,7 @@ def main():
     rows = []
     for case, (_, _, options) in cases().items():
         for index in range(len(options)):
-            done = subprocess.run([sys.executable, __file__, "--one", case, str(index)], env=env, capture_output=True, text=True, check=True)
+            done = subprocess.run([sys.executable, "-m", "gpu.tiling", "--one", case, str(index)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout))
             print("{case:8s} tile {tile!s:9s} measured {measured_mib:7.1f} MiB  estimated {estimated_mib:7.1f} MiB  ({ratio:.2f})  {cpu_seconds:6.1f} s"
                   .format(**rows[-1]), flush=True)

@@ -37,7 +37,7 @@ def tiny_toy(tmp_path, monkeypatch):
     import ae
     import dit
     import lora
-    import models
+    from wan import models
 
     folder = tmp_path / "weights"
     size = dict(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=32, text_len=8)

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 
 import ae
 import dit
-import encoders
-import wan_vae
+from wan import text as encoders, vae
 
 FOLDERS = {  # model -> the folders that hold it, once for each layout
     "wan2.1-t2v-1.3b": [["Wan2.1-T2V-1.3B"], ["Wan2.1-T2V-1.3B-Diffusers"]],
@@ -156,8 +155,8 @@ def transformer(name, expert=0):
 @seeded
 def wan_autoencoder(preset):
     """4 channels wide instead of 96 (2.1) or 160 and 256 (2.2); else as released. (With 2, norms would magnify rounding a thousandfold.)"""
-    published = wan_vae.PRESETS[preset]
-    net = wan_vae.WanVAE(wan_vae.Config(4, 4, published.latent_channels, published.patch, published.shortcuts, published.mean, published.std))
+    published = vae.PRESETS[preset]
+    net = vae.WanVAE(vae.Config(4, 4, published.latent_channels, published.patch, published.shortcuts, published.mean, published.std))
     return randomised(net, "gamma")
 
 
@@ -254,7 +253,7 @@ def write_transformer(folder, name, weights, shards):
 
 def write_vae(folder, net):
     c = net.config
-    write_shards(folder, wan_vae.to_diffusers(net), 1)
+    write_shards(folder, vae.to_diffusers(net), 1)
     config = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.33.0", "base_dim": c.width, "z_dim": c.latent_channels,
               "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0,
               "latents_mean": c.mean, "latents_std": c.std}

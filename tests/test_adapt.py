@@ -14,28 +14,24 @@ from torch import nn
 import adapt
 import ae
 import align
-import bases
-import checkpoint
-import data
 import dit
-import encoders
 import lora
-import models
 import sample
-import toy
-import train
-from checkpoint import UserError
 from conftest import ROOT
-from journal import Journal
+from files import checkpoint, video as data
+from files.checkpoint import UserError
 from make_tiny_checkpoints import FOLDERS, TEXT_DIM
+from training import bases, loop, toy_base
+from training.journal import Journal
+from wan import models, text as encoders
 
 TEXT = encoders.ToyText()
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(toy, "SHARD", 8)
-    monkeypatch.setattr(toy, "WITH_IMAGE", 4)
+    monkeypatch.setattr(toy_base, "SHARD", 8)
+    monkeypatch.setattr(toy_base, "WITH_IMAGE", 4)
 
 
 # ---------------------------------------------------------------------------------------------------- assemble
@@ -121,11 +117,11 @@ def quick(monkeypatch):
     """Fewer regression batches, validation samples and pictures than the real run."""
     videos = sample.videos
     monkeypatch.setattr(sample, "videos", lambda *args, **more: videos(*args, **{"steps": 2, **more}))
-    monkeypatch.setattr(train, "plot", lambda folder: None)
-    monkeypatch.setattr(toy, "PROMPTS", toy.PROMPTS[:2])
+    monkeypatch.setattr(loop, "plot", lambda folder: None)
+    monkeypatch.setattr(toy_base, "PROMPTS", toy_base.PROMPTS[:2])
     solve_head = align.solve_head
     monkeypatch.setattr(align, "solve_head", lambda *args, **more: solve_head(*args, **more | dict(batches=3, batch=16)))
-    monkeypatch.setitem(bases.BASES, "toy", dataclasses.replace(bases.BASES["toy"], validation=4, labels=toy.PROMPTS))
+    monkeypatch.setitem(bases.BASES, "toy", dataclasses.replace(bases.BASES["toy"], validation=4, labels=toy_base.PROMPTS))
 
 
 TINY_RUN = ["--base", "toy", "--shards", "2", "--align-shards", "1", "--steps-head", "4", "--steps", "4", "--batch", "4", "--accumulate", "1", "--prompts", "2",
@@ -139,7 +135,7 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     adapt.main([*TINY_RUN, "--out", str(out)])
     stages = ["base", "1a, assembled", "1b, head aligned", "2, LoRA"]
     heads = [h for h in heads if h[0]]
-    assert heads == [(stages[: i + 1], len(toy.PROMPTS), 3 * (i + 1)) for i in range(4)]  # stages.png: a row per prompt, three columns per stage
+    assert heads == [(stages[: i + 1], len(toy_base.PROMPTS), 3 * (i + 1)) for i in range(4)]  # stages.png: a row per prompt, three columns per stage
 
     report = json.loads((out / "report.json").read_text())
     rows = {row["stage"]: row for row in report["stages"]}
@@ -318,15 +314,15 @@ def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_c
 def random_latents(model, shards, folder):
     """In place of toy.cache_latents: as many clips, of noise."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    n, z, shape = shards * toy.SHARD, model.net.config.out_channels, model.latent_shape(model.frames, model.size)
+    n, z, shape = shards * toy_base.SHARD, model.net.config.out_channels, model.latent_shape(model.frames, model.size)
     condition = torch.randn(n, 4 + z, *shape, generator=generator) * (torch.arange(n) % 2 == 0)[:, None, None, None, None]
-    return toy.Latents(torch.randn(n, z, *shape, generator=generator), condition, torch.arange(0, n, 2), [data.random_scene(rng).attributes() for _ in range(n)])
+    return toy_base.Latents(torch.randn(n, z, *shape, generator=generator), condition, torch.arange(0, n, 2), [data.random_scene(rng).attributes() for _ in range(n)])
 
 
 @pytest.fixture
 def job(tiny_toy, quick, tmp_path, monkeypatch):
     """job(*more arguments) -> what the stages share, on the tiny toy in fp32; with stage 1a done."""
-    monkeypatch.setattr(toy, "cache_latents", random_latents)
+    monkeypatch.setattr(toy_base, "cache_latents", random_latents)
 
     def make(*more, out=tmp_path / "run"):
         args, given = adapt.arguments([*TINY_RUN, "--dtype", "fp32", "--no-samples", "--save-every", "1", "--out", str(out), *more])
@@ -342,7 +338,7 @@ def job(tiny_toy, quick, tmp_path, monkeypatch):
 
 
 def losses(folder):
-    return [line["loss"] for line in train.read_log(folder)]
+    return [line["loss"] for line in loop.read_log(folder)]
 
 
 def test_a_batch_of_two_is_the_mean_of_two_of_one(job):
@@ -353,7 +349,7 @@ def test_a_batch_of_two_is_the_mean_of_two_of_one(job):
     def step(positions):
         batch = job.source.batch(3, positions)
         loss, _ = adapt.objective(net, batch, *adapt.draw(batch.z.shape[1:], job.settings, job.expert, 0, 3, positions))
-        return loss, torch.autograd.grad(loss, list(train.trained(net).values()))
+        return loss, torch.autograd.grad(loss, list(loop.trained(net).values()))
 
     (both, g), (one, g1), (two, g2) = step(range(2)), step(range(1)), step(range(1, 2))
     assert abs(one - two) > 1e-3
@@ -453,7 +449,7 @@ def test_a_nan_loss_stops_with_the_last_good_checkpoint(job, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsys):
-    job, write = job(), train.write_synced
+    job, write = job(), loop.write_synced
 
     def full(path, state):
         if state["step"] == 3:
@@ -461,7 +457,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsy
         write(path, state)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit), checkpoint.user_errors():
-        patch.setattr(train, "write_synced", full)
+        patch.setattr(loop, "write_synced", full)
         adapt.train_head(job, job.expert)
     assert "the disk is full while writing" in capsys.readouterr().err
     adapt.train_head(job, job.expert)
@@ -500,7 +496,7 @@ def test_two_processes_give_the_losses_of_one(wan, tiny_folders, clips, text_cac
             "--text-cache", str(text_cache), "--null", "empty", "--out", str(tmp_path / "two"), "--batch", "1", "--accumulate", "1", "--steps-align", "3",
             "--steps-head", "2", "--steps", "3", "--warmup", "2", "--lr", "1e-2", "--rank", "2", *more])
     for stage in ("1b", "2"):
-        a, b = (torch.tensor([(line["loss"], line["gradient"]) for line in train.read_log(folder / stage)]) for folder in (one, tmp_path / "two"))
+        a, b = (torch.tensor([(line["loss"], line["gradient"]) for line in loop.read_log(folder / stage)]) for folder in (one, tmp_path / "two"))
         assert len(a) == len(b) >= 2
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     rows = [json.loads((folder / "report.json").read_text())["stages"] for folder in (one, tmp_path / "two")]

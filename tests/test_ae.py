@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import ae
-import checkpoint
-import metrics
-from checkpoint import UserError
 from chunk_causal import ISOLATED, pixel_shuffle_add
 from conftest import ROOT, golden
+from files import checkpoint
+from files.checkpoint import UserError
+from training import metrics
 
 GOLDEN = torch.load(golden("dc_ae_v_small.pt"), weights_only=True)
 STRIDE = GOLDEN.get("stride", 1)  # the shipped cut holds every 5th pixel of what comes out

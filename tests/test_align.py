@@ -11,7 +11,7 @@ import align
 import dit
 import flow
 from align import Moments
-from checkpoint import UserError
+from files.checkpoint import UserError
 
 PATCHES = (1, 2, 2), (1, 1, 1)
 NOISY = 4 * 4, 6  # latent entries of a base patch and of a deep one, in the pairs below

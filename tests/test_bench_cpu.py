@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import ae
-import bench
-import bench_cpu
 import dit
 import kernels
-import models
+from bench import __main__ as bench, cpu as bench_cpu
+from wan import models
 
 
 def test_toy_suite(tmp_path, monkeypatch):

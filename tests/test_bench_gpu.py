@@ -4,9 +4,8 @@ import json
 import pytest
 import torch
 
-import bench
-import bench_gpu
-from checkpoint import UserError
+from bench import __main__ as bench, gpu as bench_gpu
+from files.checkpoint import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-import wan_weights
-from checkpoint import UserError
+from files import layouts
+from files.checkpoint import UserError
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 CASES = json.loads((GOLDEN / "wan_dit_tiny.json").read_text())["cases"]
@@ -123,7 +123,7 @@ def test_preset_has_the_published_size_and_is_inferred_from_its_shapes(name):
         net = dit.WanDiT(dit.PRESETS[name])
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
     assert dit.infer_config(net.state_dict()) == dit.PRESETS[name]
-    assert dit.infer_config(wan_weights.original(dit.to_diffusers(net.state_dict()))) == dit.PRESETS[name]
+    assert dit.infer_config(layouts.original(dit.to_diffusers(net.state_dict()))) == dit.PRESETS[name]
 
 
 @pytest.mark.parametrize("name, keys, block", [

@@ -6,16 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import arms
-import checkpoint
-import claims
-import compare_adapt
-import data
 import dit
-import encoders
-from arms import ARMS, GROUPS, HELD
-from checkpoint import UserError
-from compare_adapt import Ledger
+from experiments import arms, claims, compare_adapt
+from experiments.arms import ARMS, GROUPS, HELD
+from experiments.compare_adapt import Ledger
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from wan import text as encoders
 
 # ---------------------------------------------------------------------------------------------------- narrow data
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import ae
-import compare_ae
-import data
 from chunk_causal import Conv3d
-from compare_ae import ARMS, BASE
+from experiments import temporal
+from experiments.temporal import ARMS, BASE
+from files import video as data
 
 
 def test_arms_differ_in_one_thing():
@@ -24,7 +24,7 @@ def test_arms_differ_in_one_thing():
             sizes = {sum(p.numel() for p in ae.DCAEV(arm.config).parameters()) for arm in arms}
         assert len(sizes) == (1 if group != "latent" else len(arms))
     assert {arm.label for arm in ARMS if arm.group == "chunk"} == {"1", "4", "8", "20", "40"}
-    assert len({arm.name for arm in ARMS}) == len(ARMS) and compare_ae.STEPS["latent"] == compare_ae.STEPS["temporal"]
+    assert len({arm.name for arm in ARMS}) == len(ARMS) and temporal.STEPS["latent"] == temporal.STEPS["temporal"]
     assert BASE.spatial_factor == 8 and 3 * 8 * 8 * 4 / BASE.latent_channels == 384
 
 
@@ -37,13 +37,13 @@ def still_life():
     rng = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 3 * 64, generator=rng) * torch.tensor([[8.0], [4.0], [2.0], [1.0]])
     patches = torch.randn(60, 16, 4, generator=rng) @ patterns / 100
-    return compare_ae.rearrange(patches, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=4, w=4, p=8, q=8).expand(-1, -1, 16, -1, -1)
+    return temporal.rearrange(patches, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=4, w=4, p=8, q=8).expand(-1, -1, 16, -1, -1)
 
 
 def test_frames_coded_together_share_their_numbers(still_life):
     """A film of stills that 4 numbers per patch describe, one of them kept per latent frame: coded alone, every frame gets the same one. Causal, each
     latent frame adds the next; a chunk of 8 frames has two from the start, the clip as a whole all four."""
-    linear = compare_ae.Linear(still_life.split(10))
+    linear = temporal.Linear(still_life.split(10))
     psnr = {name: linear.psnr(still_life, together, past, 1).mean(0) for name, (together, past) in
             dict(alone=(4, False), causal=(4, True), chunk=(8, True), whole=(16, True)).items()}
     assert torch.allclose(psnr["alone"], psnr["alone"][:1].expand(16), atol=0.1)
@@ -55,7 +55,7 @@ def test_frames_coded_together_share_their_numbers(still_life):
 def test_one_frame_at_a_time_is_principal_components(still_life):
     """Without a past, the error is the part of the clip outside the leading eigenvectors of its covariance."""
     x = still_life[:, :, :4] + 0.05 * torch.randn(60, 3, 4, 32, 32)
-    linear = compare_ae.Linear([x])
+    linear = temporal.Linear([x])
     flat = linear.project(x).flatten(2)
     u = torch.linalg.svd((flat - flat.mean((0, 1))).flatten(0, 1), full_matrices=False)[2][:2]
     y = (flat - flat.mean((0, 1))) @ u.T @ u + flat.mean((0, 1))
@@ -70,7 +70,7 @@ def test_one_frame_at_a_time_is_principal_components(still_life):
 
 @pytest.fixture(scope="module")
 def patches(still_life):
-    return compare_ae.Patches(still_life.split(10))
+    return temporal.Patches(still_life.split(10))
 
 
 def test_patches_keep_what_their_components_say(still_life, patches):
@@ -84,30 +84,30 @@ def test_patches_keep_what_their_components_say(still_life, patches):
 
 def test_an_arm_sees_and_makes_pixels(patches):
     """Its first and last layer are fixed; what is trained lies between. Whole clip and stream are the same."""
-    net, x = compare_ae.on_patches(BASE, patches).eval(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    net, x = temporal.on_patches(BASE, patches).eval(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
     fixed = {name for name, _ in net.named_buffers()}
     assert {name.rsplit(".")[-1] for name in fixed} == {"mean", "basis", "rms"} and not fixed & {name for name, _ in net.named_parameters()}
     with torch.no_grad():
         assert net.encode(x).shape == (1, 2, 4, 4, 4)
-        torch.testing.assert_close(net(x), compare_ae.whole(net, x), atol=5e-5, rtol=0)
+        torch.testing.assert_close(net(x), temporal.whole(net, x), atol=5e-5, rtol=0)
 
 
 def test_latent_frames_of_a_still_clip(patches):
     """The two latent frames of a chunk differ by what the zeros behind it do; without that tap none does."""
     arm, x = ARMS[0], torch.rand(1, 3, 16, 32, 32) * 2 - 1
-    net = compare_ae.on_patches(arm.config, patches)
-    assert compare_ae.within_chunks(net, arm, x) > 1e-3
+    net = temporal.on_patches(arm.config, patches)
+    assert temporal.within_chunks(net, arm, x) > 1e-3
     for module in net.encoder.modules():
         if isinstance(module, Conv3d):
             module.weight.data[:, :, 0] = module.weight.data[:, :, 2] = 0
-    assert compare_ae.within_chunks(net, arm, x) < 1e-6
+    assert temporal.within_chunks(net, arm, x) < 1e-6
 
 
 def test_a_window_depends_on_the_number_of_the_batch(monkeypatch):
     x = torch.rand(2, 3, 4, 64, 64)
-    assert torch.equal(compare_ae.window(x, 3, 0), compare_ae.window(x, 3, 0)) and compare_ae.window(x, 3, 0).shape == (2, 3, 4, 32, 32)
-    assert not torch.equal(compare_ae.window(x, 3, 0), compare_ae.window(x, 4, 0))
-    assert torch.equal(compare_ae.windows(x)[1], x[0, :, :, :32, 32:]) and len(compare_ae.windows(x)) == 8
+    assert torch.equal(temporal.window(x, 3, 0), temporal.window(x, 3, 0)) and temporal.window(x, 3, 0).shape == (2, 3, 4, 32, 32)
+    assert not torch.equal(temporal.window(x, 3, 0), temporal.window(x, 4, 0))
+    assert torch.equal(temporal.windows(x)[1], x[0, :, :, :32, 32:]) and len(temporal.windows(x)) == 8
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
@@ -124,13 +124,13 @@ def test_short_chunks_in_bf16_are_those_of_fp32(frames):
 def test_ways_to_meet_a_long_clip(patches):
     """The non-causal model sees across pieces only in one call; the others give in one call what they give as a stream."""
     x = torch.rand(1, 3, 32, 32, 32) * 2 - 1
-    nets = {arm.label: compare_ae.on_patches(arm.config, patches).eval() for arm in ARMS if arm.group == "temporal"}
+    nets = {arm.label: temporal.on_patches(arm.config, patches).eval() for arm in ARMS if arm.group == "temporal"}
     with torch.no_grad():
-        y = compare_ae.pieces(nets["non_causal"], x, 16)
-        assert torch.allclose(y[:, :, 16:], compare_ae.whole(nets["non_causal"], x[:, :, 16:]), atol=1e-5)
-        assert not torch.allclose(y, compare_ae.whole(nets["non_causal"], x), atol=1e-3)
-        for temporal in ("chunk_causal", "causal"):
-            assert torch.allclose(nets[temporal](x), compare_ae.whole(nets[temporal], x), atol=5e-5)
+        y = temporal.pieces(nets["non_causal"], x, 16)
+        assert torch.allclose(y[:, :, 16:], temporal.whole(nets["non_causal"], x[:, :, 16:]), atol=1e-5)
+        assert not torch.allclose(y, temporal.whole(nets["non_causal"], x), atol=1e-3)
+        for name in ("chunk_causal", "causal"):
+            assert torch.allclose(nets[name](x), temporal.whole(nets[name], x), atol=5e-5)
 
 
 def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
@@ -140,11 +140,11 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
         (tmp_path / "films").mkdir(exist_ok=True)
         film = data.render(data.random_scene(np.random.default_rng(i)), 64, 64)
         data.write_video(tmp_path / "films" / f"{name}.mp4", data.to_tensor(film), fps=10)
-    monkeypatch.setattr(compare_ae, "BASE", ae.Config((0, 16, 16), (0, 1, 1), 2, chunk=8, patch=8))
-    monkeypatch.setattr(compare_ae, "ARMS", [compare_ae.Arm("temporal", t, {"temporal": t}, batch=2) for t in ("chunk_causal", "non_causal")])
-    monkeypatch.setattr(compare_ae, "LONG", 64)
-    monkeypatch.setattr(compare_ae, "LENGTHS", {16: 1, 64: 1})
-    monkeypatch.setattr(compare_ae, "PATCHES", 4)
+    monkeypatch.setattr(temporal, "BASE", ae.Config((0, 16, 16), (0, 1, 1), 2, chunk=8, patch=8))
+    monkeypatch.setattr(temporal, "ARMS", [temporal.Arm("temporal", t, {"temporal": t}, batch=2) for t in ("chunk_causal", "non_causal")])
+    monkeypatch.setattr(temporal, "LONG", 64)
+    monkeypatch.setattr(temporal, "LENGTHS", {16: 1, 64: 1})
+    monkeypatch.setattr(temporal, "PATCHES", 4)
     ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2"])
     result = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert list(result["arms"]) == ["temporal-chunk_causal", "temporal-non_causal"]
@@ -152,10 +152,10 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     long = result["arms"]["temporal-chunk_causal"]["long"]["streamed"]
     assert len(long["psnr_frames"]) == 64 and long["psnr_beyond"] == pytest.approx(np.mean(long["psnr_frames"][16:]), abs=1e-3)
     assert (tmp_path / "results" / "compare.png").stat().st_size > 10_000 and "| temporal: non_causal | 2 |" in capsys.readouterr().out
-    dataset = compare_ae.clips.Clips(tmp_path / "out" / "compare" / "films", 16, (64, 64), "train")
+    dataset = temporal.clips.Clips(tmp_path / "out" / "compare" / "films", 16, (64, 64), "train")
     assert sorted(p.rsplit("/")[-1] for p in dataset.paths) == ["a.mp4", "b.mp4"]
 
-    monkeypatch.setattr(compare_ae.training.Run, "_one_step", None)  # nothing is trained again
+    monkeypatch.setattr(temporal.training.Run, "_one_step", None)  # nothing is trained again
     ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--score"])
     again = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert {k: v["psnr"] for k, v in again["arms"].items()} == {k: v["psnr"] for k, v in result["arms"].items()}

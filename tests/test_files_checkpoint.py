@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import (Stored, UserError, atomic_path, load_pickle, load_strict, load_tensors, open_tensors, read_json, save_shards,
-                        save_tensors, unwrap, user_errors, write_json)
+from files import checkpoint
+from files.checkpoint import (Stored, UserError, atomic_path, load_pickle, load_strict, load_tensors, open_tensors, read_json, save_shards,
+                              save_tensors, unwrap, user_errors, write_json)
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "half": torch.ones(3).bfloat16(), "number": torch.tensor(2.5),
            "none": torch.empty(0, 3), "eighth": torch.tensor([0.5, -448]).to(torch.float8_e4m3fn), "mask": torch.tensor([True, False, True])}

@@ -8,11 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import dit
-import wan_weights
-from checkpoint import UserError, save_shards, save_tensors
 from conftest import golden
+from files import checkpoint, layouts
+from files.checkpoint import UserError, save_shards, save_tensors
 
 CASES = json.loads(golden("wan_dit_tiny.json").read_text())["cases"]
 TINY = dit.Config(dim=48, ffn_dim=40, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=32)
@@ -72,9 +71,9 @@ def test_original_and_diffusers_names():
     for case in CASES.values():
         pairs |= case["official_to_diffusers"]
     for original, diffusers in pairs.items():
-        assert wan_weights.to_diffusers(original) == diffusers == wan_weights.to_diffusers(diffusers)
-        assert wan_weights.to_original(diffusers) == original == wan_weights.to_original(original)
-    assert wan_weights.to_original("something.else") == wan_weights.to_diffusers("something.else") == "something.else"
+        assert layouts.to_diffusers(original) == diffusers == layouts.to_diffusers(diffusers)
+        assert layouts.to_original(diffusers) == original == layouts.to_original(original)
+    assert layouts.to_original("something.else") == layouts.to_diffusers("something.else") == "something.else"
 
 
 @pytest.mark.parametrize("changes", [{}, dict(image_dim=16), dict(image_dim=16, image_positions=10), dict(patch=(1, 1, 1))])
@@ -82,7 +81,7 @@ def test_renaming_there_and_back_keeps_the_tensors(changes):
     sd = tiny(**changes).state_dict()
     renamed = dit.to_diffusers(sd)
     assert ("condition_embedder.image_embedder.pos_embed" in renamed) == ("image_positions" in changes)
-    back = wan_weights.original(renamed)
+    back = layouts.original(renamed)
     assert back.keys() == sd.keys() and all(back[k] is sd[k] for k in sd)
 
 

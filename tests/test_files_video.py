@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import data
-from checkpoint import UserError
 from conftest import ROOT
+from files import checkpoint, video as data
+from files.checkpoint import UserError
 
 BUNNY = ROOT / "assets" / "bunny.mp4"
 
@@ -416,6 +415,6 @@ def test_contact_sheet(tmp_path):
 
 
 def test_the_script_shows_the_toy_world(tmp_path):
-    command = [sys.executable, ROOT / "data.py", "--out", tmp_path, "--clips", "2", "--frames", "8"]
-    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    command = [sys.executable, "-m", "files.video", "--out", tmp_path, "--clips", "2", "--frames", "8"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
     assert data.read_clip(tmp_path / "toy.mp4").shape == (3, 16, 256, 256) and (tmp_path / "toy.png").exists()

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import dit
 import flow
-from checkpoint import UserError
 from conftest import golden
+from files.checkpoint import UserError
 
 TRACES = json.loads(golden("unipc_trace.json").read_text())
 

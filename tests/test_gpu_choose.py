@@ -8,13 +8,11 @@ import torch
 import adapt
 import ae
 import dit
-import fp8
-import gpu
 import kernels
-import models
 import sample
-import toy
-import train
+from gpu import choose, fp8
+from training import loop, toy_base
+from wan import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -26,7 +24,7 @@ def exact_fp32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     kernels.use()
-    gpu.set_attention(None)
+    choose.set_attention(None)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
@@ -179,7 +177,7 @@ def test_a_recorded_step_gives_the_same_bits(more):
 
 def test_compiled_blocks_equal_eager_ones():
     """With our kernels inside, and recorded as a graph."""
-    reason = gpu.without_compiler(torch.device("cuda"))
+    reason = choose.without_compiler(torch.device("cuda"))
     if reason:
         pytest.skip(reason)
     model = models.load_model("dc", device="cuda")
@@ -205,9 +203,9 @@ def test_eight_bit_products_equal_their_emulation():
 @torch.no_grad()
 def test_every_attention_backend(name):
     """Self-attention, and cross-attention with an offset, which some backends cannot serve: then another one does."""
-    if name == "flash3" and gpu.flash3() is None:
+    if name == "flash3" and choose.flash3() is None:
         pytest.skip("FlashAttention 3 is not installed")
-    gpu.set_attention(name)
+    choose.set_attention(name)
     q, k, v = torch.randn(3, 1, 200, 4, 128).cuda().bfloat16()
     offset = dit.shared_weight(400, 40, torch.bfloat16).cuda()
     for keys, extra in ((200, None), (40, offset)):
@@ -216,9 +214,9 @@ def test_every_attention_backend(name):
 
 
 def test_choices_are_made_and_told():
-    name, line = gpu.choose_attention(torch.device("cuda"), 2000, 4)
-    assert name in (*gpu.BACKENDS, "flash3") and f"attention: {name}" in line
-    found = gpu.choose_convolution(torch.device("cuda"), torch.bfloat16)
+    name, line = choose.choose_attention(torch.device("cuda"), 2000, 4)
+    assert name in (*choose.BACKENDS, "flash3") and f"attention: {name}" in line
+    found = choose.choose_convolution(torch.device("cuda"), torch.bfloat16)
     assert found.line.startswith("convolutions: ") and (found.dtype == torch.bfloat16) == ("TFLOP/s" in found.line)
 
 
@@ -231,13 +229,13 @@ def test_slow_path_equals_the_fast_one_on_the_command_line(tmp_path):
 
 def test_adapt_trains_on_the_gpu_in_bf16(tiny_toy, tmp_path, monkeypatch):
     """All stages of the tiny toy, frozen weights in bf16; what the CPU trains in fp32 differs by rounding only."""
-    monkeypatch.setattr(toy, "SHARD", 8)
-    monkeypatch.setattr(toy, "WITH_IMAGE", 4)
+    monkeypatch.setattr(toy_base, "SHARD", 8)
+    monkeypatch.setattr(toy_base, "WITH_IMAGE", 4)
     losses = []
     for device, dtype in (("cpu", "fp32"), ("cuda", "bf16")):
         adapt.main(["--base", "toy", "--device", device, "--dtype", dtype, "--shards", "2", "--align-shards", "1", "--steps-head", "3", "--steps", "3", "--batch", "4",
                     "--accumulate", "1", "--prompts", "2", "--rank", "2", "--save-every", "1", "--head", "zero", "--cache", str(tmp_path / "cache"),
                     "--out", str(tmp_path / device)])
-        losses.append([line["loss"] for stage in ("1b", "2") for line in train.read_log(tmp_path / device / stage)])
+        losses.append([line["loss"] for stage in ("1b", "2") for line in loop.read_log(tmp_path / device / stage)])
     assert len(losses[0]) == 6
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.05, atol=0.05)

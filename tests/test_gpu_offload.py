@@ -6,8 +6,8 @@ import torch
 
 import dit
 import lora
-import offload
-from test_wan_weights import TINY, tiny
+from gpu import offload
+from test_files_layouts import TINY, tiny
 
 
 def inputs(net):

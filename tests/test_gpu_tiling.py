@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import ae
-import tiling
-import wan_vae
-from checkpoint import UserError
 from conftest import ROOT
+from files.checkpoint import UserError
+from gpu import tiling
+from wan import vae
 
 
 def small(name, **changes):
-    return wan_vae.WanVAE(dataclasses.replace(wan_vae.PRESETS[name], width=4, decoder_width=4, **changes))
+    return vae.WanVAE(dataclasses.replace(vae.PRESETS[name], width=4, decoder_width=4, **changes))
 
 
 # A block or two at every resolution; f4 and f8, so that frames have many cells. DC-AE-V: chunks of 2 latent frames.
@@ -173,8 +173,8 @@ def test_the_estimate_is_what_a_run_creates(net, side, tile):
 
 
 PUBLISHED = {
-    "wan2.1 720p": (wan_vae.WanVAE, wan_vae.PRESETS["wan2.1"], (21, 90, 160)),
-    "wan2.2 704p": (wan_vae.WanVAE, wan_vae.PRESETS["wan2.2"], (31, 44, 80)),
+    "wan2.1 720p": (vae.WanVAE, vae.PRESETS["wan2.1"], (21, 90, 160)),
+    "wan2.2 704p": (vae.WanVAE, vae.PRESETS["wan2.2"], (31, 44, 80)),
     "f32t4c32 704p": (ae.DCAEV, ae.PRESETS["f32t4c32"], (20, 22, 40)),
     "f32t4c32 2176p": (ae.DCAEV, ae.PRESETS["f32t4c32"], (20, 68, 120)),
 }
@@ -209,7 +209,7 @@ def test_the_measured_peaks():
 def test_the_script_measures_again():
     """One of these measurements; half a minute."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, ROOT / "tiling.py", "--one", "wan2.2", "1"], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "gpu.tiling", "--one", "wan2.2", "1"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert 0.8 < json.loads(done.stdout)["ratio"] < 1.2
 
 

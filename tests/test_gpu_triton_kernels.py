@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 
 import dit
 import kernels
-import triton_kernels as fused
 from conftest import ROOT
+from gpu import triton_kernels as fused
 
 pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.peer
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -146,7 +146,7 @@ def test_autoencoder_norm(layout, b, channels, size, dtype):
 @pytest.mark.parametrize("rows, d", [(5, 96), (3, 5120), (2, 1000)])
 def test_rows_to_eight_bits(rows, d):
     """The same bytes and scales as torch gives; a row of zeros stays zeros."""
-    import fp8
+    from gpu import fp8
 
     x = rand(rows, d, dtype=BF16) * torch.logspace(-3, 3, rows, device=DEVICE)[:, None].bfloat16()
     x[-1] = 0
@@ -205,7 +205,7 @@ def test_a_whole_autoencoder(monkeypatch):
 def test_kernels_compile_to_machine_code():
     """For A100 and H100, without a GPU: what the interpreter accepts and the compiler does not comes to light here. Nothing is spilled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "triton_kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "gpu.triton_kernels"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 7 and all(" 0 spilled bytes" in line for line in lines), done.stdout

@@ -12,9 +12,9 @@ from torch import nn
 import dit
 import kernels
 import lora
-from checkpoint import UserError
 from conftest import golden
-from wan_weights import to_diffusers
+from files.checkpoint import UserError
+from files.layouts import to_diffusers
 
 TINY = dit.Config(dim=32, ffn_dim=48, heads=2, layers=2, in_channels=12, out_channels=4, patch=(1, 1, 1),
                   text_dim=16, text_len=6, image_dim=10)

@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 
 import dit
-import encoders
 import flow
-import models
 import sample
-import wan_vae
 from make_tiny_checkpoints import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
+from wan import models, text as encoders, vae
 
 pytestmark = pytest.mark.peer
 diffusers = pytest.importorskip("diffusers")
@@ -80,7 +78,7 @@ def test_transformer_with_a_time_for_each_token(tiny_folders):
 @pytest.mark.parametrize("name, file", [("Wan2.1-T2V-14B", "Wan2.1_VAE.pth"), ("Wan2.2-TI2V-5B", "Wan2.2_VAE.pth")])
 @torch.no_grad()
 def test_autoencoders(tiny_folders, name, file):
-    ours = wan_vae.load(tiny_folders / name / file)
+    ours = vae.load(tiny_folders / name / file)
     theirs = strictly(diffusers.AutoencoderKLWan, tiny_folders / f"{name}-Diffusers" / "vae")
     x, z = torch.rand(1, 3, 9, 32, 64) * 2 - 1, torch.randn(1, ours.config.latent_channels, 3, 2, 4)
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (theirs.config.latents_mean, theirs.config.latents_std))
@@ -205,8 +203,8 @@ def test_exported_transformers_load_in_diffusers(tiny_folders, tmp_path, name):
 @pytest.mark.parametrize("file", ["Wan2.1-T2V-14B/Wan2.1_VAE.pth", "Wan2.2-TI2V-5B/Wan2.2_VAE.pth"])
 @torch.no_grad()
 def test_exported_autoencoders_load_in_diffusers(tiny_folders, tmp_path, file):
-    net = wan_vae.load(tiny_folders / file)
-    wan_vae.save_diffusers(net, tmp_path / "vae")
+    net = vae.load(tiny_folders / file)
+    vae.save_diffusers(net, tmp_path / "vae")
     theirs = strictly(diffusers.AutoencoderKLWan, tmp_path / "vae")
     x = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (theirs.config.latents_mean, theirs.config.latents_std))

@@ -21,20 +21,18 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ae
-import checkpoint
-import data
 import dit
 import flow
-import fp8
-import gpu
 import guided
 import kernels
 import lora
-import metrics
-import models
 import sample
-from checkpoint import UserError
 from conftest import ROOT
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from gpu import choose, fp8
+from training import metrics
+from wan import models
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
 
@@ -360,9 +358,9 @@ def test_attention_is_chosen_by_time_among_the_right_ones(monkeypatch):
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
     clock = iter([3.0, 2.0])
-    monkeypatch.setattr(gpu, "seconds", lambda task: next(clock))
+    monkeypatch.setattr(choose, "seconds", lambda task: next(clock))
     q, k, v = torch.randn(3, 1, 80, 2, 16)
-    times, wrong = gpu.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
+    times, wrong = choose.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
     assert times == {"slow": 3.0, "right": 2.0}
     assert wrong["none"] == "No available kernel. Aborting execution." and wrong["wrong"].startswith("relative error ")
 
@@ -371,11 +369,11 @@ def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
     """Switches are torch's own, so this much runs without a GPU; None puts them back."""
     switched = lambda: (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
                         torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
-    monkeypatch.setattr(gpu, "seconds", lambda task: 1.0 + torch.backends.cuda.flash_sdp_enabled())
-    name, line = gpu.choose_attention(torch.device("cpu"), 300, 2, 16, torch.float32)
+    monkeypatch.setattr(choose, "seconds", lambda task: 1.0 + torch.backends.cuda.flash_sdp_enabled())
+    name, line = choose.choose_attention(torch.device("cpu"), 300, 2, 16, torch.float32)
     assert name in ("cudnn", "efficient") and re.match(rf"attention: {name}, 1000.00 ms for 300 tokens", line)
     assert switched() == (name == "cudnn", False, True, True)
-    gpu.set_attention(None)
+    choose.set_attention(None)
     assert switched() == (True, True, True, True)
 
 
@@ -388,16 +386,16 @@ def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
 def test_the_convolution_is_checked_before_it_is_used(errors, times, dtype, layout, says):
     """Several builds compute bf16 convolutions wrongly or slowly; the autoencoder then runs in another layout, or in fp32."""
     trials = iter(zip(errors, times))
-    found = gpu.choose_convolution(torch.device("cpu"), torch.bfloat16, lambda *_: next(trials))
+    found = choose.choose_convolution(torch.device("cpu"), torch.bfloat16, lambda *_: next(trials))
     assert (found.dtype, found.layout) == (dtype, layout) and re.search(says, found.line)
 
 
 def test_the_check_of_a_convolution_can_fail(monkeypatch):
     x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
-    check = lambda: gpu.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d, clock=lambda task: 1.0)[0]
+    check = lambda: choose.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d, clock=lambda task: 1.0)[0]
     assert 1e-4 < check() < 0.01
     right = torch.nn.functional.conv3d
-    monkeypatch.setattr(gpu.F, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (1 if x.dtype == torch.float32 else 1.05))
+    monkeypatch.setattr(choose.F, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (1 if x.dtype == torch.float32 else 1.05))
     assert check() > 0.02
 
 
@@ -412,14 +410,14 @@ def test_flags_that_do_not_fit(tiny_toy, out, capsys, flags, says):
 
 
 def test_an_old_gpu_computes_in_fp32_and_says_so(tiny_toy, out, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "without_bf16", lambda device: "Tesla V100 has no bf16 (it is older than Ampere)")
+    monkeypatch.setattr(choose, "without_bf16", lambda device: "Tesla V100 has no bf16 (it is older than Ampere)")
     sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--dtype", "bf16", *QUICK])
     assert "matrix products: fp32, because Tesla V100 has no bf16" in capsys.readouterr().out
     assert json.loads((out / "a.json").read_text())["settings"]["dtype"] == "fp32"
 
 
 def test_so_does_a_cpu_without_bf16_but_not_in_a_plan_for_another_machine(tiny_toy, out, capsys, monkeypatch):
-    monkeypatch.setattr(gpu.kernels, "bf16_units", lambda: False)
+    monkeypatch.setattr(choose.kernels, "bf16_units", lambda: False)
     for more, said in (([], True), (["--plan"], False)):
         sample.main(["--prompt", "a ring", "--out", str(out), "--dtype", "bf16", *more, *QUICK])
         assert ("matrix products: fp32, because this CPU has no units for bf16" in capsys.readouterr().out) == said
@@ -437,7 +435,8 @@ def test_kernels_say_why_they_are_plain(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert "for CUDA, not cpu" in kernels.describe(cpu)
     monkeypatch.setattr(kernels, "_refused", None)
-    monkeypatch.setitem(sys.modules, "triton_kernels", None)  # importing it now fails, as without Triton
+    monkeypatch.delattr("gpu.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "gpu.triton_kernels", None)  # importing it now fails, as without Triton
     assert re.match(r"plain \(ModuleNotFoundError: ", kernels.describe(cuda))
     kernels.use(plain=True)
     assert kernels.describe(cuda) == "plain (switched off)"

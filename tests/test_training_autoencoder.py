@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import ae
-import checkpoint
-import data
-import losses
-import train
-import train_ae
-from checkpoint import UserError
 from chunk_causal import ISOLATED
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import autoencoder, loop, losses
 
 TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4)
 
@@ -48,7 +45,7 @@ SHORT = dict(steps=2, batch=1, frames=16, size=(32, 32), ema=0.5, images=0.0)
 
 def run_programme(out, films, monkeypatch, phases=None, **changes):
     monkeypatch.chdir(out.parent)  # where the index of clips goes
-    return train_ae.train_clips("tiny", films, out, workers=0, perceptual="random", phases=phases, changes={**SHORT, "disc_width": 8, **changes})
+    return autoencoder.train_clips("tiny", films, out, workers=0, perceptual="random", phases=phases, changes={**SHORT, "disc_width": 8, **changes})
 
 
 def test_the_phases_for_video(tmp_path, films, monkeypatch):
@@ -65,13 +62,13 @@ def test_the_phases_for_video(tmp_path, films, monkeypatch):
     assert moved(low, high) == {k for k in kernels if re.match(inner, k)}
     assert moved(high, refine) == {k for k in kernels if re.match(r"decoder\.(stages\.1|project_out)", k)}
 
-    logs = [train.read_log(folder)[-1] for folder in folders]
+    logs = [loop.read_log(folder)[-1] for folder in folders]
     assert all({"psnr", "ssim", "latent_rms", "l1", "mse", "perceptual", "train_psnr"} <= log.keys() for log in logs)
     assert {"adversarial", "lambda", "disc", "gradient_disc"} <= logs[2].keys() and "disc" not in logs[1]
     metadata = checkpoint.load_tensors(last)[1]
     assert metadata["training"]["perceptual_network"] == "random" and metadata["log"][-1]["step"] == 2
-    dataset = train_ae.clips.Clips(films, 16, (32, 32), "train", 0)
-    x = next(train_ae.clips.loader(dataset, 16, workers=0))
+    dataset = autoencoder.clips.Clips(films, 16, (32, 32), "train", 0)
+    x = next(autoencoder.clips.loader(dataset, 16, workers=0))
     net = ae.load(last)
     with torch.no_grad():
         assert 0.8 < (net.config.scale * net.encode(x)).square().mean().sqrt() < 1.25
@@ -83,7 +80,7 @@ def test_video_begins_with_the_image_autoencoder(tmp_path, films, monkeypatch, c
     still, metadata = checkpoint.load_tensors(tmp_path / "ae" / "image" / "tiny-image.safetensors")
     assert (metadata["training"]["frames"], metadata["training"]["batch"]) == (1, 8) and metadata["log"][-1]["psnr"] > 0
     through_time = re.compile(r"encoder\.stages\.2\.op_list\.1\.|decoder\.stages\.2\.op_list\.0\.")
-    untouched = train_ae.image_autoencoder(TINY).state_dict()
+    untouched = autoencoder.image_autoencoder(TINY).state_dict()
     assert all((not still[k].any()) == bool(through_time.match(k)) for k, v in still.items() if v.ndim == 4) and still.keys() == untouched.keys()
 
     run_programme(tmp_path / "flat", films, monkeypatch, ("image", "low"), lr=0.0)
@@ -98,10 +95,10 @@ def test_the_image_phase_comes_first_or_not_at_all(tmp_path, films, monkeypatch)
         run_programme(tmp_path / "ae", films, monkeypatch, ("low", "image"))
     ae.save(tiny(), tmp_path / "tiny.safetensors")
     started = dict(workers=0, perceptual="random", start=tmp_path / "tiny.safetensors", changes={**SHORT, "steps": [1, 1, 1], "disc_width": 8})
-    train_ae.train_clips("tiny", films, tmp_path / "on", **started)
+    autoencoder.train_clips("tiny", films, tmp_path / "on", **started)
     assert sorted(p.name for p in (tmp_path / "on").iterdir()) == ["high", "low", "refine"]
     with pytest.raises(UserError, match="image begins from nothing"):
-        train_ae.train_clips("tiny", films, tmp_path / "no", phases=["image"], **started)
+        autoencoder.train_clips("tiny", films, tmp_path / "no", phases=["image"], **started)
 
 
 def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
@@ -137,18 +134,18 @@ def killed_and_whole(tmp_path, films, monkeypatch):
 
 def step(net, phase, x, number=0, disc=None, perceptual=None):
     autocast = torch.autocast("cpu", enabled=False)
-    return list(train_ae.step_losses(net, phase, perceptual, disc, 0, autocast, x, number))
+    return list(autoencoder.step_losses(net, phase, perceptual, disc, 0, autocast, x, number))
 
 
-PLAIN = train_ae.Phase("all", (32, 32), 16, 1, 1, 1e-3, "", images=0.0, perceptual=0.0)
+PLAIN = autoencoder.Phase("all", (32, 32), 16, 1, 1, 1e-3, "", images=0.0, perceptual=0.0)
 
 
 def test_a_step_of_stills_takes_each_frame_alone():
     """As many frames as the clips have, each encoded and decoded as a clip of its own: the loss is that of the model on single images."""
     net, x = tiny(), torch.rand(2, 3, 16, 32, 32) * 2 - 1
-    pictures = train_ae.stills(x, 4)
+    pictures = autoencoder.stills(x, 4)
     assert pictures.shape == (8, 3, 4, 32, 32) and torch.equal(pictures[1, :, 3], x[0, :, 5])
-    (name, loss, values), = step(net, train_ae.dataclasses.replace(PLAIN, images=1.0), x)
+    (name, loss, values), = step(net, autoencoder.dataclasses.replace(PLAIN, images=1.0), x)
     y = net.decoder(net.encoder(pictures, ISOLATED)[0], ISOLATED)[0]
     assert name == "net" and torch.allclose(loss, (y - pictures).abs().mean())
     share = [rng.random() < 0.2 for rng in (np.random.default_rng((0, n)) for n in range(500))]
@@ -158,8 +155,8 @@ def test_a_step_of_stills_takes_each_frame_alone():
 def test_the_adversary_pulls_the_decoder_and_not_itself():
     """The autoencoder's loss leaves no gradient in the discriminator, whose own loss leaves none in the autoencoder."""
     net, disc, x = tiny(), losses.Discriminator(8, 3), torch.rand(1, 3, 16, 32, 32) * 2 - 1
-    phase = train_ae.dataclasses.replace(PLAIN, adversarial=0.05)
-    steps = train_ae.step_losses(net, phase, None, disc, 0, torch.autocast("cpu", enabled=False), x, 0)
+    phase = autoencoder.dataclasses.replace(PLAIN, adversarial=0.05)
+    steps = autoencoder.step_losses(net, phase, None, disc, 0, torch.autocast("cpu", enabled=False), x, 0)
     _, loss, values = next(steps)
     assert torch.allclose(loss, values["l1"] + 0.05 * values["lambda"] * values["adversarial"]) and values["lambda"] > 0
     loss.backward()
@@ -173,7 +170,7 @@ def test_the_adversary_pulls_the_decoder_and_not_itself():
 
 def test_recomputed_stages_give_the_same_gradients():
     net, again, x = tiny(), tiny(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
-    train_ae.recompute_stages(again)
+    autoencoder.recompute_stages(again)
     for n in (net, again):
         step(n, PLAIN, x)[0][1].backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), again.parameters()))
@@ -182,8 +179,8 @@ def test_recomputed_stages_give_the_same_gradients():
 
 def test_latent_noise_spreads_by_a_share_of_the_rms():
     z = 3 * torch.randn(4, 8, 4, 8, 8)
-    noise = train_ae.add_latent_noise(z, 0.1, seed=5) - z
-    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and torch.equal(train_ae.add_latent_noise(z, 0.1, 5) - z, noise)
+    noise = autoencoder.add_latent_noise(z, 0.1, seed=5) - z
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and torch.equal(autoencoder.add_latent_noise(z, 0.1, 5) - z, noise)
 
 
 @pytest.mark.parametrize("frames", [8, 20])
@@ -205,13 +202,13 @@ def test_every_phase_fits_every_preset(preset):
     config = ae.PRESETS[preset]
     with torch.device("meta"):
         net = ae.DCAEV(config)
-        y = train_ae.image_autoencoder(config)(torch.zeros(1, 3, 1, config.spatial_factor, config.spatial_factor))
+        y = autoencoder.image_autoencoder(config)(torch.zeros(1, 3, 1, config.spatial_factor, config.spatial_factor))
     assert y.shape[2] == 1
-    for name, phase in train_ae.programme(preset).items():
+    for name, phase in autoencoder.programme(preset).items():
         assert phase.frames == 1 if name == "image" else phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk
         assert all(s % config.spatial_factor == 0 for s in phase.size)
-        assert sum(p.numel() for p in train_ae.part(net, phase.trained).parameters()) > 0
-    inner = sum(p.numel() for p in train_ae.part(net, "inner").parameters())
+        assert sum(p.numel() for p in autoencoder.part(net, phase.trained).parameters()) > 0
+    inner = sum(p.numel() for p in autoencoder.part(net, "inner").parameters())
     assert 0.2 < inner / sum(p.numel() for p in net.parameters()) < 0.98
 
 
@@ -219,10 +216,10 @@ def test_one_clip_by_heart(tmp_path, monkeypatch):
     """--overfit: every window of two chunks is drawn; the score is that of the whole clip, and rises."""
     film = data.to_tensor(data.render(data.random_scene(np.random.default_rng(0)), 24, 32))
     data.write_video(tmp_path / "film.mp4", film, fps=10)
-    monkeypatch.setattr(train_ae, "MEMORISE", train_ae.dataclasses.replace(train_ae.MEMORISE, size=(32, 32), batch=4, ema=0.0, warmup=5))
-    train_ae.main_train(["--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--length", "24", "--steps", "20", "--save-every", "10",
+    monkeypatch.setattr(autoencoder, "MEMORISE", autoencoder.dataclasses.replace(autoencoder.MEMORISE, size=(32, 32), batch=4, ema=0.0, warmup=5))
+    autoencoder.main_train(["--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--length", "24", "--steps", "20", "--save-every", "10",
                          "--out", str(tmp_path / "out")])
-    log = [line["psnr"] for line in train.read_log(tmp_path / "out") if "psnr" in line]
+    log = [line["psnr"] for line in loop.read_log(tmp_path / "out") if "psnr" in line]
     assert len(log) == 2 and log[0] < log[1]
 
 
@@ -231,7 +228,7 @@ def test_one_clip_by_heart(tmp_path, monkeypatch):
 
 def test_the_straightforward_net_is_the_same_net():
     """What the speed is measured against computes the same, stream state included."""
-    net, plain, x = tiny(), train_ae.straightforward(tiny(), torch.device("cpu")), torch.rand(1, 3, 24, 32, 32) * 2 - 1
+    net, plain, x = tiny(), autoencoder.straightforward(tiny(), torch.device("cpu")), torch.rand(1, 3, 24, 32, 32) * 2 - 1
     with torch.no_grad():
         assert torch.allclose(net(x), plain(x), atol=1e-5) and not torch.equal(net(x), plain(x))
 
@@ -240,9 +237,9 @@ def test_the_step_is_timed_both_ways(films, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["--preset", "tiny", "--data", str(films), "--measure", "--frames", "16", "--size", "32x32", "--batch", "1"]
     with pytest.raises(UserError, match="--measure needs --data .* and --cache"):
-        train_ae.main_train(args)
-    monkeypatch.setattr(train_ae, "measure", train_ae.functools.partial(train_ae.measure, rounds=2))
-    train_ae.main_train([*args, "--cache", "cache"])
+        autoencoder.main_train(args)
+    monkeypatch.setattr(autoencoder, "measure", autoencoder.functools.partial(autoencoder.measure, rounds=2))
+    autoencoder.main_train([*args, "--cache", "cache"])
     result = json.loads((tmp_path / "results" / "train_speed.json").read_text())
     assert result["ratio"] == pytest.approx(result["seconds_per_step"]["straightforward"] / result["seconds_per_step"]["ours"], abs=0.01)
     assert {len(v) for v in result["all_seconds"].values()} == {2}
@@ -277,8 +274,8 @@ def test_an_image_autoencoder_is_inflated_under_every_temporal_rule(changes):
     """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever a frame may see."""
     config = dataclasses.replace(TINY, **changes)
     torch.manual_seed(0)
-    image, net, x = train_ae.image_autoencoder(config), ae.DCAEV(config), torch.rand(1, 3, 1, 32, 32) * 2 - 1
-    train_ae.inflate(net, image.state_dict())
+    image, net, x = autoencoder.image_autoencoder(config), ae.DCAEV(config), torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    autoencoder.inflate(net, image.state_dict())
     clip = lambda v: v.expand(-1, -1, 2 * config.piece, -1, -1)
     through = lambda net, v: net.decoder(net.encoder(v)[0])[0]
     with torch.no_grad():
@@ -294,7 +291,7 @@ def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
              or k.startswith("decoder.stages.3.op_list.1")}
     like = lambda v: torch.randn(v.shape[:2] + v.shape[3:]) / (9 * v.shape[1]) ** 0.5 if v.ndim == 5 else torch.randn(v.shape)
     flat = {k: like(v) for k, v in names.items() if not k.startswith("decoder.stages.3.op_list.0")}
-    said = train_ae.inflate(net, {**flat, "encoder.stages.3.op_list.0.attention.qkv.weight": torch.zeros(3, 3)})
+    said = autoencoder.inflate(net, {**flat, "encoder.stages.3.op_list.0.attention.qkv.weight": torch.zeros(3, 3)})
     assert said == f"inflated {len(flat)} of {len(net.state_dict())} tensors; 1 tensors of the image autoencoder had no place."
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
@@ -309,7 +306,7 @@ def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
 def test_what_an_image_model_has_nothing_for_can_still_learn():
     """Its branches give nothing at first, but a gradient reaches the last layer of each (behind a zero none would arrive)."""
     net = tiny(config=ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 4, chunk=8))
-    train_ae.inflate(net, {k: v[:, :, 1] for k, v in tiny(1, net.config).state_dict().items() if k.startswith("decoder.project_in") and v.ndim == 5})
+    autoencoder.inflate(net, {k: v[:, :, 1] for k, v in tiny(1, net.config).state_dict().items() if k.startswith("decoder.project_in") and v.ndim == 5})
     step(net, PLAIN, torch.rand(1, 3, 16, 32, 32) * 2 - 1)[0][1].backward()
     for name in ("encoder.stages.4.op_list.0.main.conv2.norm.weight", "encoder.stages.3.op_list.1.main.conv.conv.weight",
                  "decoder.stages.3.op_list.0.main.conv.conv.weight", "decoder.stages.4.op_list.0.main.conv2.norm.weight"):
@@ -319,14 +316,14 @@ def test_what_an_image_model_has_nothing_for_can_still_learn():
 
 def test_an_image_model_of_other_widths_is_refused():
     with pytest.raises(UserError, match="no tensor of the image autoencoder fits"):
-        train_ae.inflate(tiny(), {"encoder.project_in.conv.conv.weight": torch.zeros(5, 3, 3, 3)})
+        autoencoder.inflate(tiny(), {"encoder.project_in.conv.conv.weight": torch.zeros(5, 3, 3, 3)})
 
 
 # ---------------------------------------------------------------------------------------------------- the toy
 
 
 def run_toy(out, **changes):
-    return train_ae.train(**dict(preset="tiny", out=out, steps=4, batch=1, frames=16, lr=1e-3, save_every=2) | changes)
+    return autoencoder.train(**dict(preset="tiny", out=out, steps=4, batch=1, frames=16, lr=1e-3, save_every=2) | changes)
 
 
 def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
@@ -360,7 +357,7 @@ def test_growing_copies_the_shallow_blocks_and_trains_the_deep_ones(tmp_path, mo
 
     def grown(steps):
         net = tiny(4, ae.PRESETS["deep"])
-        train_ae.grow(net, teacher, tmp_path / f"grow{steps}", steps, 4, 16, 16, 0.1, 0, torch.autocast("cpu", torch.bfloat16))
+        autoencoder.grow(net, teacher, tmp_path / f"grow{steps}", steps, 4, 16, 16, 0.1, 0, torch.autocast("cpu", torch.bfloat16))
         return net.state_dict()
 
     start, end, theirs = grown(0), grown(4), teacher.state_dict()
@@ -384,7 +381,7 @@ def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         ae.main(["train", "--preset", "small", "--data", str(tmp_path / "none"), "--out", str(tmp_path)])
     called = {}
-    monkeypatch.setattr(train_ae, "train", lambda preset, out, **more: called.update(preset=preset, out=out, **more))
+    monkeypatch.setattr(autoencoder, "train", lambda preset, out, **more: called.update(preset=preset, out=out, **more))
     ae.main(["train", "--preset", "toy", "--grow-from", "w", "--lr", "3e-4", "--steps", "600", "--out", "o"])  # as the README has it
     assert called == dict(preset="toy", out="o", grow_from="w", grow_steps=2400, grow_clips=4096, lr=3e-4, steps=600, seed=0, save_every=200,
                           bf16=True)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import ae
-import bases
 import dit
 import lora
-import models
-from bases import BASES, Base, Settings
-from checkpoint import UserError
+from files.checkpoint import UserError
 from make_tiny_checkpoints import FOLDERS, TEXT_DIM
+from training import bases
+from training.bases import BASES, Base, Settings
+from wan import models
 
 WAN = [name for name in BASES if name != "toy"]
 

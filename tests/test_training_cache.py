@@ -15,16 +15,11 @@ import pytest
 import torch
 
 import ae
-import cache
-import captions
-import checkpoint
-import data
 import dit
-import encoders
-import models
-import train
-import wan_vae
-from checkpoint import UserError
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import cache, captions, loop
+from wan import models, text as encoders, vae
 
 FAMILY = "32x48F32MS"  # 32x64, 32x32, 64x32
 RED, BLUE = "a red circle moving left", "a blue square"
@@ -55,8 +50,8 @@ def folder(tmp_path_factory):
 def tiny():
     """tiny(picture) -> (teacher, student), Models without transformers; with `picture` they are image-to-video and have an image encoder."""
     torch.manual_seed(0)
-    wan = wan_vae.PRESETS["wan2.1"]
-    shallow = wan_vae.WanVAE(wan_vae.Config(4, 4, 16, 1, False, wan.mean, wan.std)).eval()
+    wan = vae.PRESETS["wan2.1"]
+    shallow = vae.WanVAE(vae.Config(4, 4, 16, 1, False, wan.mean, wan.std)).eval()
     deep = ae.DCAEV(ae.Config((0, 8, 8, 8, 8, 8, 8), (0, 1, 1, 1, 1, 1, 1), 32, chunk=8, scale=0.7)).eval()
 
     def make(picture=False):
@@ -486,8 +481,8 @@ def test_processes_share_the_work(source, folder, tiny, monkeypatch, tmp_path):
     """Two, as torchrun starts them: each encodes its half, the entries are those of one process, and both see the same source. Threads here,
     with a rank each."""
     me, made, encode = threading.local(), {0: 0, 1: 0}, models.Model.encode
-    monkeypatch.setattr(train, "rank", lambda: getattr(me, "rank", 0))
-    monkeypatch.setattr(train, "processes", lambda: 2)
+    monkeypatch.setattr(loop, "rank", lambda: getattr(me, "rank", 0))
+    monkeypatch.setattr(loop, "processes", lambda: 2)
     meet = threading.Barrier(2, timeout=60)
 
     def counted(self, x):

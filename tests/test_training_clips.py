@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import clips
-import data
-from checkpoint import UserError
 from conftest import ROOT
-from test_data import cut_off, ffmpeg, lossless, sound, write
+from files import video as data
+from files.checkpoint import UserError
+from test_files_video import cut_off, ffmpeg, lossless, sound, write
+from training import clips
 
 SIZE = (24, 32)  # of the test clips
 

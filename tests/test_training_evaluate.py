@@ -7,12 +7,11 @@ import torch
 from PIL import Image
 
 import ae
-import data
-import eval_ae
-import metrics
-import wan_vae
-from checkpoint import UserError
 from conftest import ROOT
+from files import video as data
+from files.checkpoint import UserError
+from training import evaluate, metrics
+from wan import vae
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_nan_weights_write_no_black_video(tmp_path, weights):
     net = ae.load(weights)
     torch.nn.init.constant_(net.decoder.project_in.conv.weight, float("nan"))
     with pytest.raises(UserError, match="NaN"):
-        eval_ae.reconstruct(net, ROOT / "assets" / "city.mp4", tmp_path / "out", frames=8)
+        evaluate.reconstruct(net, ROOT / "assets" / "city.mp4", tmp_path / "out", frames=8)
     assert not (tmp_path / "out").exists()
 
 
@@ -71,11 +70,11 @@ def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatc
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / f"{name}.mp4").symlink_to(ROOT / "assets" / f"{name}.mp4")
     monkeypatch.setattr(metrics, "colour_fields", lambda side: torch.zeros(1, 3, 8, 32, 32))
-    evaluate = metrics.evaluate
-    monkeypatch.setattr(metrics, "evaluate", lambda *args: evaluate(*args, optional=()))  # no networks
+    judge = metrics.evaluate
+    monkeypatch.setattr(metrics, "evaluate", lambda *args: judge(*args, optional=()))  # no networks
     ae.main(["eval", weights, "--data", "films", "--clips", "2", "--frames", "8", "--size", "64x64", "--results", "r.json", "--device", "cpu"])
     result = json.loads((tmp_path / "r.json").read_text())["results"]["w"]
-    held_out = torch.stack(eval_ae.clips.validation("films", 8, (64, 64), 2))
+    held_out = torch.stack(evaluate.clips.validation("films", 8, (64, 64), 2))
     net = ae.load(weights)
     with torch.no_grad():
         assert result["mean"]["psnr"] == pytest.approx(metrics.psnr(net(held_out), held_out), abs=1e-3)
@@ -87,16 +86,16 @@ def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatc
 
 
 def test_any_autoencoder_is_loaded(tmp_path, weights, monkeypatch):
-    assert isinstance(eval_ae.load(weights), ae.DCAEV)
-    monkeypatch.setattr(wan_vae, "load", lambda path: f"Wan VAE of {path}")
-    assert eval_ae.load(tmp_path / "folder") == f"Wan VAE of {tmp_path / 'folder'}"
+    assert isinstance(evaluate.load(weights), ae.DCAEV)
+    monkeypatch.setattr(vae, "load", lambda path: f"Wan VAE of {path}")
+    assert evaluate.load(tmp_path / "folder") == f"Wan VAE of {tmp_path / 'folder'}"
     monkeypatch.undo()
     with pytest.raises(UserError, match="none.pt does not exist"):
-        eval_ae.load(tmp_path / "none.pt")
+        evaluate.load(tmp_path / "none.pt")
 
 
 def test_a_stream_is_the_whole_clip_and_holds_nothing(weights):
     """A film of 64 frames, played twice and a bit: the first 24 frames are those of one call, and every frame comes out."""
-    result = eval_ae.stream(ae.load(weights), ROOT / "assets" / "bunny.mp4", 150, (32, 32), check=24)
+    result = evaluate.stream(ae.load(weights), ROOT / "assets" / "bunny.mp4", 150, (32, 32), check=24)
     assert result["frames"] >= 150 and result["error_frames"] == 24 and result["error"] < 5e-5
     assert len(result["rss_mib"]) == 19 and result["rss_mib"][-1][0] == 150 and result["rss_mib"][0][1] > 50

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-import journal
+from training import journal
 
 GOOD = dict(r2=0.8, norm_ratio=0.7, depth={"embedding": 0.2, "0": 0.3, "24": 0.6}, latent_rms=0.96,
             sigma=[dict(sigma=(0.0, 0.2), loss=0.5, bound=0.9, ratio=0.55), dict(sigma=(0.8, 1.0), loss=0.3, bound=0.5, ratio=0.6)])

@@ -17,14 +17,14 @@ import torch.distributed.run as torchrun
 import torch.nn as nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-import checkpoint
 import dit
 import lora
-import train
-from checkpoint import UserError
 from conftest import ROOT
+from files import checkpoint
+from files.checkpoint import UserError
+from training import loop
 
-PLAN = train.Plan(steps=8, warmup=2, accumulate=2, ema=0.9, save_every=3, log_every=2)
+PLAN = loop.Plan(steps=8, warmup=2, accumulate=2, ema=0.9, save_every=3, log_every=2)
 
 
 def make(folder, plan=PLAN, seed=0, **config):
@@ -33,7 +33,7 @@ def make(folder, plan=PLAN, seed=0, **config):
     net = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(0.2), nn.Linear(16, 4))
     disc = nn.Linear(4, 1)
     optimisers = {"net": torch.optim.AdamW(net.parameters(), 1e-2), "disc": torch.optim.SGD(disc.parameters(), 1e-2, momentum=0.9)}
-    return train.Run(folder, dict(batch=6, seed=seed, **config), {"net": net, "disc": disc}, optimisers, plan)
+    return loop.Run(folder, dict(batch=6, seed=seed, **config), {"net": net, "disc": disc}, optimisers, plan)
 
 
 def batches(number):
@@ -85,17 +85,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
     assert again.step == stop // 3 * 3 and again.number == 2 * again.step
     assert_equal(tensors(fit(again)), tensors(whole))
     untimed = lambda line: {k: v for k, v in line.items() if k != "seconds_per_step"}
-    logs = [list(map(untimed, train.read_log(tmp_path / name))) for name in ("whole", "resumed")]
+    logs = [list(map(untimed, loop.read_log(tmp_path / name))) for name in ("whole", "resumed")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [2, 3, 4, 6, 8]
     assert_equal(tensors(fit(make(tmp_path / "resumed"))), tensors(whole))  # a finished run is left as it is
 
 
 KILLED = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import test_train
-run = test_train.make({folder!r}, test_train.LONG)
-run.nets["disc"].register_forward_hook(lambda *_: test_train.wait() if run.step == 31 else None)
-test_train.fit(run)
+import test_training_loop
+run = test_training_loop.make({folder!r}, test_training_loop.LONG)
+run.nets["disc"].register_forward_hook(lambda *_: test_training_loop.wait() if run.step == 31 else None)
+test_training_loop.fit(run)
 """
 
 
@@ -104,7 +104,7 @@ def wait():
     time.sleep(600)
 
 
-LONG = train.Plan(steps=60, warmup=2, ema=0.9, save_every=2)
+LONG = loop.Plan(steps=60, warmup=2, ema=0.9, save_every=2)
 
 
 def test_kill_9_in_the_middle_of_a_step(tmp_path):
@@ -125,8 +125,8 @@ def test_kill_9_in_the_middle_of_a_step(tmp_path):
 def test_another_config_is_refused_and_the_difference_shown(tmp_path):
     fit(make(tmp_path))
     with pytest.raises(UserError, match=r"other settings \(steps 8 -> 9, lr missing -> 0.1\): use the same ones, or another --out"):
-        make(tmp_path, train.Plan(**{**PLAN.__dict__, "steps": 9}), lr=0.1)
-    make(tmp_path, train.Plan(**{**PLAN.__dict__, "save_every": 1, "keep": 1, "log_every": 1}))  # how often it is saved changes no result
+        make(tmp_path, loop.Plan(**{**PLAN.__dict__, "steps": 9}), lr=0.1)
+    make(tmp_path, loop.Plan(**{**PLAN.__dict__, "save_every": 1, "keep": 1, "log_every": 1}))  # how often it is saved changes no result
 
 
 def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path,
 
 def test_frozen_weights_are_not_saved(tmp_path):
     net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.BatchNorm1d(2), nn.Linear(2, 2))
-    run = train.Run(tmp_path, {}, {"net": net}, {"net": torch.optim.SGD(train.trained(net).values(), 0.1)}, train.Plan(1))
+    run = loop.Run(tmp_path, {}, {"net": net}, {"net": torch.optim.SGD(loop.trained(net).values(), 0.1)}, loop.Plan(1))
     run.save()
     saved = checkpoint.load_pickle(run.checkpoints()[0])["nets"]["net"]
     assert set(saved) == set(net.state_dict()) - {"0.weight", "0.bias"} and "1.running_mean" in saved
@@ -194,7 +194,7 @@ def test_nan_stops_the_run_and_is_traced(tmp_path, where, expected):
 
 
 def test_learning_rate():
-    rates = lambda **k: [round(train.Plan(steps=10, **k).rate(s), 3) for s in (0, 1, 5, 9)]
+    rates = lambda **k: [round(loop.Plan(steps=10, **k).rate(s), 3) for s in (0, 1, 5, 9)]
     assert rates(warmup=4) == [0.25, 0.5, 0.5, 0.1] and rates(warmup=4, decay="constant") == [0.25, 0.5, 1, 1]
     assert rates(warmup=0, decay="cosine") == [1, 0.976, 0.5, 0.024]
 
@@ -202,8 +202,8 @@ def test_learning_rate():
 def quadratic(folder, plan, rows, momentum=0.0):
     """One linear layer on given batches of rows -> its weight after plan.steps."""
     net = nn.Linear(4, 1, bias=False)
-    nn.init.constant_(net.weight, 1 + train.rank())  # all begin with those of process 0
-    run = train.Run(folder, {}, {"net": net}, {"net": torch.optim.SGD(net.parameters(), 0.1, momentum)}, plan)
+    nn.init.constant_(net.weight, 1 + loop.rank())  # all begin with those of process 0
+    run = loop.Run(folder, {}, {"net": net}, {"net": torch.optim.SGD(net.parameters(), 0.1, momentum)}, plan)
 
     def losses(x, number):
         loss = net(x).square().mean()
@@ -215,22 +215,22 @@ def quadratic(folder, plan, rows, momentum=0.0):
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
     x = torch.randn(8, 4)
-    a = quadratic(tmp_path / "a", train.Plan(1, warmup=0), [x])
-    b = quadratic(tmp_path / "b", train.Plan(1, warmup=0, accumulate=4), x.split(2))
+    a = quadratic(tmp_path / "a", loop.Plan(1, warmup=0), [x])
+    b = quadratic(tmp_path / "b", loop.Plan(1, warmup=0, accumulate=4), x.split(2))
     assert torch.allclose(a.net.weight, b.net.weight, atol=1e-6) and not torch.allclose(a.net.weight, torch.ones(1, 4))
 
 
 def test_gradients_are_clipped(tmp_path):
     x = 100 * torch.randn(8, 4)
-    run = quadratic(tmp_path, train.Plan(1, warmup=0, clip=0.5), [x])
+    run = quadratic(tmp_path, loop.Plan(1, warmup=0, clip=0.5), [x])
     assert (run.net.weight - 1).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
-    assert train.read_log(tmp_path)[0]["gradient"] > 100  # what is logged is the norm before
+    assert loop.read_log(tmp_path)[0]["gradient"] > 100  # what is logged is the norm before
 
 
 def test_the_average_has_a_short_memory_at_first(tmp_path):
     """decay_t = decay (1 - exp(-t / 2000)) (spec 7.1); within `averaged` the net has these weights."""
     x = torch.randn(3, 8, 4)
-    weights = [quadratic(tmp_path / str(n), train.Plan(3, warmup=0, decay="constant", ema=0.9), x[:3]) for n in (0,)]
+    weights = [quadratic(tmp_path / str(n), loop.Plan(3, warmup=0, decay="constant", ema=0.9), x[:3]) for n in (0,)]
     run, expected, w = weights[0], torch.ones(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
     for t, batch in enumerate(x.double(), 1):
         grad = 2 * (batch @ w.T * batch).mean(0, keepdim=True)
@@ -251,7 +251,7 @@ def test_log_and_plot(tmp_path):
     assert [line.get("psnr") for line in lines] == [None, 1.5, None, 3.0, 4.0]
     assert lines[0]["rate"] == pytest.approx((0.5 + 7 / 8) / 2)
     assert {"loss", "disc", "gradient_net", "gradient_disc", "seconds_per_step"} < lines[0].keys()
-    train.plot(tmp_path)
+    loop.plot(tmp_path)
     assert (tmp_path / "log.png").stat().st_size > 5000
 
 
@@ -262,7 +262,7 @@ TINY = dit.Config(dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_chan
 
 def adapter(dtype=torch.float32):
     """A tiny transformer as stage 2 trains it: LoRA on frozen blocks (stored in `dtype`), embedder and head whole. Each process draws another."""
-    torch.manual_seed(train.rank())
+    torch.manual_seed(loop.rank())
     net = dit.WanDiT(TINY)
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
@@ -276,11 +276,11 @@ def adapter(dtype=torch.float32):
 
 def tune(folder, batch, steps=3, accumulate=1, net=None, poison=None):
     """Train it with flow matching on samples that depend on their step and position only -> the run. poison(number): what a loss is multiplied by."""
-    net = train.shard(net or adapter(), net.blocks if net else ())
-    net.checkpointing = train.processes() > 1  # recomputing changes nothing, and must get along with sharding
-    plan = train.Plan(steps, 2, "constant", 0.5, accumulate, ema=0.9, save_every=1, log_every=1)
-    optimiser = torch.optim.AdamW(train.trained(net).values(), 1e-2)
-    run = train.Run(folder, dict(global_batch=4), {"net": net}, {"net": optimiser}, plan)
+    net = loop.shard(net or adapter(), net.blocks if net else ())
+    net.checkpointing = loop.processes() > 1  # recomputing changes nothing, and must get along with sharding
+    plan = loop.Plan(steps, 2, "constant", 0.5, accumulate, ema=0.9, save_every=1, log_every=1)
+    optimiser = torch.optim.AdamW(loop.trained(net).values(), 1e-2)
+    run = loop.Run(folder, dict(global_batch=4), {"net": net}, {"net": optimiser}, plan)
 
     def batches():
         for number in itertools.count(run.number):
@@ -302,8 +302,8 @@ def tune(folder, batch, steps=3, accumulate=1, net=None, poison=None):
 
 def in_two_processes(folder):
     """What the tests below look at; started twice by torchrun."""
-    train.start()
-    folder, rank, said = Path(folder), train.rank(), {}
+    loop.start()
+    folder, rank, said = Path(folder), loop.rank(), {}
 
     def refused(name, task, error=UserError):
         try:
@@ -312,17 +312,17 @@ def in_two_processes(folder):
             (folder / f"{name}-{rank}").write_text(str(e))
 
     x = torch.load(folder / "rows.pt")
-    torch.save(quadratic(folder / "copied", train.Plan(2, warmup=0), x[:, rank]).net.weight.detach(), folder / f"copied-{rank}.pt")
+    torch.save(quadratic(folder / "copied", loop.Plan(2, warmup=0), x[:, rank]).net.weight.detach(), folder / f"copied-{rank}.pt")
 
     net = adapter()
     run = tune(folder / "sharded", 1, accumulate=2, net=net)
     with run.averaged():
-        averages = train.consolidate(run)
+        averages = loop.consolidate(run)
     if rank == 0:
         shutil.copytree(folder / "sharded" / "checkpoint-0000002", folder / "resumed" / "checkpoint-0000002")
     again = tune(folder / "resumed", 1, accumulate=2, net=adapter())
-    own = [sum(train.own_part(p).numel() for p in n.parameters()) for n in (net, adapter())]
-    weights = [train.consolidate(r) for r in (run, again)]
+    own = [sum(loop.own_part(p).numel() for p in n.parameters()) for n in (net, adapter())]
+    weights = [loop.consolidate(r) for r in (run, again)]
     if rank == 0:
         torch.save(dict(weights=weights, averages=averages, own=own), folder / "sharded.pt")
 
@@ -332,14 +332,14 @@ def in_two_processes(folder):
     bad = lambda number: float("nan") if (number, rank) == (3, 1) else 1.0
     refused("nan", lambda: tune(folder / "nan", 1, accumulate=2, net=adapter(), poison=bad))
 
-    plain = train.write_synced
+    plain = loop.write_synced
     def full_disk(path, state):
         if rank and state["step"] == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(path, state)
-    train.write_synced = full_disk
+    loop.write_synced = full_disk
     refused("full", lambda: tune(folder / "full", 1, accumulate=2, net=adapter()), (OSError, UserError))
-    train.write_synced = plain
+    loop.write_synced = plain
 
     def die(number):
         if (number, rank) == (3, 1):
@@ -353,7 +353,7 @@ def two(tmp_path_factory):
     """The folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
     torch.save(torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(0)), folder / "rows.pt")  # step, process, rows
-    script = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\nimport test_train\ntest_train.in_two_processes({str(folder)!r})"
+    script = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\nimport test_training_loop\ntest_train.in_two_processes({str(folder)!r})"
     (folder / "script.py").write_text(script)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ChildFailedError, match="SIGKILL"):  # the last thing they do
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -363,19 +363,19 @@ def two(tmp_path_factory):
 
 def test_two_processes_are_one_with_twice_the_batch(two, tmp_path):
     """Each with half of the rows: both end with the weights of one process that has them all."""
-    whole = quadratic(tmp_path, train.Plan(2, warmup=0), torch.load(two / "rows.pt").flatten(1, 2))
+    whole = quadratic(tmp_path, loop.Plan(2, warmup=0), torch.load(two / "rows.pt").flatten(1, 2))
     for rank in (0, 1):
         assert torch.allclose(torch.load(two / f"copied-{rank}.pt"), whole.net.weight, atol=1e-6)
     assert len(list((two / "copied").glob("checkpoint-*"))) == 1
     with pytest.raises(UserError, match="processes 2 -> 1"):  # the batch would be another
-        quadratic(two / "copied", train.Plan(2, warmup=0), [])
+        quadratic(two / "copied", loop.Plan(2, warmup=0), [])
 
 
 def test_sharded_over_two_processes_equals_one(two, tmp_path):
     """Two processes of two batches of one sample, weights sharded, blocks recomputed: losses, gradient norms, validation, weights and average
     of one process with a batch of four."""
     run, shared = tune(tmp_path, 4), torch.load(two / "sharded.pt")
-    logs = [[(line["loss"], line["gradient"], line["held_out"]) for line in train.read_log(f)] for f in (tmp_path, two / "sharded")]
+    logs = [[(line["loss"], line["gradient"], line["held_out"]) for line in loop.read_log(f)] for f in (tmp_path, two / "sharded")]
     torch.testing.assert_close(*map(torch.tensor, logs), atol=1e-5, rtol=0)
     assert logs[0][0][0] > 1.1 * logs[0][-1][0]  # it learned something
     for key, value in run.net.state_dict().items():
@@ -400,7 +400,7 @@ def test_a_sharded_run_goes_on_bit_for_bit_and_in_one_process(two):
 def test_a_checkpoint_without_one_of_its_parts_is_passed_over(two, capsys):
     (two / "copied" / "checkpoint-0000002" / "part-1-of-2.pt").unlink()
     with pytest.raises(StopIteration):
-        quadratic(two / "copied", train.Plan(2, warmup=0), [])
+        quadratic(two / "copied", loop.Plan(2, warmup=0), [])
     assert "holds 1 parts, and that is not all of them" in capsys.readouterr().out
 
 

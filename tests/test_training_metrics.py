@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import fvd
-import metrics
-from checkpoint import UserError
+from files import video as data
+from files.checkpoint import UserError
+from training import judges, metrics
 
 CLIPS = 48
 
@@ -145,7 +144,7 @@ def test_evaluate_puts_colour_fields_through_the_autoencoder():
 
 def test_evaluate_says_what_it_leaves_out(monkeypatch):
     """Without the packages everything else is measured, and the reasons tell how to get the rest."""
-    import losses
+    from training import losses
 
     monkeypatch.setitem(sys.modules, "lpips", None)
     monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
@@ -164,14 +163,14 @@ def test_evaluate_with_networks(monkeypatch):
         def per_frame(self, y, x):
             return (y - x).abs().mean(dim=(1, 3, 4))
 
-    monkeypatch.setattr(fvd.I3D, "load", TinyI3D)
+    monkeypatch.setattr(judges.I3D, "load", TinyI3D)
     monkeypatch.setattr(metrics, "Perceptual", lambda name: Brightness())
     x = (torch.randint(0, 200, (3, 3, 9, 1, 1)) / 127.5 - 1).expand(-1, -1, -1, 16, 16).contiguous()
     clips, brighter = [(str(i), v) for i, v in enumerate(x)], lambda v: v + 10.4 / 127.5  # 10 after rounding
     mean = metrics.evaluate(brighter, clips)["mean"]
     assert mean["lpips"] == mean["lite0"] == pytest.approx(10 / 127.5, rel=1e-4)
     features = lambda v: TinyI3D()(v)
-    assert mean["fvd"] == pytest.approx(fvd.frechet(features(x + 10 / 127.5), features(x)), rel=1e-3)
+    assert mean["fvd"] == pytest.approx(judges.frechet(features(x + 10 / 127.5), features(x)), rel=1e-3)
     assert abs(metrics.evaluate(lambda v: v, clips)["mean"]["fvd"]) < 1e-9
     one = metrics.evaluate(brighter, clips[:1])
     short = metrics.evaluate(brighter, [*clips, ("brief", x[0, :, :8])])

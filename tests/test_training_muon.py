@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon import Muon, orthogonalise
+from training.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import ae
-import bases
-import checkpoint
 import dit
 import lora
-import plan
-from checkpoint import UserError
 from conftest import ROOT
+from files import checkpoint
+from files.checkpoint import UserError
+from training import bases, plan
 
 SMALL = dit.Config(dim=64, ffn_dim=256, heads=2, layers=2, in_channels=8, out_channels=8, patch=(1, 1, 1), text_dim=32, text_len=64)
 LATENT = (3, 10, 12)

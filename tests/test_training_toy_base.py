@@ -9,21 +9,19 @@ import torch
 
 import adapt
 import ae
-import checkpoint
-import data
 import dit
-import encoders
-import models
-import toy
-from checkpoint import UserError
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import toy_base
+from wan import models, text as encoders
 
 TEXT = encoders.ToyText()
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(toy, "SHARD", 8)
-    monkeypatch.setattr(toy, "WITH_IMAGE", 4)
+    monkeypatch.setattr(toy_base, "SHARD", 8)
+    monkeypatch.setattr(toy_base, "WITH_IMAGE", 4)
 
 
 def latents_of(z, with_image=0):
@@ -33,7 +31,7 @@ def latents_of(z, with_image=0):
     condition[:with_image, :4, 0] = 1
     condition[:with_image, 4:] = torch.randn(with_image, c, *grid)
     attributes = [s.attributes() for s in data.toy_batch(0, n, 1, 8)[1]]
-    return toy.Latents(z, condition, torch.arange(with_image), attributes)
+    return toy_base.Latents(z, condition, torch.arange(with_image), attributes)
 
 
 def test_the_transformer_takes_latent_mask_and_condition_in_this_order():
@@ -57,7 +55,7 @@ def count_encodes(monkeypatch):
 
 def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_path):
     both = [models.load_model(name) for name in ("base", "dc")]
-    teacher, student = (toy.cache_latents(m, 2, tmp_path) for m in both)
+    teacher, student = (toy_base.cache_latents(m, 2, tmp_path) for m in both)
     assert teacher.attributes == student.attributes and len(teacher.attributes) == len(teacher.z) == len(student.z) == 16
     assert teacher.z.shape[2] == student.z.shape[2] == 8  # latent frames pair up one to one
     assert teacher.with_image.tolist() == student.with_image.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
@@ -75,10 +73,10 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
 def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
     model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
     clips, scenes = data.toy_batch(5, 3)
-    first, again = (toy.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
+    first, again = (toy_base.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
     assert encoded == [3] and torch.equal(first.z, again.z) and first.attributes == [s.attributes() for s in scenes]
     assert not first.condition.any() and not len(first.with_image)
-    toy.encode_scenes(model, scenes[:2], tmp_path, "others")
+    toy_base.encode_scenes(model, scenes[:2], tmp_path, "others")
     assert encoded == [3, 2]
 
 
@@ -92,33 +90,33 @@ def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_tensors", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        toy.cache_latents(model, 3, tmp_path / "cache")
+        toy_base.cache_latents(model, 3, tmp_path / "cache")
     monkeypatch.setattr(checkpoint, "save_tensors", save)
     encoded.clear()
-    first = toy.cache_latents(model, 3, tmp_path / "cache")
+    first = toy_base.cache_latents(model, 3, tmp_path / "cache")
     assert sum(encoded) == 2 * (8 + 4)  # shards 1 and 2, clips and images
     encoded.clear()
-    again = toy.cache_latents(model, 3, tmp_path / "cache")
+    again = toy_base.cache_latents(model, 3, tmp_path / "cache")
     assert not encoded and torch.equal(first.z, again.z) and torch.equal(first.condition, again.condition)
 
 
 def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
     model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
-    first = toy.cache_latents(model, 3, tmp_path / "cache")
+    first = toy_base.cache_latents(model, 3, tmp_path / "cache")
     file = next((tmp_path / "cache").rglob("seed1-0001.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     encoded.clear()
-    again = toy.cache_latents(model, 3, tmp_path / "cache")
+    again = toy_base.cache_latents(model, 3, tmp_path / "cache")
     assert sum(encoded) == 8 + 4 and torch.equal(first.z, again.z)
 
 
 def test_another_autoencoder_never_reads_these_latents(tiny_toy, tmp_path, monkeypatch):
     model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
-    first = toy.cache_latents(model, 1, tmp_path / "cache")
+    first = toy_base.cache_latents(model, 1, tmp_path / "cache")
     with torch.no_grad():
         next(model.ae.parameters()).add_(0.1)
     encoded.clear()
-    other = toy.cache_latents(model, 1, tmp_path / "cache")
+    other = toy_base.cache_latents(model, 1, tmp_path / "cache")
     assert sum(encoded) == 8 + 4 and not torch.equal(first.z, other.z)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
@@ -126,7 +124,7 @@ def test_another_autoencoder_never_reads_these_latents(tiny_toy, tmp_path, monke
 def test_the_last_shard_is_held_out():
     latents = latents_of(torch.arange(24.0).view(24, 1, 1, 1, 1).expand(-1, 2, 2, 2, 2), with_image=24)
     latents.with_image = torch.tensor([0, 1, 8, 16, 19])
-    train, held = toy.split(latents)
+    train, held = toy_base.split(latents)
     assert len(train.z) == len(train.attributes) == 16 and train.with_image.tolist() == [0, 1, 8]
     assert len(held.z) == len(held.attributes) == 8 and held.with_image.tolist() == [0, 3]
     assert torch.equal(held.inputs(held.with_image), latents.inputs(torch.tensor([16, 19])))
@@ -138,7 +136,7 @@ def test_the_last_shard_is_held_out():
 
 def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked():
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
-    z, condition, context, _ = toy.Source(latents, TEXT, null=0.1, drop=0.2, image=0.3).batch(0, range(4000))
+    z, condition, context, _ = toy_base.Source(latents, TEXT, null=0.1, drop=0.2, image=0.3).batch(0, range(4000))
     rows = (context != 0).any(dim=2)[:, : len(data.WORLD)]  # which attributes are named
     said = rows.any(dim=1)
     assert 0.08 < 1 - said.float().mean() < 0.12
@@ -155,18 +153,18 @@ def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked()
 def test_a_sample_depends_on_seed_step_and_position_only():
     """So two processes with half a batch each see what one process sees, and a resumed run goes on with the same batches."""
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
-    source = toy.Source(latents, TEXT, seed=3)
+    source = toy_base.Source(latents, TEXT, seed=3)
     whole, parts = source.batch(7, range(16)), [source.batch(7, part) for part in (range(8), range(8, 16))]
     assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole[:3], *(p[:3] for p in parts)))
     assert not torch.equal(whole.z, source.batch(8, range(16)).z)
-    other = toy.Source(latents, TEXT, seed=4)
+    other = toy_base.Source(latents, TEXT, seed=4)
     assert not torch.equal(whole.z, other.batch(7, range(16)).z) and other.fingerprint != source.fingerprint
-    assert toy.Source(latents, TEXT, seed=3).fingerprint == source.fingerprint
+    assert toy_base.Source(latents, TEXT, seed=3).fingerprint == source.fingerprint
 
 
 def test_a_pair_is_the_same_clip_in_both_spaces_with_its_image_where_it_has_one():
     student, teacher = latents_of(torch.randn(8, 2, 1, 1, 1), with_image=1), latents_of(torch.randn(4, 3, 1, 2, 2), with_image=1)
-    source = toy.Source(student, TEXT, teacher)
+    source = toy_base.Source(student, TEXT, teacher)
     assert len(source) == 4
     for i in range(4):
         x, u = source.pair(i)
@@ -195,12 +193,12 @@ def run_fit(net, latents, folder, steps=6, **settings):
     """Stage 1b in small: the ends of a fresh copy of `net` -> (net, log)."""
     copy = dit.from_state_dict(net.state_dict(), config=net.config).requires_grad_(False)
     ends = [p.requires_grad_() for part in (copy.patch_embedding, copy.head) for p in part.parameters()]
-    return copy, toy.fit(copy, toy.Source(latents, TEXT), torch.optim.AdamW(ends, lr=1e-2), 1e-2, steps, 4, folder / "state.pt", settings, "test", save_every=2)
+    return copy, toy_base.fit(copy, toy_base.Source(latents, TEXT), torch.optim.AdamW(ends, lr=1e-2), 1e-2, steps, 4, folder / "state.pt", settings, "test", save_every=2)
 
 
 def fail_at(monkeypatch, call, outcome):
     """From now on the `call`-th loss (from 0) is `outcome`, or raised if it is an exception."""
-    flow_loss, calls = toy.flow_loss, []
+    flow_loss, calls = toy_base.flow_loss, []
 
     def failing(*args):
         calls.append(1)
@@ -209,7 +207,7 @@ def fail_at(monkeypatch, call, outcome):
         loss, *rest = flow_loss(*args)
         return loss * outcome if len(calls) == call + 1 else loss, *rest
 
-    monkeypatch.setattr(toy, "flow_loss", failing)
+    monkeypatch.setattr(toy_base, "flow_loss", failing)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch):
@@ -227,7 +225,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_run_again(tiny, tmp_path, monkeypatch):
     first, log = run_fit(*tiny, tmp_path)
-    monkeypatch.setattr(toy, "flow_loss", None)
+    monkeypatch.setattr(toy_base, "flow_loss", None)
     again, same = run_fit(*tiny, tmp_path)
     assert same == log and all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
 
@@ -266,12 +264,12 @@ def test_a_state_file_that_would_run_code_does_not(tiny, tmp_path):
 def test_training_learns(tiny, tmp_path):
     net, latents = tiny
     trained, log = run_fit(zero_head(net), latents, tmp_path, steps=60)
-    assert toy.validation_loss(trained, latents, TEXT, batches=2) < 0.8 * toy.validation_loss(net, latents, TEXT, batches=2)
+    assert toy_base.validation_loss(trained, latents, TEXT, batches=2) < 0.8 * toy_base.validation_loss(net, latents, TEXT, batches=2)
     assert log[-1][1] < log[0][1]
 
 
 def test_the_validation_loss_is_always_the_same(tiny):
-    assert toy.validation_loss(*tiny, TEXT, batches=1) == toy.validation_loss(*tiny, TEXT, batches=1)
+    assert toy_base.validation_loss(*tiny, TEXT, batches=1) == toy_base.validation_loss(*tiny, TEXT, batches=1)
 
 
 def test_pretraining_makes_a_base_that_loads(tiny_toy, tmp_path):

@@ -22,19 +22,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
-import data
 import dit
-import encoders
 import flow
 import lora
-import gpu
-import models
 import sample
-import wan_vae
-from checkpoint import UserError
 from conftest import ROOT, golden
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from gpu import choose
 from make_tiny_checkpoints import DC_SHIFT, FOLDERS, TEXT_DIM
+from wan import models, text as encoders, vae
 
 PROMPT, NEGATIVE = "a cat", "blurred"
 
@@ -320,7 +317,7 @@ def test_dc_videogen_image_to_video_equals_the_reference(plain):
 def test_the_condition_of_the_base_model_equals_the_reference():
     """Condition latent and mask of the original image-to-video program (spec wan 7.2); with the full golden file also its resized picture."""
     tensors = load_file(golden("wan_vae_tiny.safetensors"))
-    autoencoder = wan_vae.from_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
+    autoencoder = vae.from_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
     net = dit.WanDiT(dit.Config(dim=24, ffn_dim=8, heads=2, layers=1, in_channels=36, out_channels=16, text_dim=8))
     model = models.Model("golden", net, autoencoder, None, task="i2v", picture="wan")
     resized = tensors["out/i2v_image_resized"][None]
@@ -482,7 +479,7 @@ def test_other_ways_to_the_same_latent(load, name):
 
 def test_bf16(run, monkeypatch):
     """Matrix products of the transformer in bf16, for DC-VideoGen its autoencoder too: the same video, but for rounding."""
-    monkeypatch.setattr(gpu, "without_bf16", lambda device: None)  # slow on some CPUs, but right
+    monkeypatch.setattr(choose, "without_bf16", lambda device: None)  # slow on some CPUs, but right
     name = "dc-wan2.1-i2v-14b"
     exact, rounded = run(name, FOLDERS[name][0])[1], run(name, FOLDERS[name][0], "--dtype", "bf16")[1]
     assert 1e-4 < (rounded - exact).abs().mean() < 0.05

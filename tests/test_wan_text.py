@@ -16,10 +16,10 @@ import torch
 from conftest import golden
 from safetensors.torch import load_file, save_file
 
-import data
-import encoders
-from checkpoint import UserError
-from encoders import CLIPVision, Tokenizer, UMT5, WanImage, WanText, clean_prompt, clip_pixels
+from files import video as data
+from files.checkpoint import UserError
+from wan import text as encoders
+from wan.text import CLIPVision, Tokenizer, UMT5, WanImage, WanText, clean_prompt, clip_pixels
 
 SENTENCE = "a large red circle moving left slowly on a blue background"
 
@@ -408,7 +408,7 @@ def test_an_interrupted_write_leaves_the_old_cache(text_files, tmp_path, monkeyp
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoint.os.replace", full_disk)
+    monkeypatch.setattr("files.checkpoint.os.replace", full_disk)
     with pytest.raises(OSError):
         text(["a dog"])
     assert (tmp_path / "prompts.safetensors").read_bytes() == before

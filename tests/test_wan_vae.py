@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import wan_vae
-from checkpoint import UserError
 from conftest import golden
+from files import checkpoint
+from files.checkpoint import UserError
+from wan import vae
 
 NAMES = {"wan2.1": "wan_vae_tiny", "wan2.2": "wan22_vae_tiny"}
 GOLDEN = {name: load_file(golden(f"{file}.safetensors")) for name, file in NAMES.items()}
@@ -28,7 +28,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def net(name):
-    return wan_vae.from_state_dict(weights(name))
+    return vae.from_state_dict(weights(name))
 
 
 def clip(net, frames, rows=2, columns=3, batch=1):
@@ -53,20 +53,20 @@ def test_reference_encode_and_decode(net, name):
 
 def test_reference_image():
     """A video of one frame, and the first frame of a latent: the same as in the longer video."""
-    net, data, stride = wan_vae.from_state_dict(weights("wan2.1")), GOLDEN["wan2.1"], NOTES["wan2.1"].get("stride", 1)
+    net, data, stride = vae.from_state_dict(weights("wan2.1")), GOLDEN["wan2.1"], NOTES["wan2.1"].get("stride", 1)
     close(net.encode(data["in/video"][:, :, :1]), data["out/latent_T1"])
     close(net.decode(data["in/latent"][:, :, :1])[..., ::stride, ::stride], data["out/decoded_T1"])
 
 
 def test_reference_image_condition():
     """Image-to-video sees a picture as the first frame of a grey video, encoded; channels 4 to 19 of the condition (spec wan 7.2)."""
-    net, data = wan_vae.from_state_dict(weights("wan2.1")), GOLDEN["wan2.1"]
+    net, data = vae.from_state_dict(weights("wan2.1")), GOLDEN["wan2.1"]
     image = data["out/i2v_image_resized"][None, :, None]
     close(net.encode(torch.cat([image, torch.zeros(1, 3, 8, *image.shape[3:])], dim=2))[0], data["out/i2v_condition"][4:])
 
 
 def test_the_config_is_inferred_and_the_constants_are_the_published_ones(net, name):
-    c, published, notes = net.config, wan_vae.PRESETS[name], NOTES[name]
+    c, published, notes = net.config, vae.PRESETS[name], NOTES[name]
     width = notes["config"]["dim"]
     assert c == dataclasses.replace(published, width=width, decoder_width=notes["config"].get("dec_dim", width))
     assert c.mean == tuple(notes["mean"]) and c.std == tuple(notes["std"])
@@ -76,9 +76,9 @@ def test_the_config_is_inferred_and_the_constants_are_the_published_ones(net, na
 @pytest.mark.parametrize("name, parameters, tensors", [("wan2.1", 126_892_531, 194), ("wan2.2", 704_688_668, 196)])
 def test_the_published_sizes(name, parameters, tensors):
     with torch.device("meta"):
-        net = wan_vae.WanVAE(wan_vae.PRESETS[name])
+        net = vae.WanVAE(vae.PRESETS[name])
     assert sum(p.numel() for p in net.parameters()) == parameters and len(net.state_dict()) == tensors
-    assert wan_vae.infer_config(net.state_dict()) == wan_vae.infer_config(wan_vae.to_diffusers(net)) == wan_vae.PRESETS[name]
+    assert vae.infer_config(net.state_dict()) == vae.infer_config(vae.to_diffusers(net)) == vae.PRESETS[name]
 
 
 # ---------------------------------------------------------------------------------------------------- exact in every cut
@@ -164,7 +164,7 @@ def test_a_batch_is_its_clips(net):
 
 
 def test_bf16_is_close_to_fp32(net, name):
-    half, x = wan_vae.from_state_dict(weights(name), dtype=torch.bfloat16), clip(net, 5)
+    half, x = vae.from_state_dict(weights(name), dtype=torch.bfloat16), clip(net, 5)
     z = net.encode(x)
     for ours, exact in ((half.encode(x), z), (half.decode(z), net.decode(z))):
         assert ours.dtype == torch.bfloat16 and (ours.float() - exact).norm() / exact.norm() < 0.05
@@ -181,57 +181,57 @@ def test_wrong_layouts_are_named(net):
 
 
 def test_diffusers_names_are_the_published_ones(net, name):
-    assert {k: wan_vae.diffusers_name(k, net.config) for k in net.state_dict()} == NOTES[name]["official_to_diffusers"]
+    assert {k: vae.diffusers_name(k, net.config) for k in net.state_dict()} == NOTES[name]["official_to_diffusers"]
 
 
 def test_every_kind_of_file_gives_the_same_model(net, name, tmp_path):
     """Original .pth, bare or in a container, .safetensors in both spellings, our own file, a diffusers folder."""
-    sd, theirs = weights(name), wan_vae.to_diffusers(net)
+    sd, theirs = weights(name), vae.to_diffusers(net)
     torch.save(sd, tmp_path / "vae.pth")
     torch.save({"state_dict": sd}, tmp_path / "container.pth")
     checkpoint.save_tensors(tmp_path / "original.safetensors", sd)
     checkpoint.save_tensors(tmp_path / "diffusers.safetensors", theirs)
     checkpoint.save_tensors(tmp_path / "bf16.safetensors", {k: v.bfloat16() for k, v in sd.items()})
-    wan_vae.save(net, tmp_path / "ours.safetensors")
-    wan_vae.save_diffusers(net, tmp_path / "folder")
+    vae.save(net, tmp_path / "ours.safetensors")
+    vae.save_diffusers(net, tmp_path / "folder")
     for file in ("vae.pth", "container.pth", "original.safetensors", "diffusers.safetensors", "ours.safetensors", "folder"):
-        loaded = wan_vae.load(tmp_path / file)
+        loaded = vae.load(tmp_path / file)
         assert loaded.config == net.config and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert all(torch.equal(v, sd[k]) for k, v in loaded.state_dict().items()), file
-    assert all(torch.equal(v, sd[k].bfloat16().float()) for k, v in wan_vae.load(tmp_path / "bf16.safetensors").state_dict().items())
-    assert all(v.dtype == torch.bfloat16 for v in wan_vae.load(tmp_path / "vae.pth", dtype=torch.bfloat16).state_dict().values())
+    assert all(torch.equal(v, sd[k].bfloat16().float()) for k, v in vae.load(tmp_path / "bf16.safetensors").state_dict().items())
+    assert all(v.dtype == torch.bfloat16 for v in vae.load(tmp_path / "vae.pth", dtype=torch.bfloat16).state_dict().values())
 
 
 def test_other_sizes_and_constants(tmp_path):
     """Levels, depth, latent channels and temporal flags come from the shapes, the constants from a folder's config.json."""
-    config = wan_vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1,
+    config = vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1,
                             temporal=(True, False))
-    net = wan_vae.WanVAE(config).eval()
-    wan_vae.save_diffusers(net, tmp_path)
-    loaded = wan_vae.load(tmp_path)
+    net = vae.WanVAE(config).eval()
+    vae.save_diffusers(net, tmp_path)
+    loaded = vae.load(tmp_path)
     assert loaded.config == config
     x = torch.rand(1, 3, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded.encode(x), net.encode(x)) and net(x).shape == x.shape
     with pytest.raises(UserError, match="mean and std of 3 latent channels"):
-        wan_vae.load(tmp_path / "diffusion_pytorch_model.safetensors")
+        vae.load(tmp_path / "diffusion_pytorch_model.safetensors")
 
 
 def test_wrong_files_are_refused(tmp_path):
     sd = weights("wan2.1")
     cut = {k: v for k, v in sd.items() if k != "decoder.middle.1.proj.bias"}
     with pytest.raises(UserError, match=r"1 missing \(first: decoder.middle.1.proj.bias\)"):
-        wan_vae.from_state_dict(cut)
+        vae.from_state_dict(cut)
     with pytest.raises(UserError, match=r"1 unexpected \(first: extra\)"):
-        wan_vae.from_state_dict({**sd, "extra": torch.zeros(1)})
+        vae.from_state_dict({**sd, "extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"conv1.weight has shape \[32, 16, 3, 3, 3\], expected \[64, 16, 3, 3, 3\]"):
-        wan_vae.from_state_dict({**sd, "decoder.head.2.weight": torch.zeros(3, 16, 3, 3, 3)})
+        vae.from_state_dict({**sd, "decoder.head.2.weight": torch.zeros(3, 16, 3, 3, 3)})
     for no_vae in ({"blocks.0.ffn.0.weight": torch.zeros(2, 2)}, {"encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}):
         with pytest.raises(UserError, match="no Wan autoencoder"):
-            wan_vae.from_state_dict(no_vae)
+            vae.from_state_dict(no_vae)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no weight file"):
-        wan_vae.load(tmp_path / "empty")
+        vae.load(tmp_path / "empty")
 
 
 # ---------------------------------------------------------------------------------------------------- the peer
@@ -241,7 +241,7 @@ def test_wrong_files_are_refused(tmp_path):
 def test_diffusers_agrees(net, name, tmp_path):
     """What `save_diffusers` writes loads strictly in diffusers and gives the same latents and pixels."""
     peer_class = pytest.importorskip("diffusers").AutoencoderKLWan
-    wan_vae.save_diffusers(net, tmp_path)
+    vae.save_diffusers(net, tmp_path)
     peer, info = peer_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert peer.config.scale_factor_spatial == net.config.spatial_factor

@@ -49,16 +49,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import ae
-import checkpoint
-import clips
-import data
 import kernels
-import losses
-import metrics
-import train as training
-from checkpoint import UserError
 from chunk_causal import ISOLATED, Conv3d, run_layers
-from muon import Muon
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import clips, loop, losses, metrics
+from training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -221,11 +217,11 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
         disc = nets["disc"] = losses.Discriminator(phase.disc_width).to(device)
         optimisers["disc"] = torch.optim.AdamW(disc.parameters(), phase.disc_lr, betas=(0.9, 0.98), weight_decay=0)
     feature_distance = losses.Perceptual(perceptual, phase.perceptual_frames).to(device) if phase.perceptual else None
-    plan = training.Plan(phase.steps, phase.warmup, phase.decay, 1.0, phase.accumulate, phase.ema, save_every)
+    plan = loop.Plan(phase.steps, phase.warmup, phase.decay, 1.0, phase.accumulate, phase.ema, save_every)
     config = {**dataclasses.asdict(phase), **dataclasses.asdict(c), "seed": seed, "bf16": bf16, **settings,
               "perceptual_network": feature_distance.name if feature_distance else None}
     del config["expected"], config["scale"]
-    run = training.Run(out, config, nets, optimisers, plan)
+    run = loop.Run(out, config, nets, optimisers, plan)
     shown = torch.stack(held_out)
 
     def report(run):
@@ -233,20 +229,20 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
             z = [net.encode(x.to(device)).float() for x in shown.split(1)]
             y = torch.cat([net.decode(v, shown.shape[2], shown.shape[3:]).float().cpu() for v in z])
         data.contact_sheet(out / "sheet.png", [v for pair in zip(shown[:4], y[:4]) for v in pair], columns=8, scale=max(1, 96 // y.shape[3]))
-        training.plot(out)  # up to the checkpoint before
+        loop.plot(out)  # up to the checkpoint before
         latent = {f"latent_{k}": v for k, v in metrics.latent_statistics(z).items() if k != "inverse_rms"}
         return dict(psnr=metrics.psnr(y, shown), ssim=metrics.ssim(y, shown), **latent)
 
     run.fit(stream(run.number), functools.partial(step_losses, net, phase, feature_distance, disc, seed, autocast), report, name)
-    training.copy_into(net, run.average)  # the next phase goes on from it
+    loop.copy_into(net, run.average)  # the next phase goes on from it
     net.requires_grad_(False)
     with torch.no_grad(), autocast:
         latent = metrics.latent_statistics(net.encode(x).float() for x in itertools.islice(stream(0), 16))
     net.config = dataclasses.replace(c, scale=round(latent["inverse_rms"], 4))
     path = out / f"{settings['preset']}.safetensors"
-    if training.rank() == 0:
-        training.plot(out)
-        log = [line for line in training.read_log(out) if "psnr" in line]
+    if loop.rank() == 0:
+        loop.plot(out)
+        log = [line for line in loop.read_log(out) if "psnr" in line]
         ae.save(net, path, torch.float16, training=run.config, latent=latent, log=log)
     return path
 
@@ -261,7 +257,7 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
     `start`: weights to begin with; `inflate_from`: an image autoencoder to begin with. `changes`: fields of Phase that replace those of every
     phase run; "steps" may be a list, a number for each. `more`: as for `run_phase`.
     """
-    device = training.start()
+    device = loop.start()
     torch.manual_seed(seed)
     net = ae.load(start, ae.PRESETS[preset]) if start else ae.DCAEV(ae.PRESETS[preset])
     if inflate_from:
@@ -295,7 +291,7 @@ def train_clips(preset, folder, out, phases=None, start=None, inflate_from=None,
 
 
 def batches(dataset, batch, workers, device, number):
-    return clips.loader(dataset, batch, number, workers, training.rank(), training.processes(), device)
+    return clips.loader(dataset, batch, number, workers, loop.rank(), loop.processes(), device)
 
 
 #: One clip by heart: no stills, nothing held out, pixels only. Every window of two chunks is drawn; judged is the whole clip.
@@ -308,7 +304,7 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
     is in OUT/overfit.json too."""
     phase = dataclasses.replace(MEMORISE, **changes)
     film = data.read_clip(clip, length, phase.size)
-    device = training.start()
+    device = loop.start()
     torch.manual_seed(seed)
 
     def windows(number):
@@ -318,7 +314,7 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
 
     net = prepare(ae.DCAEV(ae.PRESETS[preset]), device, compiled)
     path = run_phase(net, phase, "memorise", out, windows, [film], seed, preset=preset, data=Path(clip).name, length=length, **more)
-    log = [{k: line[k] for k in ("step", "psnr", "ssim", "seconds_per_step")} for line in training.read_log(out) if "psnr" in line]
+    log = [{k: line[k] for k in ("step", "psnr", "ssim", "seconds_per_step")} for line in loop.read_log(out) if "psnr" in line]
     checkpoint.write_json(Path(out) / "overfit.json", dict(
         **checkpoint.provenance(), clip=Path(clip).name, length=length, preset=preset, phase=dataclasses.asdict(phase), log=log,
         parameters=sum(p.numel() for p in net.parameters())))
@@ -353,7 +349,7 @@ def measure(preset, folder, cache, workers, changes={}, rounds=12, bf16=True):
     The ways take turns, step by step, in one process; medians. Compared are the convolutions and memory layout, and where clips come from
     (decoded once into `cache`, cut out by threads; or decoded by the training process when they are wanted).
     """
-    device, phase = training.start(), dataclasses.replace(programme(preset)["low"], perceptual=0.0, images=0.0, **changes)
+    device, phase = loop.start(), dataclasses.replace(programme(preset)["low"], perceptual=0.0, images=0.0, **changes)
     autocast = kernels.autocast(device, bf16)
     ways = {"ours": (prepare, True), "straightforward": (straightforward, False), "our data, plain net": (straightforward, True),
             "our net, plain data": (prepare, False)}
@@ -450,7 +446,7 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
     AdamW hardly gets off the ground here (`muon.py`). `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a
     gentle fine-tune in pixels is left, lr 3e-4: 2e-3 undoes part of what was gained.
     """
-    device, out = training.start(), Path(out)
+    device, out = loop.start(), Path(out)
     phase = Phase("all", (64, 64), frames, batch, steps, lr, "", "muon", 50, "linear", ema=0.0, images=0.0, mse=1.0, perceptual=0.0, noise=noise)
     grown = dict(grow_from=grow_from and Path(grow_from).name, grow_steps=grow_steps, grow_clips=grow_clips)
     torch.manual_seed(seed)
@@ -484,7 +480,7 @@ def grow(net, teacher, out, steps, batch, clips, frames, noise, seed, autocast, 
         mine.load_state_dict(theirs.state_dict())
     deep = nn.ModuleList(enc[down:] + dec[:-up])
     config = dict(teacher=dataclasses.asdict(teacher.config), batch=batch, clips=clips, frames=frames, noise=noise, seed=seed, lr=lr)
-    run = training.Run(out, config, {"deep": deep}, {"deep": Muon(deep, lr)}, training.Plan(steps))
+    run = loop.Run(out, config, {"deep": deep}, {"deep": Muon(deep, lr)}, loop.Plan(steps))
     if run.step == steps:
         return
 

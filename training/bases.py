@@ -21,21 +21,16 @@ from typing import NamedTuple
 import torch
 
 import ae
-import cache
-import captions
-import checkpoint
-import data
 import dit
 import flow
 import lora
-import metrics
-import models
 import sample
-import tiling
-import toy
-import wan_weights
 from align import velocity_of
-from checkpoint import UserError
+from files import checkpoint, layouts, video as data
+from files.checkpoint import UserError
+from gpu import tiling
+from training import cache, captions, metrics, toy_base
+from wan import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -134,13 +129,13 @@ class Expert(NamedTuple):
 
     def embedder(self):
         """Its patch embedder alone -> torch.nn.Conv3d in fp32; nothing else is read."""
-        tensors, config = wan_weights.open_checkpoint(self.path)
+        tensors, config = layouts.open_checkpoint(self.path)
         net = dit.PatchEmbedder(config["in_channels"], config["dim"], config["patch"])
         return checkpoint.load_strict(net, {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}, str(self.path)).requires_grad_(False)
 
     def fingerprint(self):
         """Hash of the config and of all vectors (norms, modulation, biases), which differ between any two trained models; quick for 14B."""
-        tensors, config = wan_weights.open_checkpoint(self.path)
+        tensors, config = layouts.open_checkpoint(self.path)
         small = {k: checkpoint.read(v) for k, v in tensors.items() if len(v.shape) == 1 or "modulation" in k or k.startswith(("patch_", "head."))}
         return cache.hash_of([config, cache.hash_tensors(small)])
 
@@ -229,7 +224,7 @@ class Toy(Base):
     """The embedded toy (toy.py): an endless supply of procedural clips, and a score."""
 
     validation: int = 256
-    labels: tuple = toy.PROMPTS
+    labels: tuple = toy_base.PROMPTS
 
     def models(self, args, settings):
         teacher = models.load_model("base", device=args.device)
@@ -243,20 +238,20 @@ class Toy(Base):
         """The first shard is held out; the next ones are encoded in both spaces, for stage 1a, and the others in the deep one only."""
         if not 0 < args.align_shards < args.shards:
             raise UserError(f"--align-shards must be at least 1 and fewer than --shards, got {args.align_shards} and {args.shards}.")
-        both = [toy.cache_latents(model, n + 1, args.cache) for model, n in ((teacher, args.align_shards), (student, args.shards))]
-        held, train = ([toy.clips_of(x, *span(len(x.z))) for x in both] for span in (lambda n: (0, toy.SHARD), lambda n: (toy.SHARD, n)))
-        return (toy.Source(train[1], student.text, train[0], settings.seed, null=settings.drop),
-                toy.Source(held[1], student.text, held[0], null=0.0, drop=0.0))
+        both = [toy_base.cache_latents(model, n + 1, args.cache) for model, n in ((teacher, args.align_shards), (student, args.shards))]
+        held, train = ([toy_base.clips_of(x, *span(len(x.z))) for x in both] for span in (lambda n: (0, toy_base.SHARD), lambda n: (toy_base.SHARD, n)))
+        return (toy_base.Source(train[1], student.text, train[0], settings.seed, null=settings.drop),
+                toy_base.Source(held[1], student.text, held[0], null=0.0, drop=0.0))
 
     def before(self, teacher, held):
-        return teacher.net.get(teacher.device), teacher, toy.Source(held.teacher, teacher.text, null=0.0, drop=0.0)
+        return teacher.net.get(teacher.device), teacher, toy_base.Source(held.teacher, teacher.text, null=0.0, drop=0.0)
 
     def score(self, model, args):
         prompts = data.held_out_prompts(args.prompts or 64)
         return {"prompt_fit": metrics.prompt_fit(sample.videos(model, prompts), prompts)}
 
     def videos(self, model, expert, held, steps, n=None):
-        return sample.videos(model, toy.PROMPTS)
+        return sample.videos(model, toy_base.PROMPTS)
 
 
 # ---------------------------------------------------------------------------------------------------- the rows
@@ -265,7 +260,7 @@ _I2V = Settings(shift=5.0)
 
 BASES = {base.name: base for base in (
     # what was chosen for ten minutes on two cores: regression in place of the first steps, a higher learning rate that falls, no average
-    Toy("toy", Settings("noise_aware", "closed_form", "shifted", toy.SHIFT, "empty", steps_align=2000, lr_align=2e-3, batch_align=16, steps_head=800,
+    Toy("toy", Settings("noise_aware", "closed_form", "shifted", toy_base.SHIFT, "empty", steps_align=2000, lr_align=2e-3, batch_align=16, steps_head=800,
                         lr_head=8e-3, warmup_head=50, steps=1400, lr=4e-3, warmup=50, decay="linear", rank=32, alpha=64, clip=1.0, ema=0.0, batch=32,
                         checkpoint_blocks=False, export="fp32")),
     Base("wan2.1-t2v-1.3b", Settings(steps=40_000), guidance=3.0),

@@ -47,12 +47,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import captions
-import checkpoint
-import encoders
-import train
-from checkpoint import UserError
-from entries import Entries, hash_of, hash_tensors
+from files import checkpoint
+from files.checkpoint import UserError
+from training import captions, loop
+from training.entries import Entries, hash_of, hash_tensors
+from wan import text as encoders
 
 PROMPTS = 2048  # encoded for one loading of the text encoder; their states (about 1 MB each) are held in memory
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -219,21 +218,21 @@ class Source:
         missing = lambda s: any(space.entries.facts(s.key) is None for space in self.spaces)
         if verify:
             keys = [(space.entries, s.key) for s in samples for space in self.spaces] + [(self.text, caption_key(p)) for p in prompts]
-            for entries, key in tqdm(keys, "verify", unit="entry", disable=train.rank() > 0, leave=False):
+            for entries, key in tqdm(keys, "verify", unit="entry", disable=loop.rank() > 0, leave=False):
                 entries.facts(key, whole=True)
-        alone = self.text.folder is None or train.processes() == 1
+        alone = self.text.folder is None or loop.processes() == 1
         for turn in (0,) if alone else (0, 1):
-            share = slice(train.rank(), None, train.processes()) if not alone and turn == 0 else slice(None)
+            share = slice(loop.rank(), None, loop.processes()) if not alone and turn == 0 else slice(None)
             todo_prompts = shuffled(p for p in prompts[share] if self.text.facts(caption_key(p)) is None)
             todo = shuffled(s for s in samples[share] if missing(s))
             if turn == 0:
                 self._check_room(sum(map(missing, samples)))
-            with tqdm(total=len(todo_prompts), desc="prompts", unit="prompt", disable=not todo_prompts or train.rank() > 0) as bar:
+            with tqdm(total=len(todo_prompts), desc="prompts", unit="prompt", disable=not todo_prompts or loop.rank() > 0) as bar:
                 for i in range(0, len(todo_prompts), PROMPTS):
                     for prompt, states in encode_prompts(self.student.model.text, todo_prompts[i : i + PROMPTS]).items():
                         self.text.put(caption_key(prompt), {"states": states}, name=prompt)
                         bar.update()
-            with tqdm(total=len(todo), desc="clips", unit="clip", disable=not todo or train.rank() > 0) as bar:
+            with tqdm(total=len(todo), desc="clips", unit="clip", disable=not todo or loop.rank() > 0) as bar:
                 for sample, clip in self._read_ahead(todo, missing):
                     self._encode(sample, clip)
                     bar.update()
@@ -394,7 +393,7 @@ def measure(clips=64, batch=2, steps=200, rows=100):
     entries hold random numbers and were just written, so this is what reading costs the processor, not the disk."""
     import ae
     import dit
-    import models
+    from wan import models
 
     config = dit.PRESETS["dc-wan2.1-i2v-14b"]
     student = models.Model("dc-wan2.1-i2v-14b", models.Deferred(None, config=config), ae.DCAEV(ae.Config((0, *[4] * 6), (0, *[1] * 6), 32)),
@@ -450,15 +449,15 @@ def main(argv=None):
         return print(f"{json.dumps(measured, indent=1)}\nwrote results/cache.json")
     if not args.data:
         p.error("name a folder of clips with captions")
-    import bases  # a floor further up: which models belong together
+    from training import bases  # a floor further up: which models belong together
 
-    base, args.device = bases.find(args.base), train.start()
+    base, args.device = bases.find(args.base), loop.start()
     teacher, student = base.models(args, base.settings)
     teacher.ae_dtype, student.ae_dtype = (TYPES[name] for name in args.dtype)
     buckets = args.buckets or f"480F{student.ae.config.spatial_factor}MS"
     source = Source(args.data, student, None if args.student_only else teacher, args.out, buckets, args.frames, "all", null=base.settings.null,
                     workers=args.workers, verify=not args.quick)
-    if train.rank() == 0:
+    if loop.rank() == 0:
         print(source.table())
 
 

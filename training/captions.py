@@ -27,9 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data as video
-from checkpoint import UserError
-from clips import VIDEOS
+from files import video
+from files.checkpoint import UserError
+from training.clips import VIDEOS
 
 NO_CAPTION = "clip without caption"
 NO_CLIP = "caption without clip"

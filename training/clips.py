@@ -50,10 +50,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
-import data
 import kernels
-from checkpoint import UserError
+from files import checkpoint, video as data
+from files.checkpoint import UserError
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif .y4m".split())
 PICTURES = set(".png .jpg .jpeg .webp .bmp .tif .tiff".split())

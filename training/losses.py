@@ -28,9 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
 import kernels
-from checkpoint import UserError
+from files import checkpoint
+from files.checkpoint import UserError
 
 
 def l1(y, x):

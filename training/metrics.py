@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-import data
-import fvd
-from checkpoint import UserError
-from losses import Perceptual
+from files import video as data
+from files.checkpoint import UserError
+from training import judges
+from training.losses import Perceptual
 
 
 # ---------------------------------------------------------------------------------------------------- distance to the original
@@ -156,7 +156,7 @@ def evaluate(reconstruct, clips, borders=None, cell=None, optional=("lpips", "li
     Means run over all frames of all clips; PSNR leaves out and counts frames without any error ("equal_frames"). A flicker's mean is that
     of the mean errors. FVD and grid belong to all clips together. Each clip has its "psnr_frames" too, to plot over time.
     """
-    make = {"lpips": lambda: Perceptual("lpips-alex"), "lite0": lambda: Perceptual("efficientnet-lite0"), "fvd": fvd.I3D.load}
+    make = {"lpips": lambda: Perceptual("lpips-alex"), "lite0": lambda: Perceptual("efficientnet-lite0"), "fvd": judges.I3D.load}
     nets, left_out, rows = {}, {}, []
     for column in optional:
         try:
@@ -181,7 +181,7 @@ def evaluate(reconstruct, clips, borders=None, cell=None, optional=("lpips", "li
         if i3d and x.shape[2] < 9:
             i3d, left_out["fvd"] = None, f"{name} has {x.shape[2]} frames, but I3D needs 9."
         if i3d:
-            features.append([fvd.features(i3d.to(x.device), v) for v in (y8, x8)])
+            features.append([judges.features(i3d.to(x.device), v) for v in (y8, x8)])
         rows.append(dict(name=str(name), frames=x.shape[2], height=x.shape[3], width=x.shape[4],
                          **{c: finite_mean(v[-1]) for c, v in frames.items()}, **{c: _ratio(*v[-1]) for c, v in pairs.items()},
                          psnr_frames=frames["psnr"][-1].tolist()))
@@ -191,7 +191,7 @@ def evaluate(reconstruct, clips, borders=None, cell=None, optional=("lpips", "li
     mean = {column: finite_mean(torch.cat(values)) for column, values in frames.items()}
     mean |= {column: _ratio(*map(torch.cat, zip(*values))) for column, values in pairs.items()}
     if i3d and len(rows) > 1:
-        mean["fvd"] = fvd.frechet(*map(torch.cat, zip(*features)))
+        mean["fvd"] = judges.frechet(*map(torch.cat, zip(*features)))
     elif i3d:
         left_out["fvd"] = "it compares crowds: give two clips or more, better hundreds."
     if cell:
@@ -241,7 +241,7 @@ def plot(path, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    import checkpoint
+    from files import checkpoint
 
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.2), squeeze=False)
     for ax, (title, points) in zip(axes[0], panels.items()):

@@ -44,16 +44,12 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 import ae
-import bases
-import captions
-import checkpoint
-import data
 import dit
-import encoders
 import lora
-import models
-import tiling
-import train
+from files import ROOT, checkpoint, video as data
+from gpu import tiling
+from training import bases, captions, loop
+from wan import models, text as encoders
 
 H100 = 989e12  # bf16 FLOP/s, dense, as specified
 ENDS = ("patch_embedding", "head")
@@ -74,7 +70,7 @@ def transformer(config, stage, settings):
     for end in ENDS:
         net.get_submodule(end).requires_grad_(True)
     net.checkpointing = settings.checkpoint_blocks
-    return train.masters(net)
+    return loop.masters(net)
 
 
 def nbytes(parameters, trained=None):
@@ -331,10 +327,10 @@ def measure(index):
         net = transformer(config, stage, settings).to_empty(device="cpu")
         for p in net.parameters():
             p.data.uniform_(-0.02, 0.02)
-        trained = list(train.trained(net).values())
-        plan = train.Plan(2, 0, "constant", 0.1, accumulate, settings.ema if stage == "2" else 0.0)
+        trained = list(loop.trained(net).values())
+        plan = loop.Plan(2, 0, "constant", 0.1, accumulate, settings.ema if stage == "2" else 0.0)
         with tempfile.TemporaryDirectory() as folder:
-            run = train.Run(folder, {}, {"net": net}, {"net": torch.optim.AdamW(trained, 1e-4)}, plan)
+            run = loop.Run(folder, {}, {"net": net}, {"net": torch.optim.AdamW(trained, 1e-4)}, plan)
 
             def losses(batch, number):
                 z, noise, context = batch
@@ -358,7 +354,7 @@ def measured(out):
     rows = []
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0", "OMP_NUM_THREADS": "1"}  # freed memory goes back at once
     for i, row in enumerate(CASES):
-        done = subprocess.run([sys.executable, __file__, "--one", str(i)], env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-m", "training.plan", "--one", str(i)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
         parts, _ = memory(*(arguments := case(**row))[:4], accumulate=arguments[4])
         took, planned = json.loads(done.stdout.splitlines()[-1]), round(sum(parts.values()))
         rows.append(dict(row, measured=took, planned=planned, ratio=round(planned / took, 3), parts={k: round(v) for k, v in parts.items()}))

@@ -18,18 +18,16 @@ from tqdm import tqdm
 
 import ae
 import align
-import checkpoint
-import data
 import dit
-import encoders
 import flow
 import kernels
-import metrics
-import models
 import sample
-from cache import Batch
-from checkpoint import UserError
-from muon import Muon
+from files import checkpoint, video as data
+from files.checkpoint import UserError
+from training import metrics
+from training.cache import Batch
+from training.muon import Muon
+from wan import models, text as encoders
 
 SHARD = 256  # clips per cache file
 WITH_IMAGE = 64  # the first so many of them are cached with an image condition too

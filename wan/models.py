@@ -28,15 +28,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ae
-import checkpoint
-import data
 import dit
-import encoders
 import lora
-import wan_vae
-from checkpoint import UserError
+from files import ROOT, checkpoint, video as data
+from files.checkpoint import UserError
+from wan import text as encoders, vae
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"  # the embedded toy models
+WEIGHTS = ROOT / "weights"  # the embedded toy models
 
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
             "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -193,7 +191,7 @@ class Model:
 
     name: str
     net: dit.WanDiT | Deferred
-    ae: ae.DCAEV | wan_vae.WanVAE
+    ae: ae.DCAEV | vae.WanVAE
     text: encoders.ToyText | encoders.WanText
     frames: int = 32
     size: tuple = (64, 64)  # height, width
@@ -413,7 +411,7 @@ def released(name, folders, loras=(), dtype=torch.float32, device="cpu", text_ca
     for part in (net, low) if low else (net,):
         check_ends(part, name)
     dc = name.startswith("dc-")
-    autoencoder = ae.load(parts["autoencoder"]) if dc else wan_vae.load(parts["autoencoder"])
+    autoencoder = ae.load(parts["autoencoder"]) if dc else vae.load(parts["autoencoder"])
     text = encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=net.config.text_dim)
     clip = encoders.WanImage(parts["image encoder"], device, rule=row.picture) if "image encoder" in parts else None
     settings = settings_of(row) | stored_settings(folders, dc)
@@ -442,7 +440,7 @@ def outline(name, dtype=torch.float32):
         if name.startswith("dc-"):
             autoencoder = ae.DCAEV(ae.PRESETS["f32t4c32"])
         else:
-            autoencoder = wan_vae.WanVAE(wan_vae.PRESETS["wan2.2" if name == "wan2.2-ti2v-5b" else "wan2.1"])
+            autoencoder = vae.WanVAE(vae.PRESETS["wan2.2" if name == "wan2.2-ti2v-5b" else "wan2.1"])
     experts = {"low": Deferred(None, config=dit.PRESETS[row.preset])} if row.boundary else {}
     return Model(name, Deferred(None, config=dit.PRESETS[row.preset]), autoencoder, text=None, upscale=1, ae_dtype=ae_type(name, dtype), **experts,
                  **settings_of(row))

@@ -34,8 +34,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import Stored, UserError, load_strict, load_tensors, open_tensors, read, save_tensors
-from data import WORLD
+from files.checkpoint import Stored, UserError, load_strict, load_tensors, open_tensors, read, save_tensors
+from files.video import WORLD
 from kernels import attention, bf16_units, rms_norm
 
 # --------------------------------------------------------------------------------------------------- prompt to token ids

@@ -30,10 +30,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-import checkpoint
-import tiling
-from checkpoint import UserError
 from chunk_causal import Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
+from files import checkpoint
+from files.checkpoint import UserError
+from gpu import tiling
 from kernels import attention
 
 
