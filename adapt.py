@@ -45,7 +45,7 @@ import align
 import dit
 import flow
 import lora
-from files import checkpoint, layouts, video as data
+from files import checkpoint, layouts, video
 from files.checkpoint import UserError
 from training import bases, cache, loop, toy_base
 from training.bases import DTYPES
@@ -455,7 +455,7 @@ def show_pair(job):
         rows += bases.decoded(model, x[None, : model.net.config.out_channels])
         model.ae.to("cpu")
     width = rows[0].shape[3]
-    data.contact_sheet(Path(job.args.out) / "pairs.png", rows, 6, [job.teacher.name, job.student.name], scale=2 if width <= 256 else 256 / width)
+    video.contact_sheet(Path(job.args.out) / "pairs.png", rows, 6, [job.teacher.name, job.student.name], scale=2 if width <= 256 else 256 / width)
 
 
 # ---------------------------------------------------------------------------------------------------- command line

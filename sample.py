@@ -40,7 +40,7 @@ import dit
 import flow
 import guided
 import kernels
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose, fp8, tiling
 from wan import models, text as encoders
@@ -169,7 +169,7 @@ def arguments(argv=None):
     add(what, "--image", help="picture that becomes the first frame")
     add(what, "--last-image", help="picture that becomes the last frame (DC image-to-video)")
     add(what, "--frames", type=int, help="number of frames (default: the model's)")
-    add(what, "--size", type=data.size_arg, help="HEIGHTxWIDTH in pixels (default: the model's; with --image its area, the picture's aspect)")
+    add(what, "--size", type=video.size_arg, help="HEIGHTxWIDTH in pixels (default: the model's; with --image its area, the picture's aspect)")
     add(what, "--seed", type=int, default=0, help="of the noise; drawn on the CPU, so a seed is a video on every machine (default: 0)")
     add(what, "--noise", help="safetensors file whose tensor `noise` [1, z, t, h, w] replaces the drawn noise")
     which = parser.add_argument_group("which model")
@@ -197,7 +197,7 @@ def arguments(argv=None):
     add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 on a GPU, fp32 for the toy)")
     add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
     add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
-    add(how, "--tile", type=data.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
+    add(how, "--tile", type=video.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
     add(how, "--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free on the device)")
     add(how, "--plan", action="store_true", help="print what the run needs, and stop; needs no files")
     output = parser.add_argument_group("output")
@@ -321,7 +321,7 @@ def main(argv=None):
             model = models.outline(args.model, dtype)
         else:
             model = models.load_model(args.model, args.weights, loras, dtype, args.device, args.text_cache)
-    image, last = (None if file is None else data.read_image(file)[None] for file in (args.image, args.last_image))
+    image, last = (None if file is None else video.read_image(file)[None] for file in (args.image, args.last_image))
     if args.size is None and image is not None:
         args.size = model.size_for(image)
     for name in ("frames", "size", "steps", "solver", "guidance", "shift"):
@@ -404,8 +404,8 @@ def write(model, z, frames, size, file, tile=None, overlap=True):
                 yield piece
 
     with tqdm(total=frames, desc="decode", leave=False) as bar:
-        data.write_video(file(".mp4"), ahead(pieces()) if overlap else pieces(), model.fps, scale=model.upscale)
-    data.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=max(model.upscale // 2, 1) if size[1] <= 256 else 256 / size[1])
+        video.write_video(file(".mp4"), ahead(pieces()) if overlap else pieces(), model.fps, scale=model.upscale)
+    video.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=max(model.upscale // 2, 1) if size[1] <= 256 else 256 / size[1])
 
 
 def ahead(pieces):

@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 
 # Licences as the packages state them (metadata, README, source, Debian copyright file); "origin not stated" where nothing is said of this very file.
@@ -98,9 +98,9 @@ def pan(picture, path, frames=160, fps=25):
             fx, fy, fz = (0.5 + 0.25 * np.sin(2 * math.pi * cycles * i / frames + phase).sum(axis=1))  # 0..1
             w, h = (n * (0.6 + 0.35 * fz) for n in image.size)
             x, y = (image.width - w) * fx, (image.height - h) * fy
-            yield data.to_tensor(np.array(image.resize((width, height), Image.BICUBIC, (x, y, x + w, y + h)))[None])
+            yield video.to_tensor(np.array(image.resize((width, height), Image.BICUBIC, (x, y, x + w, y + h)))[None])
 
-    data.write_video(path, pieces(), fps)
+    video.write_video(path, pieces(), fps)
 
 
 def main(argv=None):

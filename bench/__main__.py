@@ -32,9 +32,9 @@ import torch
 
 import dit
 import sample
-from files import ROOT, checkpoint, video as data
+import toy
+from files import ROOT, checkpoint
 from files.checkpoint import UserError
-from training import metrics
 from wan import models
 
 
@@ -51,7 +51,7 @@ def rounds(tasks, repeats):
 
 
 @torch.no_grad()
-def toy(repeats):
+def toy_models(repeats):
     """Transformer pass, whole guided loop, decode, and prompt to pixels, for both toy models."""
     both = {name: models.load_model(name) for name in ("base", "dc")}
     size, frames = both["dc"].size, both["dc"].frames
@@ -216,7 +216,7 @@ SHORTCUTS = {"full": {}, **{f"{n} steps": dict(steps=n) for n in (15, 10, 7)},
 def shortcuts(prompts=32):
     """What the approximate shortcuts of guided.py and fp8.py cost on the adapted toy: how much of the network's work is left, how well the
     videos fit their prompts, and how near they are to those of the full run with the same noise."""
-    words, rows, full = data.held_out_prompts(prompts), [], None
+    words, rows, full = toy.held_out_prompts(prompts), [], None
     for name, more in SHORTCUTS.items():
         model = models.load_model("dc")
         more = dict(more)
@@ -226,7 +226,7 @@ def shortcuts(prompts=32):
         videos = torch.stack(sample.videos(model, words, seed=0, **more))
         full = videos if full is None else full
         mse = (videos - full).div(2).square().mean((1, 2, 3, 4))
-        fit = metrics.prompt_fit(list(videos), words)
+        fit = toy.prompt_fit(list(videos), words)
         row = dict(name=name, work=work[0] / (2 * model.steps * prompts), fit=fit["mean"], shape=fit["shape"],
                    psnr=None if not mse.all() else (-10 * mse.log10()).mean().item())
         rows.append(row)
@@ -261,7 +261,7 @@ def main(argv=None):
     if args.suite == "cpu":
         from bench import cpu
     started = checkpoint.provenance()
-    found = {"toy": lambda: dict(repeats=args.repeats, **toy(args.repeats)), "load": lambda: load(scratch=args.scratch),
+    found = {"toy": lambda: dict(repeats=args.repeats, **toy_models(args.repeats)), "load": lambda: load(scratch=args.scratch),
              "activations": activations, "shortcuts": shortcuts, "cpu": lambda: cpu.run(args.repeats)}[args.suite]()
     out = Path(args.out or SUITES[args.suite])
     checkpoint.write_json(out, dict(**started, suite=args.suite, **found))

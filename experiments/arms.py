@@ -32,9 +32,9 @@ import flow
 import kernels
 import lora
 import sample
-from files import video as data
-from training import metrics, toy_base
-from wan import models, text as encoders
+import toy
+from training import toy_base
+from wan import models
 
 ENDS = ("patch_embedding", "head")
 HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
@@ -120,7 +120,7 @@ PRESETS = {
 
 def inside(attributes):
     """Does the adaptation see this combination? A Latin square over shape, direction and colour, without the held-out words."""
-    index = sum(data.WORLD[name].index(attributes[name]) for name in ("shape", "direction", "colour"))
+    index = sum(toy.WORLD[name].index(attributes[name]) for name in ("shape", "direction", "colour"))
     return index % 3 == 0 and not holds(attributes)
 
 
@@ -133,7 +133,7 @@ def scenes_of(group, n, seed):
     """n random scenes of a group. "word": one held-out word each, in turns."""
     rng, out = np.random.default_rng(seed), []
     while len(out) < n:
-        scene = data.random_scene(rng)
+        scene = toy.random_scene(rng)
         a = scene.attributes()
         wanted = list(HELD)[len(out) % len(HELD)]
         if {"inside": inside(a), "combination": not inside(a) and not holds(a), "word": list(holds(a)) == [wanted]}[group]:
@@ -141,7 +141,7 @@ def scenes_of(group, n, seed):
     return out
 
 
-class NullWord(encoders.ToyText):
+class NullWord(toy.ToyText):
     """The toy's vocabulary with a word in place of nothing as its null prompt: what stands here for Wan's negative prompt (spec 2.5), which on
     the toy has no meaning of its own. Row and column are used by no attribute, so the base has never seen it."""
 
@@ -249,10 +249,10 @@ class World:
         for group, prompts in self.prompts.items():
             with kernels.autocast(self.device):
                 videos = sample.videos(model, prompts, steps=self.preset.sampling_steps)
-            found[group], shown[group] = metrics.prompt_fit(videos, prompts), [v[:, [0, (v.shape[1] - 1) // 2, -1]] for v in videos[:2]]
+            found[group], shown[group] = toy.prompt_fit(videos, prompts), [v[:, [0, (v.shape[1] - 1) // 2, -1]] for v in videos[:2]]
             held = [(v, holds(p)) for v, p in zip(videos, prompts) if holds(p)]
             if held:
-                found[group]["held"] = sum(metrics.prompt_fit([v], [words])[k] for v, words in held for k in words) / len(held)
+                found[group]["held"] = sum(toy.prompt_fit([v], [words])[k] for v, words in held for k in words) / len(held)
         return found, shown
 
 

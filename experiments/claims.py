@@ -11,8 +11,9 @@ import statistics
 
 import torch
 
+import toy
 from experiments.arms import ALL, ARMS, GROUPS, OPTIONS
-from files import checkpoint, video as data
+from files import checkpoint, video
 
 
 def spread(values):
@@ -145,8 +146,8 @@ def report(world, ledger, rates, results):
     strips = {k: checkpoint.load_tensors(f)[0] for k in ("base", *ARMS) if (f := world.out / "strips" / f"{k}.safetensors").exists()}
     shown = [(g, i) for g in GROUPS for i in range(len(strips["base"][g]))]
     rows = [torch.cat([x[g][i] for x in strips.values()], dim=1) for g, i in shown]
-    data.contact_sheet(results / "compare_adapt_videos.png", rows, columns=3 * len(strips), heads=list(strips),
-                       labels=[f"{g}: {data.caption(world.prompts[g][i])}" for g, i in shown])
+    video.contact_sheet(results / "compare_adapt_videos.png", rows, columns=3 * len(strips), heads=list(strips),
+                       labels=[f"{g}: {toy.caption(world.prompts[g][i])}" for g, i in shown])
 
 
 def draw(world, s, path):

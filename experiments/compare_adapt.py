@@ -33,9 +33,10 @@ from tqdm import tqdm
 import align
 import dit
 import kernels
+import toy
 from experiments import claims
 from experiments.arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import metrics, toy_base
 
@@ -48,19 +49,19 @@ def gate(world):
     reconstructions. The base's score per group is the line that the arms are measured against."""
     prompts = [p for group in world.prompts.values() for p in group]
     rng = np.random.default_rng(98)
-    clips = torch.stack([data.to_tensor(data.render(data.scene_of(p, rng))) for p in prompts])
-    rows = {"clips": metrics.prompt_fit(clips, prompts)}
+    clips = torch.stack([video.to_tensor(toy.render(toy.scene_of(p, rng))) for p in prompts])
+    rows = {"clips": toy.prompt_fit(clips, prompts)}
     for name, model in (("base", world.base), ("deep", world.deep)):
         with torch.no_grad(), kernels.autocast(world.device):
             made = torch.cat([model.ae(x.to(world.device)).float().cpu() for x in clips.split(16)])
-        rows[f"{name} reconstruction"] = {**metrics.prompt_fit(made, prompts), "psnr": metrics.psnr(made, clips)}
+        rows[f"{name} reconstruction"] = {**toy.prompt_fit(made, prompts), "psnr": metrics.psnr(made, clips)}
     base, strips = world.score(world.base)
     keep_strips(world, "base", strips)
     counts = {g: len(p) for g, p in world.prompts.items()}
-    rows["base samples"] = {k: sum(base[g][k] * n for g, n in counts.items()) / len(prompts) for k in data.WORLD}
+    rows["base samples"] = {k: sum(base[g][k] * n for g, n in counts.items()) / len(prompts) for k in toy.WORLD}
     passed = {k: rows["clips"][k] >= 0.95 and all(rows[f"{n} reconstruction"][k] >= rows["clips"][k] - 0.03 for n in ("base", "deep"))
-              and rows["base samples"][k] >= 0.9 * rows["base reconstruction"][k] for k in data.WORLD}
-    return dict(rows=rows, passed=passed, base=base, chance={k: metrics.chance(k) for k in data.WORLD})
+              and rows["base samples"][k] >= 0.9 * rows["base reconstruction"][k] for k in toy.WORLD}
+    return dict(rows=rows, passed=passed, base=base, chance={k: toy.chance(k) for k in toy.WORLD})
 
 
 def alignments(world):

@@ -17,15 +17,16 @@ import align
 import dit
 import lora
 import sample
+import toy
 from conftest import ROOT
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from make_tiny_checkpoints import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
 from training.journal import Journal
 from wan import models, text as encoders
 
-TEXT = encoders.ToyText()
+TEXT = toy.ToyText()
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +131,8 @@ TINY_RUN = ["--base", "toy", "--shards", "2", "--align-shards", "1", "--steps-he
 
 def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, quick, tmp_path, monkeypatch, capsys):
     out, heads = tmp_path / "out", []
-    contact_sheet = data.contact_sheet
-    monkeypatch.setattr(data, "contact_sheet", lambda *a, **k: heads.append((k.get("heads"), len(a[1]), k.get("columns"))) or contact_sheet(*a, **k))
+    contact_sheet = video.contact_sheet
+    monkeypatch.setattr(video, "contact_sheet", lambda *a, **k: heads.append((k.get("heads"), len(a[1]), k.get("columns"))) or contact_sheet(*a, **k))
     adapt.main([*TINY_RUN, "--out", str(out)])
     stages = ["base", "1a, assembled", "1b, head aligned", "2, LoRA"]
     heads = [h for h in heads if h[0]]
@@ -181,8 +182,8 @@ def clips(tmp_path_factory):
     """Four clips with captions, one of them in portrait."""
     folder = tmp_path_factory.mktemp("clips")
     for i in range(4):
-        x = data.toy_batch(i, 1, 8, 64)[0][0]
-        data.write_video(folder / f"{i}.mp4", x[:, :, :, 16:48] if i == 3 else x[:, :, 8:50], fps=16)
+        x = toy.toy_batch(i, 1, 8, 64)[0][0]
+        video.write_video(folder / f"{i}.mp4", x[:, :, :, 16:48] if i == 3 else x[:, :, 8:50], fps=16)
         (folder / f"{i}.txt").write_text(CAPTIONS[i % 2])
     return folder
 
@@ -214,7 +215,7 @@ def sampled(out, folders, text_cache, tmp_path, *more):
     """sample.py on an exported folder -> (the video, what the json says)."""
     sample.main(["--model", str(out), "--weights", *map(str, folders), "--prompt", CAPTIONS[0], "--frames", "5", "--size", "64x96", "--steps", "1", "--device", "cpu",
                  "--text-cache", str(text_cache), "--out", str(tmp_path / "videos"), "--name", "x", *more])
-    return data.read_clip(tmp_path / "videos" / "x.mp4"), json.loads((tmp_path / "videos" / "x.json").read_text())
+    return video.read_clip(tmp_path / "videos" / "x.mp4"), json.loads((tmp_path / "videos" / "x.json").read_text())
 
 
 def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp_path):
@@ -316,7 +317,7 @@ def random_latents(model, shards, folder):
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     n, z, shape = shards * toy_base.SHARD, model.net.config.out_channels, model.latent_shape(model.frames, model.size)
     condition = torch.randn(n, 4 + z, *shape, generator=generator) * (torch.arange(n) % 2 == 0)[:, None, None, None, None]
-    return toy_base.Latents(torch.randn(n, z, *shape, generator=generator), condition, torch.arange(0, n, 2), [data.random_scene(rng).attributes() for _ in range(n)])
+    return toy_base.Latents(torch.randn(n, z, *shape, generator=generator), condition, torch.arange(0, n, 2), [toy.random_scene(rng).attributes() for _ in range(n)])
 
 
 @pytest.fixture
@@ -476,7 +477,7 @@ def test_bad_input_is_one_sentence(wan, tmp_path, tiny_folders):
     with pytest.raises(UserError, match="--base wan2.1-t2v-1.3b needs --data: a folder of captioned clips"):
         adapt.main(["--base", "wan2.1", *weights, *autoencoder])
     (tmp_path / "clips").mkdir()
-    data.write_video(tmp_path / "clips" / "a.mp4", data.toy_batch(0, 1, 8, 64)[0][0], fps=16)
+    video.write_video(tmp_path / "clips" / "a.mp4", toy.toy_batch(0, 1, 8, 64)[0][0], fps=16)
     with pytest.raises(UserError, match="caption"):
         adapt.main(["--base", "wan2.1", *weights, *autoencoder, "--data", str(tmp_path / "clips"), "--buckets", "64x96F32MS", "--frames", "8", "--null", "empty"])
 

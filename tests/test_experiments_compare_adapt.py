@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import dit
+import toy
 from experiments import arms, claims, compare_adapt
 from experiments.arms import ARMS, GROUPS, HELD
 from experiments.compare_adapt import Ledger
-from files import checkpoint, video as data
+from files import checkpoint
 from files.checkpoint import UserError
-from wan import text as encoders
 
 # ---------------------------------------------------------------------------------------------------- narrow data
 
@@ -22,8 +22,8 @@ def test_the_adaptation_sees_a_third_of_the_combinations_and_two_words_never():
     triples = {(a["shape"], a["direction"], a["colour"]) for a in seen}
     assert len(triples) == 4 * 3 * 5 / 3  # of the words that are not held out, a third of the combinations
     for name, word in HELD.items():
-        assert {a[name] for a in seen} == set(data.WORLD[name]) - {word}  # every other word
-    assert {(s, d) for s, d, _ in triples} == {(s, d) for s in data.WORLD["shape"] for d in data.WORLD["direction"] if d != HELD["direction"]}  # and every pair
+        assert {a[name] for a in seen} == set(toy.WORLD[name]) - {word}  # every other word
+    assert {(s, d) for s, d, _ in triples} == {(s, d) for s in toy.WORLD["shape"] for d in toy.WORLD["direction"] if d != HELD["direction"]}  # and every pair
     unseen = [s.attributes() for s in arms.scenes_of("combination", 50, 0)]
     assert not triples & {(a["shape"], a["direction"], a["colour"]) for a in unseen} and not any(map(arms.holds, unseen))
     words = [arms.holds(s.attributes()) for s in arms.scenes_of("word", 10, 0)]
@@ -31,11 +31,11 @@ def test_the_adaptation_sees_a_third_of_the_combinations_and_two_words_never():
 
 
 def test_the_null_word_is_a_word_that_no_prompt_uses():
-    text, plain = arms.NullWord(), encoders.ToyText()
+    text, plain = arms.NullWord(), toy.ToyText()
     prompts = [s.attributes() for s in arms.scenes_of("inside", 3, 0)]
     assert torch.equal(text.encode([*prompts, {}])[:3], plain.encode(prompts))
     assert torch.equal(text.encode([{}]), text.null(1)) and text.null(1).count_nonzero() == 1
-    everything = plain.encode([dict(zip(data.WORLD, words)) for words in zip(*(v * 6 for v in data.WORLD.values()))])
+    everything = plain.encode([dict(zip(toy.WORLD, words)) for words in zip(*(v * 6 for v in toy.WORLD.values()))])
     assert not (everything * text.null(1)).any()
 
 
@@ -145,7 +145,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(tiny_toy, one_ra
     compare_adapt.main(command)
     report = json.loads((results / "compare_adapt.json").read_text())
     assert set(report["arms"]) == {"B", "E", "d"} and report["arms"]["d"]["rate"] == report["arms"]["E"]["rate"]
-    assert set(report["gate"]["passed"]) == set(data.WORLD)  # a random base knows nothing
+    assert set(report["gate"]["passed"]) == set(toy.WORLD)  # a random base knows nothing
     assert report["passed"] == [] and {c["claim"]: c["verdict"] for c in report["claims"]}["C1 to C5, C7"] == "not tested"  # so nothing can be inherited
     assert set(report["alignments"]) == {"random", "sgd_published", "sgd", "closed_form", "ridge_to_init", "noise_aware"}
     assert (results / "compare_adapt.png").stat().st_size > 10_000 and (results / "compare_adapt_videos.png").exists()

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import ae
+import toy
 from chunk_causal import Conv3d
 from experiments import temporal
 from experiments.temporal import ARMS, BASE
-from files import video as data
+from files import video
 
 
 def test_arms_differ_in_one_thing():
@@ -138,8 +139,8 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("a", "b", "cup")):
         (tmp_path / "films").mkdir(exist_ok=True)
-        film = data.render(data.random_scene(np.random.default_rng(i)), 64, 64)
-        data.write_video(tmp_path / "films" / f"{name}.mp4", data.to_tensor(film), fps=10)
+        film = toy.render(toy.random_scene(np.random.default_rng(i)), 64, 64)
+        video.write_video(tmp_path / "films" / f"{name}.mp4", video.to_tensor(film), fps=10)
     monkeypatch.setattr(temporal, "BASE", ae.Config((0, 16, 16), (0, 1, 1), 2, chunk=8, patch=8))
     monkeypatch.setattr(temporal, "ARMS", [temporal.Arm("temporal", t, {"temporal": t}, batch=2) for t in ("chunk_causal", "non_causal")])
     monkeypatch.setattr(temporal, "LONG", 64)

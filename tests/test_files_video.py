@@ -1,8 +1,7 @@
-"""Clips: the toy world is reproducible and says what it shows; files come back as they were, or one sentence tells why not."""
+"""Clips: files come back as they were, or one sentence tells why not."""
 import errno
 import os
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,49 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+import toy
 from conftest import ROOT
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 
 BUNNY = ROOT / "assets" / "bunny.mp4"
-
-
-# ---------------------------------------------------------------------------------------------------- the toy world
-
-
-def test_a_seed_is_a_batch():
-    (x, scenes), (again, _), (other, _) = (data.toy_batch(seed, 3, 16, 32) for seed in (1, 1, 2))
-    assert x.shape == (3, 3, 16, 32, 32) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1
-    assert torch.equal(x, again) and not torch.equal(x, other)
-    assert len({data.caption(s) + str(s.along) for s in scenes}) == 3
-    later = data.toy_batch(1, 3, 8, 32, start=8)[0]  # the same scenes, entered 8 frames later
-    assert torch.equal(later, x[:, :, 8:])
-
-
-def test_captions_say_every_attribute():
-    scene = data.random_scene(np.random.default_rng(0))
-    assert set(scene.attributes()) == set(data.WORLD)
-    assert all(word in data.caption(scene).split() for word in scene.attributes().values())
-    words = dict(size="large", colour="red", shape="circle", direction="left", speed="slowly", background="blue")
-    assert data.caption(words) == "a large red circle moving left slowly on a blue background"
-    assert data.caption(dict(colour="red")) == "a red shape"
-
-
-def test_attributes_are_what_is_drawn():
-    """The sprite moves as far and in the direction that its words say, and covers what its size says."""
-    for direction, (sx, sy) in data.STEP.items():
-        for speed, travel in data.TRAVEL.items():
-            for size, radius in data.RADIUS.items():
-                words = dict(size=size, colour="red", shape="circle", direction=direction, speed=speed, background="black")
-                clip = data.render(data.scene_of(words, np.random.default_rng(0)), frames=32, size=64)
-                red = clip[..., 0] > 128
-                (y0, x0), (y1, x1) = (np.argwhere(red[i]).mean(axis=0) for i in (0, 31))
-                assert np.allclose([x1 - x0, y1 - y0], 31 / 32 * travel * 64 * np.array([sx, sy]), atol=0.3)
-                assert abs(red[0].sum() - np.pi * (0.94 * radius * 64) ** 2) < 0.1 * red[0].sum()
-
-
-def test_held_out_prompts_are_fixed():
-    assert data.held_out_prompts(4) == data.held_out_prompts(6)[:4]
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
@@ -62,10 +24,10 @@ def test_held_out_prompts_are_fixed():
 
 def test_eight_bits_come_back():
     frames = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    x = data.to_tensor(frames)
-    assert x.shape == (3, 2, 5, 7) and np.array_equal(data.to_uint8(x), frames)
+    x = video.to_tensor(frames)
+    assert x.shape == (3, 2, 5, 7) and np.array_equal(video.to_uint8(x), frames)
     beyond = torch.tensor([-3.0, -1, 0, 1, 3]).expand(3, 1, 1, 5)
-    assert data.to_uint8(beyond)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert video.to_uint8(beyond)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 # ---------------------------------------------------------------------------------------------------- reading clips
@@ -91,26 +53,26 @@ def noise(frames, height, width):
 def test_every_frame_comes_back_exactly(tmp_path, frames, height, width):
     clip = noise(frames, height, width)
     path = lossless(tmp_path / "a clip: 100 %.mkv", clip)
-    assert np.array_equal(data.to_uint8(data.read_clip(path)), clip)
-    info = data.clip_info(path)
+    assert np.array_equal(video.to_uint8(video.read_clip(path)), clip)
+    info = video.clip_info(path)
     assert (info.height, info.width, info.fps) == (height, width, 10) and info.seconds == pytest.approx(frames / 10)
 
 
 def test_pieces_and_parts(tmp_path):
     clip = noise(11, 6, 8)
     path = lossless(tmp_path / "clip.mkv", clip)
-    pieces = list(data.iter_clip(path, piece=4))
+    pieces = list(video.iter_clip(path, piece=4))
     assert [p.shape[1] for p in pieces] == [4, 4, 3]
-    assert torch.equal(torch.cat(pieces, dim=1), data.to_tensor(clip))
-    assert torch.equal(data.read_clip(path, frames=3, start=5), data.to_tensor(clip[5:8]))
-    assert torch.equal(data.read_clip(path, start=5), data.to_tensor(clip[5:]))
+    assert torch.equal(torch.cat(pieces, dim=1), video.to_tensor(clip))
+    assert torch.equal(video.read_clip(path, frames=3, start=5), video.to_tensor(clip[5:8]))
+    assert torch.equal(video.read_clip(path, start=5), video.to_tensor(clip[5:]))
 
 
 def test_reading_may_stop_anywhere(monkeypatch):
     """Half-read clips leave no process behind."""
     started, Popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(Popen(*args, **more)) or started[-1])
-    pieces = data.iter_clip(BUNNY, piece=2)
+    pieces = video.iter_clip(BUNNY, piece=2)
     assert next(pieces).shape == (3, 2, 180, 320) and started[0].poll() is None
     pieces.close()
     assert started[0].poll() is not None
@@ -120,7 +82,7 @@ def test_variable_frame_rates_lose_and_double_nothing(tmp_path):
     clip = noise(6, 8, 8)
     source, slowing = lossless(tmp_path / "clip.mkv", clip), "setpts='N*N*0.05/TB'"
     ffmpeg("-i", source, "-vf", slowing, "-fps_mode", "vfr", "-c:v", "ffv1", tmp_path / "vfr.mkv")
-    assert np.array_equal(data.to_uint8(data.read_clip(tmp_path / "vfr.mkv")), clip)
+    assert np.array_equal(video.to_uint8(video.read_clip(tmp_path / "vfr.mkv")), clip)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (33, 51), (120, 40)])
@@ -128,7 +90,7 @@ def test_size_covers_and_crops_the_middle(tmp_path, size):
     """No black bars, no distortion: a disc in the middle stays a disc in the middle."""
     y, x = np.mgrid[:60, :80]
     disc = ((y - 29.5) ** 2 + (x - 39.5) ** 2 < 15**2)[..., None] * np.full(3, 255, np.uint8)
-    clip = data.read_clip(lossless(tmp_path / "disc.mkv", disc[None].astype(np.uint8)), size=size)
+    clip = video.read_clip(lossless(tmp_path / "disc.mkv", disc[None].astype(np.uint8)), size=size)
     assert clip.shape == (3, 1, *size)
     inside = np.argwhere(clip[0, 0].numpy() > 0)
     assert np.allclose(inside.mean(axis=0), (np.array(size) - 1) / 2, atol=0.5)
@@ -142,11 +104,11 @@ def test_rotated_clips_come_out_upright(tmp_path, degrees, turns):
     """Phones store portrait clips lying down, with a note how to turn them."""
     flat = np.zeros((4, 32, 48, 3), np.uint8)
     flat[:, :16, :24] = 255  # a white corner
-    data.write_video(tmp_path / "flat.mp4", data.to_tensor(flat), fps=8)
+    video.write_video(tmp_path / "flat.mp4", video.to_tensor(flat), fps=8)
     ffmpeg("-display_rotation", degrees, "-i", tmp_path / "flat.mp4", "-c", "copy", tmp_path / "turned.mp4")
-    upright = data.read_clip(tmp_path / "turned.mp4")
-    expected = data.to_tensor(np.rot90(flat, turns, axes=(1, 2)))
-    info = data.clip_info(tmp_path / "turned.mp4")
+    upright = video.read_clip(tmp_path / "turned.mp4")
+    expected = video.to_tensor(np.rot90(flat, turns, axes=(1, 2)))
+    info = video.clip_info(tmp_path / "turned.mp4")
     assert upright.shape == expected.shape == (3, 4, info.height, info.width)
     assert (upright - expected).abs().mean() < 0.05
 
@@ -154,9 +116,9 @@ def test_rotated_clips_come_out_upright(tmp_path, degrees, turns):
 def test_gif_and_still(tmp_path):
     frames = [Image.fromarray(np.full((8, 9, 3), v, np.uint8)) for v in (0, 120, 255)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    assert np.array_equal(data.to_uint8(data.read_clip(tmp_path / "a.gif"))[:, 0, 0, 0], [0, 120, 255])
+    assert np.array_equal(video.to_uint8(video.read_clip(tmp_path / "a.gif"))[:, 0, 0, 0], [0, 120, 255])
     frames[1].save(tmp_path / "a.png")
-    assert data.read_clip(tmp_path / "a.png").shape == (3, 1, 8, 9)
+    assert video.read_clip(tmp_path / "a.png").shape == (3, 1, 8, 9)
 
 
 def cut_off(path, source):
@@ -178,7 +140,7 @@ def cut_off(path, source):
 def test_unreadable_clips(tmp_path, make, sentence):
     path = make(tmp_path)
     with pytest.raises(UserError, match=sentence) as e:
-        data.read_clip(path)
+        video.read_clip(path)
     assert "\n" not in str(e.value) and str(path) in str(e.value)
 
 
@@ -200,35 +162,35 @@ def sound(path):
 def test_a_slip_of_the_encoder_is_no_damage():
     """ffmpeg calls more an error than hurts the frames (OpenCV's box.mp4 is such a clip)."""
     slip, broken = "[h264 @ 0x1] A non-intra slice in an IDR NAL unit.", "[h264 @ 0x1] error while decoding MB 38 24, bytestream -6"
-    assert data.complaint(slip) == data.complaint("") == ""
-    assert data.complaint(f"{slip}\n{broken}") == "error while decoding MB 38 24, bytestream -6"
-    assert data.complaint("[in#0 @ 0x1] [error] partial file.") == "partial file"
+    assert video.complaint(slip) == video.complaint("") == ""
+    assert video.complaint(f"{slip}\n{broken}") == "error while decoding MB 38 24, bytestream -6"
+    assert video.complaint("[in#0 @ 0x1] [error] partial file.") == "partial file"
 
 
 def test_the_beginning_of_a_damaged_clip_can_be_read(tmp_path):
     path = cut_off(tmp_path / "cut.mp4", BUNNY)
-    assert torch.equal(data.read_clip(path, frames=8), data.read_clip(BUNNY, frames=8))
+    assert torch.equal(video.read_clip(path, frames=8), video.read_clip(BUNNY, frames=8))
 
 
 def test_frame_counts_are_kept_or_refused():
-    assert data.read_clip(BUNNY, frames=64).shape[1] == 64
+    assert video.read_clip(BUNNY, frames=64).shape[1] == 64
     with pytest.raises(UserError, match="holds 64 frames from number 0 on, not 65: lower --frames"):
-        data.read_clip(BUNNY, frames=65)
+        video.read_clip(BUNNY, frames=65)
     with pytest.raises(UserError, match="holds 4 frames from number 60 on, not 5"):
-        data.read_clip(BUNNY, frames=5, start=60)
+        video.read_clip(BUNNY, frames=5, start=60)
     with pytest.raises(UserError, match="holds 0 frames from number 70 on"):
-        data.read_clip(BUNNY, start=70)
+        video.read_clip(BUNNY, start=70)
     with pytest.raises(UserError, match="--frames counts from 1"):
-        data.read_clip(BUNNY, frames=0)
+        video.read_clip(BUNNY, frames=0)
 
 
 def test_size_argument():
     import argparse
 
-    assert data.size_arg("720x1280") == (720, 1280)  # rows first
+    assert video.size_arg("720x1280") == (720, 1280)  # rows first
     for wrong in ("720", "720x", "0x5", "a x b", "-1x5"):
         with pytest.raises(argparse.ArgumentTypeError, match="HEIGHTxWIDTH"):
-            data.size_arg(wrong)
+            video.size_arg(wrong)
 
 
 # ---------------------------------------------------------------------------------------------------- writing clips
@@ -236,18 +198,18 @@ def test_size_argument():
 
 def test_toy_clips_survive_an_mp4(tmp_path):
     """Colours stay (the matrix is tagged), also at saturated edges, thanks to the enlargement."""
-    x = data.toy_batch(3, 1, 16, 64)[0][0]
+    x = toy.toy_batch(3, 1, 16, 64)[0][0]
     path = tmp_path / "new folder" / "toy.mp4"
-    data.write_video(path, x, fps=12.5, scale=4)
-    y = data.read_clip(path)
-    assert y.shape == (3, 16, 256, 256) and data.clip_info(path).fps == 12.5
+    video.write_video(path, x, fps=12.5, scale=4)
+    y = video.read_clip(path)
+    assert y.shape == (3, 16, 256, 256) and video.clip_info(path).fps == 12.5
     assert (y[:, :, 1::4, 1::4] - x).square().mean() < 1e-3
     header = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
     assert "h264" in header and "yuv420p" in header and "bt709" in header
 
 
 def test_pieces_are_written_as_they_come(tmp_path):
-    x = data.read_clip(BUNNY, frames=10)
+    x = video.read_clip(BUNNY, frames=10)
     taken = []
 
     def pieces():
@@ -256,16 +218,16 @@ def test_pieces_are_written_as_they_come(tmp_path):
             assert not (tmp_path / "clip.mp4").exists()  # it appears when it is complete
             yield p
 
-    data.write_video(tmp_path / "clip.mp4", pieces(), fps=25)
-    data.write_video(tmp_path / "whole.mp4", x, fps=25)
+    video.write_video(tmp_path / "clip.mp4", pieces(), fps=25)
+    video.write_video(tmp_path / "whole.mp4", x, fps=25)
     assert taken == [1, 4, 5] and (tmp_path / "clip.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("height, width", [(33, 51), (1, 1), (16, 17)])
 def test_odd_sizes_are_padded_with_their_edge(tmp_path, height, width):
     x = torch.linspace(-1, 1, width).expand(3, 3, height, width)
-    data.write_video(tmp_path / "odd.mp4", x, fps=8)
-    y = data.read_clip(tmp_path / "odd.mp4")
+    video.write_video(tmp_path / "odd.mp4", x, fps=8)
+    y = video.read_clip(tmp_path / "odd.mp4")
     assert y.shape[2:] == (height + height % 2, width + width % 2)
     assert (y[:, :, :height, :width] - x).abs().max() < 0.1 and (y[:, :, -1, -1] - x[:, :, -1, -1]).abs().max() < 0.1
 
@@ -274,11 +236,11 @@ def test_nan_writes_nothing(tmp_path):
     good, bad = torch.zeros(3, 2, 8, 8), torch.full((3, 2, 8, 8), float("nan"))
     for pieces in (bad, [good, bad]):
         with pytest.raises(UserError, match="NaN"):
-            data.write_video(tmp_path / "clip.mp4", pieces, fps=8)
+            video.write_video(tmp_path / "clip.mp4", pieces, fps=8)
     with pytest.raises(UserError, match="NaN"):
-        data.contact_sheet(tmp_path / "sheet.png", [bad])
+        video.contact_sheet(tmp_path / "sheet.png", [bad])
     with pytest.raises(UserError, match="no frames"):
-        data.write_video(tmp_path / "clip.mp4", [], fps=8)
+        video.write_video(tmp_path / "clip.mp4", [], fps=8)
     assert not any(tmp_path.iterdir())
 
 
@@ -290,7 +252,7 @@ def test_a_failing_source_leaves_the_old_file(tmp_path):
         raise UserError("the decoder gave up.")
 
     with pytest.raises(UserError, match="gave up"):
-        data.write_video(path, pieces(), fps=8)
+        video.write_video(path, pieces(), fps=8)
     assert os.listdir(tmp_path) == ["clip.mp4"] and path.read_bytes() == b"old"
 
 
@@ -303,7 +265,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch, capsys, frames):
 
     monkeypatch.setattr(checkpoint, "atomic_path", full)
     with pytest.raises(OSError) as e:
-        data.write_video(tmp_path / "clip.mp4", (torch.rand(3, 1, 128, 128) for _ in range(frames)), fps=8)
+        video.write_video(tmp_path / "clip.mp4", (torch.rand(3, 1, 128, 128) for _ in range(frames)), fps=8)
     assert e.value.errno == errno.ENOSPC
     with pytest.raises(SystemExit), checkpoint.user_errors():
         raise e.value
@@ -317,7 +279,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         with pytest.raises(UserError, match="ffmpeg could not write .*clip.mp4"):
-            data.write_video(tmp_path / "clip.mp4", (torch.rand(3, 4, 128, 128) * 2 - 1 for _ in range(20)), fps=8)
+            video.write_video(tmp_path / "clip.mp4", (torch.rand(3, 4, 128, 128) * 2 - 1 for _ in range(20)), fps=8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not any(tmp_path.iterdir())
@@ -326,14 +288,14 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     blocked = write(tmp_path / "file", b"")
     with pytest.raises(OSError):
-        data.write_video(blocked / "clip.mp4", torch.zeros(3, 2, 8, 8), fps=8)
+        video.write_video(blocked / "clip.mp4", torch.zeros(3, 2, 8, 8), fps=8)
 
     def read_only(*args, **more):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
 
     monkeypatch.setattr(checkpoint.tempfile, "mkstemp", read_only)
     with pytest.raises(SystemExit) as e, checkpoint.user_errors():
-        data.write_video(tmp_path / "clip.mp4", torch.zeros(3, 2, 8, 8), fps=8)
+        video.write_video(tmp_path / "clip.mp4", torch.zeros(3, 2, 8, 8), fps=8)
     assert e.value.code == 1 and "choose another folder with --out" in capsys.readouterr().err
 
 
@@ -343,8 +305,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 def test_pictures(tmp_path):
     picture = noise(1, 7, 5)[0]
     Image.fromarray(picture).save(tmp_path / "a.png")
-    assert torch.equal(data.read_image(tmp_path / "a.png"), data.to_tensor(picture[None])[:, 0])
-    assert data.read_image(tmp_path / "a.png", size=(32, 64)).shape == (3, 32, 64)
+    assert torch.equal(video.read_image(tmp_path / "a.png"), video.to_tensor(picture[None])[:, 0])
+    assert video.read_image(tmp_path / "a.png", size=(32, 64)).shape == (3, 32, 64)
 
 
 def test_pictures_of_phones_are_upright(tmp_path):
@@ -352,7 +314,7 @@ def test_pictures_of_phones_are_upright(tmp_path):
     exif[0x0112] = 6  # stored lying on its left side
     lying = np.repeat([[[0] * 3] * 8, [[255] * 3] * 8], 8, axis=0).astype(np.uint8)  # black above white, 16x8
     Image.fromarray(lying).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    x = data.read_image(tmp_path / "a.jpg")
+    x = video.read_image(tmp_path / "a.jpg")
     assert x.shape == (3, 8, 16) and x[:, :, :8].mean() > 0.9 and x[:, :, 8:].mean() < -0.9
 
 
@@ -360,14 +322,14 @@ def test_transparent_parts_become_white(tmp_path):
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[:2, :, 3] = 255  # black above, nothing below
     Image.fromarray(rgba).save(tmp_path / "a.png")
-    x = data.read_image(tmp_path / "a.png")
+    x = video.read_image(tmp_path / "a.png")
     assert (x[:, :2] == -1).all() and (x[:, 2:] == 1).all()
 
 
 def test_grey_and_16_bit_pictures(tmp_path):
     Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    assert torch.equal(data.read_image(tmp_path / "grey.png"), data.read_image(tmp_path / "deep.png"))
+    assert torch.equal(video.read_image(tmp_path / "grey.png"), video.read_image(tmp_path / "deep.png"))
 
 
 @pytest.mark.parametrize("mode, name", [("P", "a.png"), ("P", "a.gif"), ("CMYK", "a.tif"), ("CMYK", "a.jpg"), ("YCbCr", "a.jpg"), ("LA", "a.png"),
@@ -376,24 +338,24 @@ def test_every_kind_of_picture_has_its_colours(tmp_path, mode, name):
     """Palettes, print colours, grey with alpha; odd sizes stay."""
     image = Image.new("RGB", (7, 5), (204, 102, 51))
     image.convert(mode).save(tmp_path / name, quality=95)
-    x = data.read_image(tmp_path / name)
+    x = video.read_image(tmp_path / name)
     grey = np.asarray(image.convert("L"))[0, 0]
     expected = (grey, grey, grey) if mode in ("L", "LA") else (204, 102, 51)
-    assert x.shape == (3, 5, 7) and np.abs(data.to_uint8(x[:, None]).astype(int) - expected).max() <= 2
+    assert x.shape == (3, 5, 7) and np.abs(video.to_uint8(x[:, None]).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("pixels", ["rgb48be", "rgba64be", "gray16be"])
 def test_16_bit_pictures_keep_their_brightness(tmp_path, pixels):
     ffmpeg("-f", "lavfi", "-i", "color=c=0xc86432:s=7x5", "-frames:v", 1, "-pix_fmt", pixels, tmp_path / "a.png")
     expected = (124, 124, 124) if pixels == "gray16be" else (200, 100, 50)
-    assert np.abs(data.to_uint8(data.read_image(tmp_path / "a.png")[:, None]).astype(int) - expected).max() <= 2
+    assert np.abs(video.to_uint8(video.read_image(tmp_path / "a.png")[:, None]).astype(int) - expected).max() <= 2
 
 
 def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
     image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.save(tmp_path / "a.png", transparency=1)
-    assert data.to_uint8(data.read_image(tmp_path / "a.png")[:, None])[0, 0].tolist() == [[255, 0, 0], [255, 255, 255]]
+    assert video.to_uint8(video.read_image(tmp_path / "a.png")[:, None])[0, 0].tolist() == [[255, 0, 0], [255, 255, 255]]
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "text", "cut off"])
@@ -401,20 +363,14 @@ def test_unreadable_pictures(tmp_path, content):
     Image.fromarray(noise(1, 64, 64)[0]).save(tmp_path / "whole.png")
     path = write(tmp_path / "a.png", (tmp_path / "whole.png").read_bytes()[:3000] if content is None else content)
     with pytest.raises(UserError, match="a.png is not a picture that can be read"):
-        data.read_image(path)
+        video.read_image(path)
     with pytest.raises(UserError, match="does not exist"):
-        data.read_image(tmp_path / "none.png")
+        video.read_image(tmp_path / "none.png")
 
 
 def test_contact_sheet(tmp_path):
-    x = data.toy_batch(0, 2, 16, 32)[0]
-    data.contact_sheet(tmp_path / "sheet.png", x, columns=4, labels=["one", "two"])
+    x = toy.toy_batch(0, 2, 16, 32)[0]
+    video.contact_sheet(tmp_path / "sheet.png", x, columns=4, labels=["one", "two"])
     assert Image.open(tmp_path / "sheet.png").size == (2 * 4 * 34, 2 * 2 * 34)
-    data.contact_sheet(tmp_path / "sheet.png", x, columns=4, scale=0.5)
+    video.contact_sheet(tmp_path / "sheet.png", x, columns=4, scale=0.5)
     assert Image.open(tmp_path / "sheet.png").size == (2 * 34, 34)
-
-
-def test_the_script_shows_the_toy_world(tmp_path):
-    command = [sys.executable, "-m", "files.video", "--out", tmp_path, "--clips", "2", "--frames", "8"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
-    assert data.read_clip(tmp_path / "toy.mp4").shape == (3, 16, 256, 256) and (tmp_path / "toy.png").exists()

@@ -27,11 +27,11 @@ import guided
 import kernels
 import lora
 import sample
+import toy
 from conftest import ROOT
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
-from training import metrics
 from wan import models
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
@@ -523,7 +523,7 @@ def refusal(capsys, *argv):
 def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsys):
     sample.main(["--prompt", "a red circle", "--name", "a", "--out", str(out), "--seed", "3", *QUICK])
     assert files(out) == ["a.json", "a.mp4", "a.png", "a.safetensors"]
-    assert data.read_clip(out / "a.mp4").shape == (3, 5, 200, 280)  # enlarged 4 times
+    assert video.read_clip(out / "a.mp4").shape == (3, 5, 200, 280)  # enlarged 4 times
     assert Image.open(out / "a.png").width == 5 * 2 * (70 + 2)
     report = json.loads((out / "a.json").read_text())
     assert report["tokens"] == 2 * 2 * 3 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
@@ -718,9 +718,9 @@ def test_readme_command(tmp_path):
     assert done.returncode == 0, done.stderr
     name = "dc-a-large-red-circle-moving-left-slowly-on-a-blue-background-0"
     assert files(tmp_path) == [f"{name}.{suffix}" for suffix in ("json", "mp4", "png", "safetensors")]
-    video = data.read_clip(tmp_path / f"{name}.mp4", size=(64, 64))
-    found = metrics.read_attributes(video)
-    assert video.shape[1] == 32 and (found["colour"], found["background"]) == ("red", "blue")
+    clip = video.read_clip(tmp_path / f"{name}.mp4", size=(64, 64))
+    found = toy.read_attributes(clip)
+    assert clip.shape[1] == 32 and (found["colour"], found["background"]) == ("red", "blue")
 
 
 @embedded
@@ -730,7 +730,7 @@ def test_videos_show_what_the_prompt_says(name):
                "a large green square moving right quickly on a white background", "a large purple ring moving down slowly on a gray background"]
     model = models.load_model(name)
     videos = sample.videos(model, prompts, seed=0)
-    fit = metrics.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
+    fit = toy.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
     assert fit["colour"] >= 0.75 and fit["background"] >= 0.75 and fit["mean"] >= 0.7, fit
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import ae
+import toy
 from chunk_causal import ISOLATED
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import autoencoder, loop, losses
 
@@ -35,8 +36,8 @@ def films(tmp_path_factory):
     """A folder of three clips of the toy world, 24 frames of 48x48, and one held out."""
     folder = tmp_path_factory.mktemp("films")
     for i, name in enumerate(("a", "b", "c", "val/d")):
-        scene = data.random_scene(np.random.default_rng(i))
-        data.write_video(folder / f"{name}.mp4", data.to_tensor(data.render(scene, 24, 48)), fps=10)
+        scene = toy.random_scene(np.random.default_rng(i))
+        video.write_video(folder / f"{name}.mp4", video.to_tensor(toy.render(scene, 24, 48)), fps=10)
     return folder
 
 
@@ -214,8 +215,8 @@ def test_every_phase_fits_every_preset(preset):
 
 def test_one_clip_by_heart(tmp_path, monkeypatch):
     """--overfit: every window of two chunks is drawn; the score is that of the whole clip, and rises."""
-    film = data.to_tensor(data.render(data.random_scene(np.random.default_rng(0)), 24, 32))
-    data.write_video(tmp_path / "film.mp4", film, fps=10)
+    film = video.to_tensor(toy.render(toy.random_scene(np.random.default_rng(0)), 24, 32))
+    video.write_video(tmp_path / "film.mp4", film, fps=10)
     monkeypatch.setattr(autoencoder, "MEMORISE", autoencoder.dataclasses.replace(autoencoder.MEMORISE, size=(32, 32), batch=4, ema=0.0, warmup=5))
     autoencoder.main_train(["--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--length", "24", "--steps", "20", "--save-every", "10",
                          "--out", str(tmp_path / "out")])
@@ -328,17 +329,17 @@ def run_toy(out, **changes):
 
 def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     whole = checkpoint.load_tensors(run_toy(tmp_path / "whole"))[0]
-    toy_batch = data.toy_batch
+    toy_batch = toy.toy_batch
 
     def stop_at_the_fourth(seed, *args, **more):
         if seed == (0, 3):
             raise KeyboardInterrupt
         return toy_batch(seed, *args, **more)
 
-    monkeypatch.setattr(data, "toy_batch", stop_at_the_fourth)
+    monkeypatch.setattr(toy, "toy_batch", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run_toy(tmp_path / "resumed")
-    monkeypatch.setattr(data, "toy_batch", toy_batch)
+    monkeypatch.setattr(toy, "toy_batch", toy_batch)
     with pytest.raises(UserError, match="lr 0.001 -> 0.002"):
         run_toy(tmp_path / "resumed", lr=2e-3)
     resumed, metadata = checkpoint.load_tensors(run_toy(tmp_path / "resumed"))
@@ -346,7 +347,7 @@ def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     assert [r["step"] for r in metadata["log"]] == [2, 4] and metadata["training"]["steps"] == 4
 
     net = ae.load(tmp_path / "resumed" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
-    z = net.config.scale * net.encode(data.toy_batch(1, 8, 16)[0])
+    z = net.config.scale * net.encode(toy.toy_batch(1, 8, 16)[0])
     assert 0.8 < z.square().mean().sqrt() < 1.25
 
 

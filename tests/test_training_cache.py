@@ -16,7 +16,8 @@ import torch
 
 import ae
 import dit
-from files import checkpoint, video as data
+import toy
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import cache, captions, loop
 from wan import models, text as encoders, vae
@@ -30,9 +31,9 @@ def folder(tmp_path_factory):
     """Three clips that can be used (two wide, one in portrait), and one of every kind that cannot."""
     path = tmp_path_factory.mktemp("clips")
     (path / "deep").mkdir()
-    movie = lambda seed, h, w, frames=12: data.toy_batch(seed, 1, frames, 64)[0][0, :, :, :h, :w]
+    movie = lambda seed, h, w, frames=12: toy.toy_batch(seed, 1, frames, 64)[0][0, :, :, :h, :w]
     for name, x in {"a.mp4": movie(0, 36, 64), "b.mp4": movie(1, 36, 64), "deep/portrait.mp4": movie(2, 60, 32), "short.mp4": movie(3, 36, 64, 5)}.items():
-        data.write_video(path / name, x, fps=16)
+        video.write_video(path / name, x, fps=16)
     (path / "a.txt").write_text(f"{RED}\n\n  {BLUE} \n")
     (path / "b.json").write_text(json.dumps({"captions": [RED, BLUE], "scores": [0.9, 0.8], "height": 36, "width": 64}))
     (path / "deep" / "portrait.txt").write_text("a large green ring")
@@ -58,8 +59,8 @@ def tiny():
         net = lambda z, patch: models.Deferred(None, config=dit.Config(24, 32, 2, 2, in_channels=z + (4 + z) * picture, out_channels=z, patch=patch,
                                                                        text_dim=32, image_dim=5 if picture else None))
         clip = (lambda images: images.mean((2, 3))[:, None].expand(-1, 4, -1)) if picture else None
-        teacher = models.Model("base", net(16, (1, 2, 2)), shallow, encoders.ToyText(), clip=clip)
-        return teacher, models.Model("deep", net(32, (1, 1, 1)), deep, encoders.ToyText(), clip=clip, ae_dtype=torch.float32)
+        teacher = models.Model("base", net(16, (1, 2, 2)), shallow, toy.ToyText(), clip=clip)
+        return teacher, models.Model("deep", net(32, (1, 1, 1)), deep, toy.ToyText(), clip=clip, ae_dtype=torch.float32)
 
     return make
 
@@ -213,7 +214,7 @@ def test_a_clip_covers_its_bucket(folder):
     sizes = captions.bucket_sizes(FAMILY)
     samples = {Path(s.name).name: s for s in captions.find_samples(folder)[0]}
     x, first = captions.read_sample(samples["portrait.mp4"], 8, sizes)
-    stored = data.read_clip(folder / "deep" / "portrait.mp4")
+    stored = video.read_clip(folder / "deep" / "portrait.mp4")
     assert x.shape == (3, 8, 64, 32) and torch.equal(first, stored[:, 0])
     scaled = torch.nn.functional.interpolate(stored[:, :8].transpose(0, 1), (64, 34), mode="bilinear").transpose(0, 1)
     assert torch.equal(x, scaled[..., 1:33])
@@ -293,7 +294,7 @@ def test_prompts_are_drawn_by_score_and_dropped_for_the_null_context(source, tin
     assert np.mean([caption is None for _, caption in drawn]) == pytest.approx(0.1, abs=0.03)
     said = [caption for sample, caption in drawn if sample.name.endswith("b.mp4") and caption]
     assert np.mean([caption == RED for caption in said]) == pytest.approx(0.9**10 / (0.9**10 + 0.8**10), abs=0.06)
-    text, kept, dropped = encoders.ToyText(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).context
+    text, kept, dropped = toy.ToyText(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).context
     assert dropped.shape == (2, 1, 32) and not dropped.any()  # the toy's null context: zeros, of which any number of rows is the same
     assert all(kept.draw(step, 0)[1] for step in range(50))
     context, expected = kept.batch(0, range(2)).context, text([kept.draw(0, p)[1] for p in range(2)]).to(torch.bfloat16).float()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from files import video as data
+from files import video
 from files.checkpoint import UserError
 from test_files_video import cut_off, ffmpeg, lossless, sound, write
 from training import clips
@@ -122,7 +122,7 @@ def test_unusual_clips_are_read_right(tmp_path, how):
     jumped = clips.read(clip, 6, 3, 1, (0, 0, *upright), upright)
     clip.times = []
     assert np.array_equal(jumped, clips.read(clip, 6, 3, 1, (0, 0, *upright), upright))
-    whole = data.to_uint8(data.read_clip(path))[6:9]
+    whole = video.to_uint8(video.read_clip(path))[6:9]
     assert np.abs(jumped.astype(int) - whole).mean() < 3
     if how != "gif":  # whose palette knows no such reds
         assert np.abs(jumped[..., 0].mean((1, 2)) - [12, 14, 16]).max() < 3
@@ -442,7 +442,7 @@ def test_a_still_becomes_a_clip(fetch, tmp_path):
     """Every frame is a part of the picture, and they differ."""
     Image.fromarray(coded(1, size=(60, 80))[0]).save(tmp_path / "still.png")
     fetch.pan(tmp_path / "still.png", tmp_path / "pan.mp4", frames=12)
-    x = data.read_clip(tmp_path / "pan.mp4")
+    x = video.read_clip(tmp_path / "pan.mp4")
     assert x.shape == (3, 12, 36, 48)
     middles = [((x[c].mean((1, 2)) + 1) / 2 * 255) for c in (1, 2)]
     assert all(m.min() > 30 and m.max() < 210 and m.max() - m.min() > 15 for m in middles)

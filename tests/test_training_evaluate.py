@@ -8,7 +8,7 @@ from PIL import Image
 
 import ae
 from conftest import ROOT
-from files import video as data
+from files import video
 from files.checkpoint import UserError
 from training import evaluate, metrics
 from wan import vae
@@ -24,10 +24,10 @@ def weights(tmp_path):
 def test_reconstruct_real_footage(tmp_path, weights, capsys, name, height, width, fps):
     source, base = ROOT / "assets" / f"{name}.mp4", tmp_path / "out" / f"{name}_reconstruction"
     ae.main(["reconstruct", str(source), "--weights", weights, "--out", str(tmp_path / "out"), "--frames", "13", "--device", "cpu"])
-    video = data.read_clip(f"{base}.mp4")
-    assert video.shape == (3, 13, height, 2 * width) and data.clip_info(f"{base}.mp4").fps == fps
+    clip = video.read_clip(f"{base}.mp4")
+    assert clip.shape == (3, 13, height, 2 * width) and video.clip_info(f"{base}.mp4").fps == fps
 
-    x = data.read_clip(source, frames=13)[None]
+    x = video.read_clip(source, frames=13)[None]
     with torch.no_grad():
         y = ae.load(weights)(x)
     result = json.loads(base.with_suffix(".json").read_text())

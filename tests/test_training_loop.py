@@ -353,7 +353,7 @@ def two(tmp_path_factory):
     """The folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
     torch.save(torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(0)), folder / "rows.pt")  # step, process, rows
-    script = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\nimport test_training_loop\ntest_train.in_two_processes({str(folder)!r})"
+    script = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\nimport test_training_loop\ntest_training_loop.in_two_processes({str(folder)!r})"
     (folder / "script.py").write_text(script)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ChildFailedError, match="SIGKILL"):  # the last thing they do
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -1,17 +1,12 @@
-"""Metrics. Scores of autoencoders: published programs' numbers, and faults made to measure, whose size is known. Prompt fit: attributes
-are read back from pixels, also from blurred, noisy and small ones; what is not there is not seen."""
+"""Metrics. Scores of autoencoders: published programs' numbers, and faults made to measure, whose size is known."""
 import math
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from files import video as data
 from files.checkpoint import UserError
 from training import judges, metrics
-
-CLIPS = 48
 
 
 # ---------------------------------------------------------------------------------------------------- distance to the original
@@ -214,65 +209,3 @@ def test_latent_statistics():
     assert s["mean"] == pytest.approx(every.mean().item()) and s["std"] == pytest.approx(every.std(correction=0).item())
     assert s["rms"] == pytest.approx(every.square().mean().sqrt().item()) and s["inverse_rms"] * s["rms"] == pytest.approx(1)
     assert metrics.latent_statistics([torch.full((9999,), 1.0078125, dtype=torch.bfloat16)])["mean"] == pytest.approx(1.0078125)
-
-
-# ---------------------------------------------------------------------------------------------------- prompt fit
-
-
-@pytest.fixture(scope="module")
-def world():
-    clips, scenes = data.toy_batch(3, CLIPS)
-    return clips, [s.attributes() for s in scenes]
-
-
-@pytest.mark.parametrize("change", {
-    "clean": lambda x: x,
-    "noisy": lambda x: x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
-    "blurred": lambda x: F.avg_pool3d(x, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False),
-    "half resolution": lambda x: F.avg_pool3d(x, (1, 2, 2)),
-}.items(), ids=lambda c: c[0])
-def test_attributes_are_read_back(world, change):
-    clips, attributes = world
-    fit = metrics.prompt_fit(change[1](clips), attributes)
-    assert fit.keys() == {*data.WORLD, "mean"} and min(fit.values()) >= 0.97, fit
-
-
-def test_half_the_frames_are_enough(world):
-    clips, attributes = world
-    assert metrics.prompt_fit(clips[:12, :, ::2], attributes[:12])["direction"] == 1
-
-
-@pytest.mark.parametrize("background", data.BACKGROUNDS)
-def test_an_empty_scene_has_a_background_and_nothing_else(background):
-    colour = torch.tensor(data.BACKGROUNDS[background]).float().div(127.5).sub(1)
-    empty = colour.view(3, 1, 1, 1) + 0.05 * torch.randn(3, 8, 64, 64)
-    assert metrics.read_attributes(empty) == {**dict.fromkeys(data.WORLD), "background": background}
-
-
-@pytest.mark.parametrize("size", [64, 8], ids=["fine", "coarse"])
-def test_noise_shows_no_object(size):
-    noise = F.interpolate(torch.randn(1, 3, 8, size, size), (8, 64, 64), mode="trilinear")[0]
-    found = metrics.read_attributes(noise)
-    assert [found[name] for name in ("size", "colour", "shape", "direction", "speed")] == [None] * 5
-
-
-def test_still_and_very_short_clips_have_no_direction(world):
-    still = metrics.read_attributes(world[0][0, :, 15:16].expand(-1, 16, -1, -1))
-    assert still["direction"] is None and still["speed"] is None and still["shape"] == world[1][0]["shape"]
-    assert metrics.read_attributes(world[0][0, :, :1])["direction"] is None
-
-
-def test_prompt_fit_counts_what_the_prompt_asks_for(monkeypatch):
-    seen = dict(size="small", colour="red", shape="ring", direction=None, speed="slowly", background="blue")
-    monkeypatch.setattr(metrics, "read_attributes", lambda video: seen)
-    fit = metrics.prompt_fit([0, 0], [dict(colour="red", shape="circle", speed="slowly"), dict(colour="blue", direction="up")])
-    # colour 1 of 2, shape 0 of 1, direction undecidable counts as wrong; speed is reported but not part of the mean
-    assert fit == dict(colour=0.5, shape=0, direction=0, speed=1, mean=pytest.approx(0.5 / 3))
-    assert metrics.prompt_fit([0], [dict(speed="quickly")]) == dict(speed=0, mean=0)
-    with pytest.raises(ValueError):  # as many videos as prompts
-        metrics.prompt_fit([0], [seen, seen])
-
-
-def test_chance_is_guessing():
-    assert metrics.chance("shape") == 1 / 4 and metrics.chance("colour") == 1 / 6
-    assert metrics.chance("mean") == pytest.approx((1 / 6 + 1 / 4 + 1 / 4 + 1 / 6) / 4)

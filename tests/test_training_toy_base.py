@@ -10,12 +10,13 @@ import torch
 import adapt
 import ae
 import dit
-from files import checkpoint, video as data
+import toy
+from files import checkpoint
 from files.checkpoint import UserError
 from training import toy_base
-from wan import models, text as encoders
+from wan import models
 
-TEXT = encoders.ToyText()
+TEXT = toy.ToyText()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def latents_of(z, with_image=0):
     condition = torch.zeros(n, 4 + c, *grid)
     condition[:with_image, :4, 0] = 1
     condition[:with_image, 4:] = torch.randn(with_image, c, *grid)
-    attributes = [s.attributes() for s in data.toy_batch(0, n, 1, 8)[1]]
+    attributes = [s.attributes() for s in toy.toy_batch(0, n, 1, 8)[1]]
     return toy_base.Latents(z, condition, torch.arange(with_image), attributes)
 
 
@@ -59,7 +60,7 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
     assert teacher.attributes == student.attributes and len(teacher.attributes) == len(teacher.z) == len(student.z) == 16
     assert teacher.z.shape[2] == student.z.shape[2] == 8  # latent frames pair up one to one
     assert teacher.with_image.tolist() == student.with_image.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
-    clips, scenes = data.toy_batch((1, 1), 8)  # the second shard
+    clips, scenes = toy.toy_batch((1, 1), 8)  # the second shard
     assert [s.attributes() for s in scenes] == teacher.attributes[8:]
     for model, latents in zip(both, (teacher, student)):
         with torch.no_grad():
@@ -72,7 +73,7 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
 
 def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
     model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
-    clips, scenes = data.toy_batch(5, 3)
+    clips, scenes = toy.toy_batch(5, 3)
     first, again = (toy_base.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
     assert encoded == [3] and torch.equal(first.z, again.z) and first.attributes == [s.attributes() for s in scenes]
     assert not first.condition.any() and not len(first.with_image)
@@ -137,7 +138,7 @@ def test_the_last_shard_is_held_out():
 def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked():
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
     z, condition, context, _ = toy_base.Source(latents, TEXT, null=0.1, drop=0.2, image=0.3).batch(0, range(4000))
-    rows = (context != 0).any(dim=2)[:, : len(data.WORLD)]  # which attributes are named
+    rows = (context != 0).any(dim=2)[:, : len(toy.WORLD)]  # which attributes are named
     said = rows.any(dim=1)
     assert 0.08 < 1 - said.float().mean() < 0.12
     assert 0.78 < rows[said].float().mean() < 0.82

@@ -27,7 +27,7 @@ import flow
 import lora
 import sample
 from conftest import ROOT, golden
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
 from make_tiny_checkpoints import DC_SHIFT, FOLDERS, TEXT_DIM
@@ -122,7 +122,7 @@ def test_every_layout_makes_the_same_video(run, name, with_picture):
     for folders in FOLDERS[name]:
         file, z = run(name, folders, "--shift", 4, "--steps", steps, with_picture=with_picture)  # some folders bring a shift of their own
         latents.append(z)
-    assert data.read_clip(f"{file}.mp4").shape == (3, 3, 24, 34) and data.clip_info(f"{file}.mp4").fps == ROWS[name][3]
+    assert video.read_clip(f"{file}.mp4").shape == (3, 3, 24, 34) and video.clip_info(f"{file}.mp4").fps == ROWS[name][3]
     assert 0.3 < latents[0].std() < 10
     for z in latents[1:]:
         torch.testing.assert_close(z, latents[0], rtol=0, atol=1e-5)
@@ -139,7 +139,7 @@ def test_the_latent_is_that_of_its_autoencoder_and_transformer(load, name):
 @pytest.mark.parametrize("frames, size", [(1, "16x16"), (2, "33x47"), (9, "7x90")])
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b", "dc-wan2.1-t2v-14b"])
 def test_any_length_and_size_is_what_comes_out(load, name, frames, size):
-    model, size = load(name), data.size_arg(size)
+    model, size = load(name), video.size_arg(size)
     z = sample.generate(model, torch.randn(1, 3, TEXT_DIM), frames=frames, size=size, steps=1, null=torch.zeros(1, 1, TEXT_DIM))
     assert torch.cat(list(model.decode(z, frames, size)), dim=2).shape == (1, 3, frames, *size)
 
@@ -147,7 +147,7 @@ def test_any_length_and_size_is_what_comes_out(load, name, frames, size):
 def test_an_odd_size_gets_a_row_and_a_column_more_in_the_mp4_only(run):
     """H.264 needs even sizes."""
     file, _ = run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], "--size", "33x47")
-    assert data.read_clip(f"{file}.mp4").shape == (3, 3, 34, 48)
+    assert video.read_clip(f"{file}.mp4").shape == (3, 3, 34, 48)
 
 
 # ---------------------------------------------------------------------------------------------------- defaults
@@ -455,7 +455,7 @@ def test_a_saved_latent_is_decoded_again(run, tmp_path, capsys):
     name = "dc-wan2.1-t2v-14b"
     file, _ = run(name, FOLDERS[name][0])
     sample.main(["--decode", f"{file}.safetensors", "--device", "cpu", "--out", str(tmp_path / "again")])
-    again, first = (data.read_clip(f) for f in (tmp_path / "again" / f"{name}.mp4", f"{file}.mp4"))
+    again, first = (video.read_clip(f) for f in (tmp_path / "again" / f"{name}.mp4", f"{file}.mp4"))
     assert torch.equal(again, first)
     assert sorted(f.name for f in (tmp_path / "again").iterdir()) == [f"{name}.{suffix}" for suffix in ("json", "mp4", "png")]
 
@@ -489,11 +489,11 @@ def test_other_ways_to_the_same_video(run):
     """Whatever leaves the device meanwhile, decoded whole or in tiles."""
     way = lambda *more: run("wan2.2-t2v-a14b", ["Wan2.2-T2V-A14B"], *more)
     file, z = way("--offload", "none")
-    frames = data.read_clip(f"{file}.mp4")
+    frames = video.read_clip(f"{file}.mp4")
     for more in (["--offload", "parts"], ["--offload", "blocks", "--tile", "2x2"]):
         again, other = way(*more)
         torch.testing.assert_close(other, z, rtol=0, atol=1e-4)
-        assert (data.read_clip(f"{again}.mp4") - frames).abs().mean() < 2 / 255  # the codec may see another rounding
+        assert (video.read_clip(f"{again}.mp4") - frames).abs().mean() < 2 / 255  # the codec may see another rounding
 
 
 def test_noise_from_a_file(run, tmp_path):

@@ -50,8 +50,9 @@ from tqdm import tqdm
 
 import ae
 import kernels
+import toy
 from chunk_causal import ISOLATED, Conv3d, run_layers
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import clips, loop, losses, metrics
 from training.muon import Muon
@@ -228,7 +229,7 @@ def run_phase(net, phase, name, out, stream, held_out, seed=0, save_every=200, b
         with torch.no_grad(), run.averaged(), autocast:
             z = [net.encode(x.to(device)).float() for x in shown.split(1)]
             y = torch.cat([net.decode(v, shown.shape[2], shown.shape[3:]).float().cpu() for v in z])
-        data.contact_sheet(out / "sheet.png", [v for pair in zip(shown[:4], y[:4]) for v in pair], columns=8, scale=max(1, 96 // y.shape[3]))
+        video.contact_sheet(out / "sheet.png", [v for pair in zip(shown[:4], y[:4]) for v in pair], columns=8, scale=max(1, 96 // y.shape[3]))
         loop.plot(out)  # up to the checkpoint before
         latent = {f"latent_{k}": v for k, v in metrics.latent_statistics(z).items() if k != "inverse_rms"}
         return dict(psnr=metrics.psnr(y, shown), ssim=metrics.ssim(y, shown), **latent)
@@ -303,7 +304,7 @@ def memorise(preset, clip, out, length=80, compiled=False, seed=0, changes={}, *
     """Overfit the first `length` frames of one clip -> path of the weights. The log's psnr is that of the whole clip, streamed; it
     is in OUT/overfit.json too."""
     phase = dataclasses.replace(MEMORISE, **changes)
-    film = data.read_clip(clip, length, phase.size)
+    film = video.read_clip(clip, length, phase.size)
     device = loop.start()
     torch.manual_seed(seed)
 
@@ -455,11 +456,11 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
         grow(net, ae.load(grow_from).to(device), out / "grow", grow_steps, 4 * batch, grow_clips, frames, noise, seed,
              kernels.autocast(device, bf16))
 
-    def toy(number):
+    def toy_clips(number):
         for n in itertools.count(number):
-            yield data.toy_batch((seed, n), batch, frames, start=None)[0].to(device)
+            yield toy.toy_batch((seed, n), batch, frames, start=None)[0].to(device)
 
-    return run_phase(net, phase, f"train {preset}", out, toy, list(data.toy_batch(9_000_000, 16, 32)[0]), seed, save_every, bf16=bf16,
+    return run_phase(net, phase, f"train {preset}", out, toy_clips, list(toy.toy_batch(9_000_000, 16, 32)[0]), seed, save_every, bf16=bf16,
                      preset=preset, **grown)
 
 
@@ -487,7 +488,7 @@ def grow(net, teacher, out, steps, batch, clips, frames, noise, seed, autocast, 
     features, targets = [], []
     for i in tqdm(range(0, clips, 16), desc=f"features of {clips} clips", unit="batch", mininterval=5):
         with torch.no_grad(), autocast:
-            x = data.toy_batch((seed, 1, i), 16, frames, start=None)[0].to(device)
+            x = toy.toy_batch((seed, 1, i), 16, frames, start=None)[0].to(device)
             h, _ = run_layers(enc_t[:down], x)
             d, _ = run_layers(dec_t[:-up], run_layers(enc_t[down:], h)[0])
         features.append(h.half())
@@ -527,7 +528,7 @@ def main_train(argv):
     p.add_argument("--batch", type=int, help="clips per step and process; in the phase image, so many times 8 (published sizes: 32) pictures")
     p.add_argument("--accumulate", type=int, help="batches per step")
     p.add_argument("--frames", type=int, help="frames per clip: whole chunks, two or more")
-    p.add_argument("--size", type=data.size_arg, metavar="HxW", help="of the crops")
+    p.add_argument("--size", type=video.size_arg, metavar="HxW", help="of the crops")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--perceptual", default="auto", help="network of that loss, or none (default: the best one installed)")
     p.add_argument("--workers", type=int, default=2, help="threads that decode clips (default: %(default)s)")

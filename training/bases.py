@@ -25,11 +25,12 @@ import dit
 import flow
 import lora
 import sample
+import toy
 from align import velocity_of
-from files import checkpoint, layouts, video as data
+from files import checkpoint, layouts
 from files.checkpoint import UserError
 from gpu import tiling
-from training import cache, captions, metrics, toy_base
+from training import cache, captions, toy_base
 from wan import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -247,8 +248,8 @@ class Toy(Base):
         return teacher.net.get(teacher.device), teacher, toy_base.Source(held.teacher, teacher.text, null=0.0, drop=0.0)
 
     def score(self, model, args):
-        prompts = data.held_out_prompts(args.prompts or 64)
-        return {"prompt_fit": metrics.prompt_fit(sample.videos(model, prompts), prompts)}
+        prompts = toy.held_out_prompts(args.prompts or 64)
+        return {"prompt_fit": toy.prompt_fit(sample.videos(model, prompts), prompts)}
 
     def videos(self, model, expert, held, steps, n=None):
         return sample.videos(model, toy_base.PROMPTS)

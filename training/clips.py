@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from files import checkpoint, video as data
+from files import checkpoint, video
 from files.checkpoint import UserError
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif .y4m".split())
@@ -115,7 +115,7 @@ def scan(path):
     clip = Clip(str(path))
     try:
         if clip.picture:
-            clip.frames, (clip.height, clip.width) = 1, data.read_image(path).shape[1:]
+            clip.frames, (clip.height, clip.width) = 1, video.read_image(path).shape[1:]
         else:
             tiny = scan_video(clip)
             change = np.array([np.abs(a.astype(np.int16) - b).mean() for a, b in zip(tiny, tiny[1:])])  # from each frame to the next
@@ -129,9 +129,9 @@ def scan(path):
 
 def tiny_grey(path, filters="", options=(), output=(), level="error"):
     """Decode a video to uint8 [t, TINY, TINY] -> (it, ffmpeg's status, its log)."""
-    args = ["-v", level, "-nostats", *options, *data.source(path), "-map", "0:V:0", "-fps_mode", "passthrough",  # V: not a cover picture
+    args = ["-v", level, "-nostats", *options, *video.source(path), "-map", "0:V:0", "-fps_mode", "passthrough",  # V: not a cover picture
             "-vf", f"{filters}scale={TINY}:{TINY}:flags=area,format=gray", *output, "-f", "rawvideo", "-"]
-    with data.ffmpeg(*args, stdout=subprocess.PIPE) as (process, end):
+    with video.ffmpeg(*args, stdout=subprocess.PIPE) as (process, end):
         pixels = np.frombuffer(process.stdout.read(), np.uint8)
         status, log = end()
     return pixels[: len(pixels) // TINY**2 * TINY**2].reshape(-1, TINY, TINY), status, log
@@ -153,14 +153,14 @@ def scan_video(clip):
             sizes.append((int(match[4]), int(match[3])))
             if sizes[-1] != sizes[0]:
                 raise UserError(f"{clip.path} changes its size at frame {len(sizes) - 1}.")
-        elif COMPLAINT.match(line) and (complaint := data.complaint(line)):
+        elif COMPLAINT.match(line) and (complaint := video.complaint(line)):
             if times:
                 raise UserError(f"{clip.path} is damaged or cut off near frame {len(times)} ({complaint}).")
             complaints.append(complaint)
     if "Audio:" in log and "Video:" not in log:
         raise UserError(f"{clip.path} holds sound but no pictures.")
     if status or not times or len(times) != len(tiny):
-        raise UserError(f"{clip.path} cannot be read as a video ({complaints[0] if complaints else data.NO_REASON}).")
+        raise UserError(f"{clip.path} cannot be read as a video ({complaints[0] if complaints else video.NO_REASON}).")
     clip.frames, (clip.height, clip.width) = len(times), sizes[0]
     steps = np.diff(times)
     if (steps > 0).any():
@@ -253,13 +253,13 @@ def read(clip, start, count, stride, box, size):
     jump = bool(clip.times) and start > 0
     filters = [f"trim=start_frame={0 if jump else start}", f"select=not(mod(n\\,{stride}))", f"crop={w}:{h}:{x}:{y}:exact=1",
                f"scale={size[1]}:{size[0]}:flags=bicubic", f"format={layout}"]
-    args = ["-v", "error", "-threads", "1", *(["-ss", f"{clip.time(start):.6f}"] if jump else []), *data.source(clip.path), "-map", "0:V:0",
+    args = ["-v", "error", "-threads", "1", *(["-ss", f"{clip.time(start):.6f}"] if jump else []), *video.source(clip.path), "-map", "0:V:0",
             "-vf", ",".join(filters), "-fps_mode", "passthrough", "-frames:v", str(count), "-f", "rawvideo", "-"]
-    with data.ffmpeg(*args, stdout=subprocess.PIPE) as (process, end):
+    with video.ffmpeg(*args, stdout=subprocess.PIPE) as (process, end):
         pixels = np.frombuffer(bytearray(process.stdout.read()), np.uint8)  # a bytearray may be written to, as torch wishes
         log = end()[1]
     if pixels.size != count * size[0] * size[1] * channels:
-        reason = data.complaint(log) or "it has changed since it was scanned"
+        reason = video.complaint(log) or "it has changed since it was scanned"
         raise UserError(f"{clip.path} could not be read from frame {start} on ({reason}).")
     return on_white(pixels.reshape(count, *size, channels))
 
@@ -380,7 +380,7 @@ class Clips:
     def read(self, clip, start, box):
         """A stretch of a clip -> uint8 [frames, *size, 3], from the cache if there is one."""
         if clip.picture:
-            return resize(data.to_uint8(data.read_image(clip.path)[:, None]), box, self.size).repeat(self.frames, axis=0)
+            return resize(video.to_uint8(video.read_image(clip.path)[:, None]), box, self.size).repeat(self.frames, axis=0)
         stride = self.strides[clip.path]
         if not self.cache:
             return read(clip, start, self.frames, stride, box, self.size)
@@ -419,16 +419,16 @@ class Clips:
 def decode(job):
     """Write all frames of a clip, scaled to h x w, as raw bytes -> (clip, what went wrong or "")."""
     clip, file, h, w = job
-    args = ["-v", "error", "-y", *data.source(clip.path), "-map", "0:V:0", "-vf",
+    args = ["-v", "error", "-y", *video.source(clip.path), "-map", "0:V:0", "-vf",
             f"scale={w}:{h}:flags=bicubic,format={'rgba' if clip.alpha else 'rgb24'}", "-fps_mode", "passthrough", "-f", "rawvideo"]
     try:
         with checkpoint.atomic_path(file) as tmp:
-            with data.ffmpeg(*args, tmp) as (_, end):
+            with video.ffmpeg(*args, tmp) as (_, end):
                 log = end()[1]
             if clip.alpha:
                 on_white(np.fromfile(tmp, np.uint8).reshape(-1, h, w, 4)).tofile(tmp)
             if tmp.stat().st_size != clip.frames * h * w * 3:
-                raise UserError(f"{clip.path} could not be decoded into {file.parent} ({data.complaint(log) or data.NO_REASON}).")
+                raise UserError(f"{clip.path} could not be decoded into {file.parent} ({video.complaint(log) or video.NO_REASON}).")
     except (UserError, ValueError) as e:
         return clip, str(e)
     return clip, ""
@@ -476,7 +476,7 @@ def validation(folder, frames, size, n, **more):
         clip = dataset.clips[path]
         for k in range(count):
             start = dataset.start(path, (2 * k + 1) * dataset.starts(path) // (2 * count))
-            videos.append(data.to_tensor(dataset.read(clip, start, crop_box(clip.height, clip.width, dataset.size))))
+            videos.append(video.to_tensor(dataset.read(clip, start, crop_box(clip.height, clip.width, dataset.size))))
     return videos
 
 
@@ -581,7 +581,7 @@ def main(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder")
     p.add_argument("--frames", type=int, default=16)
-    p.add_argument("--size", type=data.size_arg, default=(128, 128), help="HEIGHTxWIDTH of a sample")
+    p.add_argument("--size", type=video.size_arg, default=(128, 128), help="HEIGHTxWIDTH of a sample")
     p.add_argument("--stride", type=int, default=1, help="take every so many-th frame")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--cache", metavar="FOLDER", help="decode into this folder first (to measure: needs about 3 GB)")
@@ -599,7 +599,7 @@ def main(argv=None):
         return print("wrote results/data.json")
     dataset = Clips(args.folder, args.frames, args.size, seed=args.seed, stride=args.stride, cache=args.cache, index=args.index)
     labels = ["{0.path} {1} {2}".format(*dataset.draw(dataset.rng(i))) for i in range(12)]
-    data.contact_sheet(args.out, next(loader(dataset, 12, 0, args.workers)), labels=labels, scale=1)
+    video.contact_sheet(args.out, next(loader(dataset, 12, 0, args.workers)), labels=labels, scale=1)
     print(f"wrote {args.out}")
 
 

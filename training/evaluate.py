@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import ae
-from files import ROOT, checkpoint, video as data
+from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
 from training import clips, metrics
 from wan import vae
@@ -41,7 +41,7 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
     Writes OUT/<clip>_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames of both), .json (the results; PSNR
     and SSIM as in spec 8.2).
     """
-    c, like, info = net.config, next(net.parameters()), data.clip_info(clip)
+    c, like, info = net.config, next(net.parameters()), video.clip_info(clip)
     psnr, ssim, shown, latent, seconds = [], [], [], [], dict(encode=0.0, decode=0.0)
     step = max(1, (frames or int(info.seconds * info.fps) or 8 * c.piece) // 8)  # between the frames of the contact sheet
 
@@ -53,7 +53,7 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
     def side_by_side():
         encoder_state = decoder_state = None
         bar = tqdm(total=frames or int(info.seconds * info.fps) or None, desc="reconstruct", unit="frame", leave=False)
-        for x in data.iter_clip(clip, frames, size, piece=c.piece):
+        for x in video.iter_clip(clip, frames, size, piece=c.piece):
             x, start = x[None], now()
             z, encoder_state = net.encode_chunk(x.to(like), encoder_state, compat)
             middle = now()
@@ -72,8 +72,8 @@ def reconstruct(net, clip, out, frames=None, size=None, compat=False):
 
     h, w = size or (info.height, info.width)
     path = f"{Path(out) / Path(clip).stem}_reconstruction"
-    data.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
-    data.contact_sheet(f"{path}.png", torch.cat(shown, dim=2), labels=["original", "reconstruction"], scale=min(2, 200 / h))
+    video.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
+    video.contact_sheet(f"{path}.png", torch.cat(shown, dim=2), labels=["original", "reconstruction"], scale=min(2, 200 / h))
     result = dict(
         clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps,
         psnr=round(metrics.finite_mean(torch.tensor(psnr)), 3), ssim=round(sum(ssim) / len(ssim), 4),
@@ -114,7 +114,7 @@ def show(path, nets, held_out, frames=4):
             like = next(net.parameters())
             rows.append(net.decode(net.encode(x[None].to(like)), x.shape[1], x.shape[2:])[0].float().cpu())
             labels.append(name)
-    data.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
+    video.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
 
 
 # ---------------------------------------------------------------------------------------------------- a film without end
@@ -132,7 +132,7 @@ def stream(net, clip, frames, size, check=80):
     Nothing is kept but the state. The first `check` frames are also done in one call over all of them: `error` is the largest difference.
     """
     c = net.config
-    film = itertools.chain.from_iterable(data.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
+    film = itertools.chain.from_iterable(video.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
     first, seen, rows, started = [], 0, [], time.perf_counter()
 
     def source():
@@ -173,7 +173,7 @@ def main_eval(argv):
     p.add_argument("--data", default="out/clips", metavar="FOLDER", help="clips; judged is what `clips.py` holds out of them")
     p.add_argument("--clips", type=int, default=16, help="how many")
     p.add_argument("--frames", type=int, default=80, help="per clip, as published; fewer where the clips are short")
-    p.add_argument("--size", type=data.size_arg, default="256x256", metavar="HxW", help="as published")
+    p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW", help="as published")
     p.add_argument("--stream", type=int, metavar="N", help="instead: the memory while N frames go through, on the film --data")
     p.add_argument("--results", metavar="FILE", help="JSON to write; beside it a contact sheet of three clips")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -211,7 +211,7 @@ def main_reconstruct(argv):
     r.add_argument("--weights", default=toy, help="official .pt, or .safetensors (default: the toy's)")
     r.add_argument("--out", default="out/reconstruct", help="folder for the results (default: %(default)s)")
     r.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
-    r.add_argument("--size", type=data.size_arg, metavar="HxW", help="scale and crop; 180x320 gives 180 rows (default: as it is)")
+    r.add_argument("--size", type=video.size_arg, metavar="HxW", help="scale and crop; 180x320 gives 180 rows (default: as it is)")
     r.add_argument("--compat", action="store_true", help="treat the end of the clip as the released code does: no padding")
     r.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     r.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on the CPU")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files import checkpoint, video as data
+from files import checkpoint, video
 
 
 def sentences(row):
@@ -76,7 +76,7 @@ class Journal:
         heads = [row["stage"] for row in self.rows if row["stage"] in self.strips]
         strips = [self.strips[head].float() / 127.5 - 1 for head in heads]
         width = strips[0].shape[-1]
-        data.contact_sheet(self.out / "stages.png", [torch.cat(row, dim=1) for row in zip(*strips)], columns=3 * len(heads), labels=labels, heads=heads,
+        video.contact_sheet(self.out / "stages.png", [torch.cat(row, dim=1) for row in zip(*strips)], columns=3 * len(heads), labels=labels, heads=heads,
                            scale=2 if width <= 256 else 256 / width)
 
 

@@ -1,4 +1,4 @@
-"""How good a video is: the table an autoencoder is judged by, and how well a toy video fits its prompt.
+"""How good a video is: the table an autoencoder is judged by.
 
 `evaluate` runs any autoencoder over clips and gives the numbers of the published evaluation (spec dc-ae-v 8.2): PSNR and SSIM compare
 pixels, LPIPS what a picture network sees, FVD two crowds of clips (`fvd.py`). None of them tells of two faults that every viewer
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from files import video as data
 from files.checkpoint import UserError
 from training import judges
 from training.losses import Perceptual
@@ -252,88 +251,3 @@ def plot(path, panels):
     with checkpoint.atomic_path(path) as tmp:
         fig.savefig(tmp, dpi=110)
     plt.close(fig)
-
-
-# ---------------------------------------------------------------------------------------------------- prompt fit
-
-
-def read_attributes(x):
-    """Read the toy world's attributes back from a video: [3, t, h, w] in [-1, 1] -> {attribute: word, or None where undecidable}.
-
-    No network: the background is the median of the border, the object is what differs from it in chroma (brightness slopes cancel),
-    motion is the slope of the object's centroid. The shape is told by its rotational harmonics
-    c_k = |sum m (dx + i dy)^k| / sum m |d|^k over the object's mask m: a triangle has c_3, a square c_4, a disc neither, and a
-    ring has a hole. Checked on clean, blurred, noisy and half-resolution clips in tests/test_metrics.py.
-    """
-    rgb = x.float().clamp(-1, 1).add(1).div(2)  # 3 t h w in [0, 1]
-    t, h, w = rgb.shape[1:]
-    border = torch.cat([rgb[:, :, :2].flatten(1), rgb[:, :, -2:].flatten(1), rgb[..., :2].flatten(1), rgb[..., -2:].flatten(1)], 1)
-    ground = border.median(dim=1).values
-    found = dict.fromkeys(data.WORLD)
-    found["background"] = _nearest(ground, data.BACKGROUNDS)
-
-    chroma = lambda c: c - c.mean(dim=0, keepdim=True)
-    distance = (chroma(rgb) - chroma(ground)[:, None, None, None]).norm(dim=0)  # t h w
-    distance = F.avg_pool2d(distance, 3, stride=1, padding=1, count_include_pad=False)  # single noisy pixels do not count
-    peak = distance.flatten().kthvalue(max(1, int(0.98 * distance.numel()))).values
-    mask = (distance > peak / 2).float()
-    if peak < 0.15 or mask.mean() > 0.4:  # nothing stands out, or nearly everything does: the largest object fills 0.15 of a frame
-        return found
-    area = mask.sum(dim=(1, 2))
-    seen = area > 0.5 * area.median().clamp(min=12)
-    if seen.sum() < 4:
-        return found
-    core = distance > 0.8 * peak
-    found["colour"] = _nearest(torch.stack([c[core].median() for c in rgb]), data.COLOURS)
-
-    ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    cx, cy = (mask * xs).sum((1, 2)) / area.clamp(min=1), (mask * ys[:, None]).sum((1, 2)) / area.clamp(min=1)
-    time = torch.arange(t)[seen].float()
-    time = time - time.mean()
-    travel = [32 * ((c[seen] * time).sum() / time.square().sum()).item() / side for c, side in ((cx, w), (cy, h))]
-    if max(map(abs, travel)) > 0.06:
-        axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
-        found["direction"] = (("left", "right"), ("up", "down"))[axis][travel[axis] > 0]
-        found["speed"] = "quickly" if abs(travel[axis]) > 0.36 else "slowly"
-
-    inside = seen & (mask[:, 0].sum(1) + mask[:, -1].sum(1) + mask[..., 0].sum(1) + mask[..., -1].sum(1) == 0)
-    if inside.any():
-        m, cx, cy = mask[inside], cx[inside], cy[inside]
-        d = torch.complex(xs - cx[:, None, None], (ys - cy[:, None])[:, :, None])
-        radius = (d.abs().square() * m).sum((1, 2)).div(m.sum((1, 2))).mul(2).sqrt()  # of the disc with this second moment
-        centre = (d.abs() < 0.3 * radius[:, None, None]).float()
-        fill = ((m * centre).sum((1, 2)) / centre.sum((1, 2)).clamp(min=1)).mean()
-        c3, c4 = (((m * d**k).sum((1, 2)).abs() / (m * d.abs() ** k).sum((1, 2))).mean() for k in (3, 4))
-        found["shape"] = "ring" if fill < 0.5 else "triangle" if c3 > 0.2 else "square" if c4 > 0.1 else "circle"
-        area = m.sum((1, 2)).mean().item() / (h * w)
-        found["size"] = "large" if area > SIZE_BORDER[found["shape"]] else "small"
-    return found
-
-
-def _nearest(colour, palette):
-    return min(palette, key=lambda name: sum((c - p / 255) ** 2 for c, p in zip(colour.tolist(), palette[name])))
-
-
-#: area of each shape (fraction of the frame) halfway between its small and its large version
-SIZE_BORDER = {shape: factor * sum(r**2 for r in data.RADIUS.values()) / 2
-               for shape, factor in {"circle": 2.78, "square": 2.56, "triangle": 1.3, "ring": 2.32}.items()}
-
-#: the four attributes whose mean accuracy is "the" prompt fit; size and speed are reported beside it
-FIT = ("colour", "shape", "direction", "background")
-
-
-def prompt_fit(videos, prompts):
-    """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT. `prompts`: dicts of attributes."""
-    right = {name: [] for name in data.WORLD}
-    for video, prompt in zip(videos, prompts, strict=True):
-        found = read_attributes(video)
-        for name, word in prompt.items():
-            right[name].append(found[name] == word)
-    scores = {name: sum(r) / len(r) for name, r in right.items() if r}
-    known = [scores[name] for name in FIT if name in scores]
-    return {**scores, "mean": sum(known) / max(len(known), 1)}
-
-
-def chance(name):
-    """Accuracy of guessing an attribute; "mean" averages over FIT."""
-    return sum(map(chance, FIT)) / len(FIT) if name == "mean" else 1 / len(data.WORLD[name])

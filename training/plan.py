@@ -46,7 +46,7 @@ from torch.utils.flop_counter import flop_registry
 import ae
 import dit
 import lora
-from files import ROOT, checkpoint, video as data
+from files import ROOT, checkpoint, video
 from gpu import tiling
 from training import bases, captions, loop
 from wan import models, text as encoders
@@ -372,7 +372,7 @@ def main(argv=None):
     p.add_argument("--base", default="wan2.1", help="the pre-trained model")
     p.add_argument("--target", choices=bases.TARGETS, default="f32t4c32", help="the deep latent space")
     p.add_argument("--gpus", type=int, default=8)
-    p.add_argument("--size", type=data.size_arg, metavar="HxW", help="of the clips (default: 480x832)")
+    p.add_argument("--size", type=video.size_arg, metavar="HxW", help="of the clips (default: 480x832)")
     p.add_argument("--frames", type=int, help="of the clips (default: 80)")
     p.add_argument("--clips", type=int, default=10_000, help="how many, for the caches")
     p.add_argument("--efficiency", type=float, default=0.4, help="share of an H100's peak that is reached")

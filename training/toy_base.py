@@ -22,12 +22,13 @@ import dit
 import flow
 import kernels
 import sample
-from files import checkpoint, video as data
+import toy
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import metrics
 from training.cache import Batch
 from training.muon import Muon
-from wan import models, text as encoders
+from wan import models
 
 SHARD = 256  # clips per cache file
 WITH_IMAGE = 64  # the first so many of them are cached with an image condition too
@@ -72,7 +73,7 @@ def cache_latents(model, shards, folder, seed=1):
     A shard that is there already, made by the same autoencoder from the same clips, is read instead; one that is damaged is made again.
     """
     shape, parts, attributes = model.latent_shape(model.frames, model.size), [], []
-    looks = data.toy_batch(seed, 1, model.frames, model.size[0])[0].double().sum().item()  # changes with the toy world
+    looks = toy.toy_batch(seed, 1, model.frames, model.size[0])[0].double().sum().item()  # changes with the toy world
     fingerprint = hash_of(model.ae, SHARD, shape, looks)
     for shard in tqdm(range(shards), desc=f"cache latents of {model.name}", unit="shard"):
         file = Path(folder) / fingerprint / f"seed{seed}-{shard:04d}.safetensors"
@@ -84,13 +85,13 @@ def cache_latents(model, shards, folder, seed=1):
                 tqdm.write(f"made again: {e}")
         rng = np.random.default_rng((seed, shard))
         if tensors is None:
-            clips, scenes = data.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
+            clips, scenes = toy.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
             with kernels.autocast(model.device):
                 z = torch.cat([model.encode(x) for x in clips.split(16)])
                 condition = torch.cat([model.condition(len(x), shape, x) for x in clips[:WITH_IMAGE, :, 0].split(16)])
             tensors = {"z": z.half().cpu(), "condition": condition.half().cpu()}
             checkpoint.save_tensors(file, tensors)
-        attributes += [data.random_scene(rng).attributes() for _ in range(SHARD)]
+        attributes += [toy.random_scene(rng).attributes() for _ in range(SHARD)]
         condition = torch.zeros(SHARD, *tensors["condition"].shape[1:], dtype=torch.half)
         condition[:WITH_IMAGE] = tensors["condition"]
         parts.append((tensors["z"], condition))
@@ -108,7 +109,7 @@ def encode_scenes(model, scenes, folder, name):
     else:
         z = []
         for i in tqdm(range(0, len(scenes), 16), desc=f"encode {name}", leave=False):
-            clips = torch.stack([data.to_tensor(data.render(s, model.frames, model.size[0])) for s in scenes[i : i + 16]])
+            clips = torch.stack([video.to_tensor(toy.render(s, model.frames, model.size[0])) for s in scenes[i : i + 16]])
             with kernels.autocast(model.device):
                 z.append(model.encode(clips).half().cpu())
         z = torch.cat(z)
@@ -238,7 +239,7 @@ def pretrain(args):
     """Train the toy base transformer from nothing on the base autoencoder's latents -> out/toy-base-dit.safetensors."""
     out = Path(args.out)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
-    base = models.Model("toy base", net, ae.load(models.WEIGHTS / "toy-base.safetensors"), encoders.ToyText()).to(args.device)
+    base = models.Model("toy base", net, ae.load(models.WEIGHTS / "toy-base.safetensors"), toy.ToyText()).to(args.device)
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
     log = fit(net, Source(latents, base.text, seed=args.seed), opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
@@ -249,25 +250,25 @@ def pretrain(args):
 
 def score(args):
     """Prompt fit of both embedded models and the reconstruction ceilings of both autoencoders -> results/toy.json."""
-    prompts = data.held_out_prompts(args.prompts or 256)
+    prompts = toy.held_out_prompts(args.prompts or 256)
     rng = np.random.default_rng(10_000_019)
-    scenes = [data.scene_of(a, rng) for a in prompts]
-    clips = torch.stack([data.to_tensor(data.render(s)) for s in scenes])
-    rows = {"chance": {name: metrics.chance(name) for name in (*data.WORLD, "mean")}, "clips": metrics.prompt_fit(clips, prompts)}
+    scenes = [toy.scene_of(a, rng) for a in prompts]
+    clips = torch.stack([video.to_tensor(toy.render(s)) for s in scenes])
+    rows = {"chance": {name: toy.chance(name) for name in (*toy.WORLD, "mean")}, "clips": toy.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
         model = models.load_model(name).to(args.device)
         with torch.no_grad():
             y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
-        rows[f"{name}: reconstruction"] = {**metrics.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}
-        rows[f"{name}: prompts"] = metrics.prompt_fit(sample.videos(model, prompts, progress=True), prompts)
+        rows[f"{name}: reconstruction"] = {**toy.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}
+        rows[f"{name}: prompts"] = toy.prompt_fit(sample.videos(model, prompts, progress=True), prompts)
         images = clips[:64, :, 0]
         made = []
         for i in range(0, len(images), 32):
             z = sample.generate(model, model.text.encode(prompts[i : i + 32]), images[i : i + 32], seed=i)
             made += torch.cat(list(model.decode(z, 32, (64, 64))), 2).cpu().unbind()
         first = metrics.psnr(torch.stack(made)[:, :, :1], images[:, :, None])
-        rows[f"{name}: image and prompt"] = {**metrics.prompt_fit(made, prompts[:64]), "psnr": first}
-    print(f"{'':26s}" + "".join(f"{k:>12s}" for k in (*data.WORLD, "mean", "psnr")))
+        rows[f"{name}: image and prompt"] = {**toy.prompt_fit(made, prompts[:64]), "psnr": first}
+    print(f"{'':26s}" + "".join(f"{k:>12s}" for k in (*toy.WORLD, "mean", "psnr")))
     for name, row in rows.items():
-        print(f"{name:26s}" + "".join(f"{row[k]:12.3f}" if k in row else f"{'':12s}" for k in (*data.WORLD, "mean", "psnr")))
+        print(f"{name:26s}" + "".join(f"{row[k]:12.3f}" if k in row else f"{'':12s}" for k in (*toy.WORLD, "mean", "psnr")))
     checkpoint.write_json(args.results, dict(**checkpoint.provenance(), prompts=len(prompts), rows=rows))

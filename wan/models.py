@@ -30,7 +30,8 @@ from PIL import Image
 import ae
 import dit
 import lora
-from files import ROOT, checkpoint, video as data
+import toy
+from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
 from wan import text as encoders, vae
 
@@ -192,7 +193,7 @@ class Model:
     name: str
     net: dit.WanDiT | Deferred
     ae: ae.DCAEV | vae.WanVAE
-    text: encoders.ToyText | encoders.WanText
+    text: toy.ToyText | encoders.WanText
     frames: int = 32
     size: tuple = (64, 64)  # height, width
     fps: int = 16
@@ -365,8 +366,8 @@ def resize(image, size, rule):
             return F.interpolate(image, size, mode="bicubic", align_corners=False)
         image = F.interpolate(image, cover, mode="bicubic", align_corners=False)
     else:
-        pictures = [Image.fromarray(x).resize(cover[::-1], Image.LANCZOS) for x in data.to_uint8(image.transpose(0, 1))]
-        image = data.to_tensor(np.stack(pictures)).transpose(0, 1)
+        pictures = [Image.fromarray(x).resize(cover[::-1], Image.LANCZOS) for x in video.to_uint8(image.transpose(0, 1))]
+        image = video.to_tensor(np.stack(pictures)).transpose(0, 1)
     top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
     return image[..., top : top + height, left : left + width]
 
@@ -392,7 +393,7 @@ def load_model(name="dc", weights=(), loras=(), dtype=torch.float32, device="cpu
     if path.is_dir():
         model = adapted(path, weights, loras, dtype, device, text_cache)
     else:
-        model = toy(name, weights[0] if weights else WEIGHTS)
+        model = embedded(name, weights[0] if weights else WEIGHTS)
         for file, strength, *_ in loras:
             lora.load(model.net, file, strength)
         model.net.cast_weights(dtype)
@@ -463,16 +464,16 @@ def stored_settings(folders, dc):
     return {k: v for k, v in stored.items() if v is not None}
 
 
-def toy(name, weights=WEIGHTS):
+def embedded(name, weights=WEIGHTS):
     """The embedded toy models, or a LoRA file on their base."""
     base_file = weights / "toy-base-dit.safetensors"
     if name == "base":
-        return Model("toy base", dit.load(base_file), ae.load(weights / "toy-base.safetensors"), encoders.ToyText())
+        return Model("toy base", dit.load(base_file), ae.load(weights / "toy-base.safetensors"), toy.ToyText())
     if name != "dc" and Path(name).suffix != ".safetensors":
         raise UserError(f"there is no model {name!r}: use base, dc, {', '.join(RELEASED)}, a folder made by adapt.py, or its lora.safetensors.")
     net = dit.inherit(dit.load(base_file), dit.PRESETS["toy-dc"])
     lora.load(net, weights / "toy-dc-lora.safetensors" if name == "dc" else name)
-    return Model("toy DC-VideoGen" if name == "dc" else str(name), net.eval(), ae.load(weights / "toy.safetensors"), encoders.ToyText())
+    return Model("toy DC-VideoGen" if name == "dc" else str(name), net.eval(), ae.load(weights / "toy.safetensors"), toy.ToyText())
 
 
 #: what adapt.py notes in the header of a model that it writes, and `adapted` reads
@@ -493,8 +494,8 @@ def adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cac
     task = "t2v" if c.in_channels == c.out_channels else "i2v"
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in told.get("sampling", {}).items()}
     autoencoder = ae.load(path / "ae.safetensors")
-    if c.text_dim == encoders.ToyText.text_dim:
-        return Model(str(path), net.get("cpu"), autoencoder, encoders.ToyText(), **{"task": "t2v" if task == "t2v" else "ti2v", **own})
+    if c.text_dim == toy.ToyText.text_dim:
+        return Model(str(path), net.get("cpu"), autoencoder, toy.ToyText(), **{"task": "t2v" if task == "t2v" else "ti2v", **own})
     row = RELEASED[told.get("base") or ("dc-wan2.1-t2v-1.3b" if c.dim < 5120 else f"dc-wan2.1-{task}-14b")]
     parts = {part: find(patterns, folders) for part, patterns in row.files.items()}
     text = encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=c.text_dim)
@@ -505,7 +506,7 @@ def adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cac
 def is_wan(name):
     """Is a model, by its name, anything but the toy? A folder is if its transformer reads umT5's prompts."""
     transformer = find(("transformer.safetensors", "transformer/*.safetensors"), [name])
-    return name in RELEASED or transformer is not None and dit.read_config(transformer).text_dim != encoders.ToyText.text_dim
+    return name in RELEASED or transformer is not None and dit.read_config(transformer).text_dim != toy.ToyText.text_dim
 
 
 def weight_bytes(config, dtype):

@@ -1,0 +1,212 @@
+"""The toy world: reproducible, says what it shows; its words are found in prompts, its attributes read back from pixels."""
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import toy
+from conftest import ROOT
+from files import video
+from files.checkpoint import UserError
+
+CLIPS = 48
+SENTENCE = "a large red circle moving left slowly on a blue background"
+
+
+# ---------------------------------------------------------------------------------------------------- clips
+
+
+def test_a_seed_is_a_batch():
+    (x, scenes), (again, _), (other, _) = (toy.toy_batch(seed, 3, 16, 32) for seed in (1, 1, 2))
+    assert x.shape == (3, 3, 16, 32, 32) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert len({toy.caption(s) + str(s.along) for s in scenes}) == 3
+    later = toy.toy_batch(1, 3, 8, 32, start=8)[0]  # the same scenes, entered 8 frames later
+    assert torch.equal(later, x[:, :, 8:])
+
+
+def test_captions_say_every_attribute():
+    scene = toy.random_scene(np.random.default_rng(0))
+    assert set(scene.attributes()) == set(toy.WORLD)
+    assert all(word in toy.caption(scene).split() for word in scene.attributes().values())
+    words = dict(size="large", colour="red", shape="circle", direction="left", speed="slowly", background="blue")
+    assert toy.caption(words) == "a large red circle moving left slowly on a blue background"
+    assert toy.caption(dict(colour="red")) == "a red shape"
+
+
+def test_attributes_are_what_is_drawn():
+    """The sprite moves as far and in the direction that its words say, and covers what its size says."""
+    for direction, (sx, sy) in toy.STEP.items():
+        for speed, travel in toy.TRAVEL.items():
+            for size, radius in toy.RADIUS.items():
+                words = dict(size=size, colour="red", shape="circle", direction=direction, speed=speed, background="black")
+                clip = toy.render(toy.scene_of(words, np.random.default_rng(0)), frames=32, size=64)
+                red = clip[..., 0] > 128
+                (y0, x0), (y1, x1) = (np.argwhere(red[i]).mean(axis=0) for i in (0, 31))
+                assert np.allclose([x1 - x0, y1 - y0], 31 / 32 * travel * 64 * np.array([sx, sy]), atol=0.3)
+                assert abs(red[0].sum() - np.pi * (0.94 * radius * 64) ** 2) < 0.1 * red[0].sum()
+
+
+def test_held_out_prompts_are_fixed():
+    assert toy.held_out_prompts(4) == toy.held_out_prompts(6)[:4]
+
+
+# ---------------------------------------------------------------------------------------------------- the vocabulary
+
+
+@pytest.fixture
+def text():
+    return toy.ToyText()
+
+
+def test_every_attribute_of_a_sentence_is_found(text):
+    words = dict(size="large", colour="red", shape="circle", direction="left", speed="slowly", background="blue")
+    assert text.parse(SENTENCE) == (words, [])
+    assert text.parse(SENTENCE.upper() + "!") == (words, [])
+
+
+def test_captions_round_trip(text):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        attributes = toy.random_scene(rng).attributes()
+        given = {name: word for name, word in attributes.items() if rng.random() < 0.7}  # partial captions too
+        assert text.parse(toy.caption(given)) == (given, [])
+
+
+@pytest.mark.parametrize("prompt, words", {
+    "a blue ring on a green background": dict(colour="blue", shape="ring", background="green"),
+    "blue background, green ring": dict(colour="green", shape="ring", background="blue"),
+    "green square against a green backdrop": dict(colour="green", shape="square", background="green"),
+    "a black background": dict(background="black"),
+    "blue": dict(colour="blue"),
+}.items())
+def test_a_colour_before_background_is_the_backgrounds(text, prompt, words):
+    assert text.parse(prompt) == (words, [])
+
+
+def test_synonyms_mean_words_of_the_world(text):
+    assert text.parse("a tiny magenta disk drifting upwards rapidly over a grey backdrop") == (
+        dict(size="small", colour="purple", shape="circle", direction="up", speed="quickly", background="gray"), [])
+    assert set(toy.SYNONYMS.values()) <= {word for words in toy.WORLD.values() for word in words} | {"background"}
+
+
+def test_unknown_words_are_left_out_with_a_warning_that_lists_the_vocabulary(text):
+    with pytest.warns(UserWarning) as caught:
+        context = text(["a shiny red circle jumping left, shiny"])
+    message = str(caught[0].message)
+    assert len(caught) == 1 and message.count("'shiny'") == 1 and "'jumping'" in message
+    assert all(word in message for words in toy.WORLD.values() for word in words)
+    assert torch.equal(context, text(["a red circle left"]))
+
+
+def test_there_is_one_object_so_a_second_word_for_an_attribute_is_left_out(text):
+    assert text.parse("a red and yellow ring") == (dict(colour="red", shape="ring"), ["yellow"])
+    assert text.parse("a large, huge ring") == (dict(size="large", shape="ring"), [])  # says the same twice
+
+
+def test_a_prompt_without_any_known_word_is_refused(text):
+    for prompt in ("a cat plays the piano", "", "123 !?"):
+        with pytest.raises(UserError) as error:
+            text([SENTENCE, prompt])
+        assert repr(prompt) in str(error.value) and all(word in str(error.value) for words in toy.WORLD.values() for word in words)
+
+
+def test_context_has_a_row_per_attribute_and_zeros_elsewhere(text):
+    context = text([SENTENCE, "a red circle", "a yellow circle"])
+    assert context.shape == (3, text.text_len, text.text_dim) and context.dtype == torch.float32
+    used = context.abs().sum(dim=2) > 0
+    assert used.sum(dim=1).tolist() == [6, 2, 2]
+    rows = list(toy.WORLD)
+    assert torch.equal(context[0, rows.index("colour")], context[1, rows.index("colour")])  # does not depend on the rest
+    assert not torch.equal(context[1], context[2])
+    assert torch.allclose(context[0].square().mean(dim=1)[:6], torch.ones(6))  # unit RMS, like the states of a language model
+
+
+def test_every_word_has_a_column_of_its_own(text):
+    everything = torch.stack([text.encode([{name: word}])[0].sum(0) for name, words in toy.WORLD.items() for word in words])
+    assert (everything != 0).any(0).sum() == len(everything) <= text.text_dim  # "blue" object and "blue" background differ
+
+
+def test_null_is_a_prompt_that_says_nothing(text):
+    assert torch.equal(text.null(2), text.encode([{}, {}])) and not text.null(2).any()
+
+
+def test_known_sentences_bring_no_warning(text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text([SENTENCE, "the small ball is going down fast", "a video showing a cyan shape that moves towards the right"])
+
+
+# ---------------------------------------------------------------------------------------------------- prompt fit
+
+
+@pytest.fixture(scope="module")
+def world():
+    clips, scenes = toy.toy_batch(3, CLIPS)
+    return clips, [s.attributes() for s in scenes]
+
+
+@pytest.mark.parametrize("change", {
+    "clean": lambda x: x,
+    "noisy": lambda x: x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
+    "blurred": lambda x: F.avg_pool3d(x, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False),
+    "half resolution": lambda x: F.avg_pool3d(x, (1, 2, 2)),
+}.items(), ids=lambda c: c[0])
+def test_attributes_are_read_back(world, change):
+    clips, attributes = world
+    fit = toy.prompt_fit(change[1](clips), attributes)
+    assert fit.keys() == {*toy.WORLD, "mean"} and min(fit.values()) >= 0.97, fit
+
+
+def test_half_the_frames_are_enough(world):
+    clips, attributes = world
+    assert toy.prompt_fit(clips[:12, :, ::2], attributes[:12])["direction"] == 1
+
+
+@pytest.mark.parametrize("background", toy.BACKGROUNDS)
+def test_an_empty_scene_has_a_background_and_nothing_else(background):
+    colour = torch.tensor(toy.BACKGROUNDS[background]).float().div(127.5).sub(1)
+    empty = colour.view(3, 1, 1, 1) + 0.05 * torch.randn(3, 8, 64, 64)
+    assert toy.read_attributes(empty) == {**dict.fromkeys(toy.WORLD), "background": background}
+
+
+@pytest.mark.parametrize("size", [64, 8], ids=["fine", "coarse"])
+def test_noise_shows_no_object(size):
+    noise = F.interpolate(torch.randn(1, 3, 8, size, size), (8, 64, 64), mode="trilinear")[0]
+    found = toy.read_attributes(noise)
+    assert [found[name] for name in ("size", "colour", "shape", "direction", "speed")] == [None] * 5
+
+
+def test_still_and_very_short_clips_have_no_direction(world):
+    still = toy.read_attributes(world[0][0, :, 15:16].expand(-1, 16, -1, -1))
+    assert still["direction"] is None and still["speed"] is None and still["shape"] == world[1][0]["shape"]
+    assert toy.read_attributes(world[0][0, :, :1])["direction"] is None
+
+
+def test_prompt_fit_counts_what_the_prompt_asks_for(monkeypatch):
+    seen = dict(size="small", colour="red", shape="ring", direction=None, speed="slowly", background="blue")
+    monkeypatch.setattr(toy, "read_attributes", lambda video: seen)
+    fit = toy.prompt_fit([0, 0], [dict(colour="red", shape="circle", speed="slowly"), dict(colour="blue", direction="up")])
+    # colour 1 of 2, shape 0 of 1, direction undecidable counts as wrong; speed is reported but not part of the mean
+    assert fit == dict(colour=0.5, shape=0, direction=0, speed=1, mean=pytest.approx(0.5 / 3))
+    assert toy.prompt_fit([0], [dict(speed="quickly")]) == dict(speed=0, mean=0)
+    with pytest.raises(ValueError):  # as many videos as prompts
+        toy.prompt_fit([0], [seen, seen])
+
+
+def test_chance_is_guessing():
+    assert toy.chance("shape") == 1 / 4 and toy.chance("colour") == 1 / 6
+    assert toy.chance("mean") == pytest.approx((1 / 6 + 1 / 4 + 1 / 4 + 1 / 6) / 4)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_script_shows_the_toy_world(tmp_path):
+    command = [sys.executable, ROOT / "toy.py", "--out", tmp_path, "--clips", "2", "--frames", "8"]
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert video.read_clip(tmp_path / "toy.mp4").shape == (3, 16, 256, 256) and (tmp_path / "toy.png").exists()

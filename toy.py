@@ -1,0 +1,330 @@
+"""The toy world: a video data set that fits in a function, the words for it, and a score that needs no network.
+
+Each clip shows one sprite moving over a plain, slightly shaded background, and is described by a sentence:
+
+    "a large red circle moving left slowly on a blue background"
+
+Six attributes are named by the caption (WORLD); position, angle, spin, shading and brightness vary continuously and are not, so no two
+clips are equal and nothing can be memorised. Direction exists only in time. `read_attributes` reads the attributes back from the pixels.
+
+    render(scene, frames)            one clip, uint8 [t, h, w, 3]
+    random_scene(rng), caption(...)  draw attributes, say them
+    toy_batch(seed, n, ...)          n clips as a tensor [n, 3, t, h, w] in [-1, 1], with their scenes
+    ToyText()(["a red circle"])      context [b, 8, 32] for the transformer: a vocabulary in place of a network
+    prompt_fit(videos, prompts)      share of attributes that a video shows as its prompt asks
+
+    python toy.py --out out/toy      a contact sheet and an mp4 of the toy world (three seconds)
+"""
+import argparse
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from files import checkpoint
+from files.checkpoint import UserError
+from files.video import contact_sheet, to_tensor, write_video
+
+# ---------------------------------------------------------------------------------------------------- clips
+
+#: attribute -> the words for it, in the order a caption names them
+WORLD = {
+    "size": ("small", "large"),
+    "colour": ("red", "yellow", "green", "cyan", "blue", "purple"),
+    "shape": ("circle", "square", "triangle", "ring"),
+    "direction": ("left", "right", "up", "down"),
+    "speed": ("slowly", "quickly"),
+    "background": ("black", "gray", "white", "blue", "green", "brown"),
+}
+COLOURS = {"red": (230, 30, 30), "yellow": (240, 215, 20), "green": (20, 185, 40), "cyan": (20, 205, 220),
+           "blue": (30, 60, 235), "purple": (190, 30, 210)}
+BACKGROUNDS = {"black": (22, 22, 24), "gray": (120, 120, 120), "white": (226, 226, 224), "blue": (78, 98, 146),
+               "green": (80, 128, 92), "brown": (138, 100, 82)}
+STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+RADIUS = {"small": 0.15, "large": 0.23}  # of the frame's side
+TRAVEL = {"slowly": 0.24, "quickly": 0.48}  # of the frame's side, in 32 frames
+
+
+@dataclass
+class Scene:
+    """One clip of the toy world: six named attributes, and what the caption leaves open (fractions of the frame, radians)."""
+
+    size: str
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+    background: str
+    along: float = 0.0  # offset of the path's middle along the direction of motion, -1..1
+    across: float = 0.0  # the same across it
+    angle: float = 0.0
+    spin: float = 0.0  # radians in 32 frames
+    shade: tuple = (0.0, 0.0)  # background brightness slope in x and y
+    light: float = 1.0  # brightness of the object
+
+    def attributes(self):
+        return {name: getattr(self, name) for name in WORLD}
+
+
+def random_scene(rng):
+    """A scene with every attribute drawn uniformly."""
+    return scene_of({name: str(rng.choice(words)) for name, words in WORLD.items()}, rng)
+
+
+def scene_of(attributes, rng):
+    """A scene with these attributes; what the caption leaves open is drawn from `rng`."""
+    return Scene(**attributes, along=rng.uniform(-1, 1), across=rng.uniform(-1, 1), angle=rng.uniform(-0.25, 0.25),
+                 spin=rng.uniform(-0.3, 0.3), shade=tuple(rng.uniform(-12, 12, 2)), light=rng.uniform(0.9, 1.05))
+
+
+def caption(scene):
+    """The sentence that describes a scene (or a dict of attributes; missing ones are left out)."""
+    a = scene if isinstance(scene, dict) else scene.attributes()
+    words = ["a", a.get("size"), a.get("colour"), a.get("shape", "shape")]
+    if "direction" in a or "speed" in a:
+        words += ["moving", a.get("direction"), a.get("speed")]
+    if "background" in a:
+        words += ["on a", a["background"], "background"]
+    return " ".join(w for w in words if w)
+
+
+def render(scene, frames=32, size=64, start=0):
+    """Draw a scene -> uint8 [frames, size, size, 3], anti-aliased through the sprite's signed distance function.
+
+    The first frame is number `start` of the scene. Speeds are per frame: a longer clip goes on in the same direction (and may leave the frame).
+    """
+    r = RADIUS[scene.size] * size
+    travel = TRAVEL[scene.speed] * size
+    d = np.array(STEP[scene.direction], np.float32)
+    room_along = max(size / 2 - travel / 2 - r - 1, 0)
+    room_across = size / 2 - r - 1
+    middle = size / 2 + scene.along * room_along * d + scene.across * room_across * d[::-1]
+    t = np.arange(start, start + frames, dtype=np.float32)
+    centre = middle + (t[:, None] - 15.5) / 32 * travel * d  # t 2
+    angle = scene.angle + scene.spin * t / 32
+
+    grid = np.arange(size, dtype=np.float32) + 0.5
+    dx, dy = grid[None, None, :] - centre[:, 0, None, None], grid[None, :, None] - centre[:, 1, None, None]  # t h w
+    distance = SHAPES[scene.shape](dx, dy, r, np.cos(angle)[:, None, None], np.sin(angle)[:, None, None])
+    alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+
+    slope = scene.shade[0] * (grid[None, :] / size - 0.5) * 2 + scene.shade[1] * (grid[:, None] / size - 0.5) * 2
+    ground = np.array(BACKGROUNDS[scene.background], np.float32) + slope[..., None].astype(np.float32)  # h w 3
+    paint = np.array(COLOURS[scene.colour], np.float32) * scene.light
+    return np.clip(ground[None] + alpha * (paint - ground[None]) + 0.5, 0, 255).astype(np.uint8)
+
+
+def _circle(dx, dy, r, c, s):
+    return np.sqrt(dx * dx + dy * dy) - 0.94 * r
+
+
+def _ring(dx, dy, r, c, s):
+    return np.abs(np.sqrt(dx * dx + dy * dy) - 0.76 * r) - 0.24 * r
+
+
+def _square(dx, dy, r, c, s):
+    return np.maximum(np.abs(dx * c + dy * s), np.abs(dy * c - dx * s)) - 0.8 * r
+
+
+def _triangle(dx, dy, r, c, s):
+    u, v = dx * c + dy * s, dy * c - dx * s + 0.12 * r  # apex up, centroid in the middle
+    return np.maximum(v - 0.5 * r, 0.866 * np.abs(u) - 0.5 * v - 0.5 * r)
+
+
+#: signed distance to each shape, in pixels: negative inside
+SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "ring": _ring}
+
+
+def toy_batch(seed, n, frames=32, size=64, start=0):
+    """`n` random clips -> (float tensor [n, 3, frames, size, size] in [-1, 1], list of Scene). The same seed gives the same batch.
+
+    `start=None` draws the first frame of each clip from the 32 that a scene is made for.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng) for _ in range(n)]
+    starts = rng.integers(0, max(33 - frames, 1), n) if start is None else [start] * n
+    return torch.stack([to_tensor(render(s, frames, size, int(t))) for s, t in zip(scenes, starts)]), scenes
+
+
+def held_out_prompts(n, seed=10_000_019):
+    """`n` fixed attribute dicts for evaluation; the seed is never used in training."""
+    rng = np.random.default_rng(seed)
+    return [random_scene(rng).attributes() for _ in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------- the vocabulary
+
+SYNONYMS = {"grey": "gray", "big": "large", "huge": "large", "tiny": "small", "little": "small", "disc": "circle", "disk": "circle",
+            "ball": "circle", "box": "square", "donut": "ring", "magenta": "purple", "violet": "purple", "fast": "quickly",
+            "quick": "quickly", "rapidly": "quickly", "slow": "slowly", "leftward": "left", "leftwards": "left", "rightward": "right",
+            "rightwards": "right", "upward": "up", "upwards": "up", "downward": "down", "downwards": "down", "backdrop": "background"}
+FILLERS = set("a an the is on over in of at to towards with and it that which moves moving moved drifting going flying gliding sliding "
+              "shape object background before against front video clip showing".split())
+
+
+class ToyText:
+    """Toy prompts -> context rows: rules in place of a network. "a large red circle moving left slowly on a blue background" becomes one
+    row per attribute (size, colour, shape, direction, speed, background), each a one-hot vector of the word; rows of attributes that the
+    prompt leaves out, and the rows up to text_len, are zeros, like the rows past the end of a Wan prompt. The null prompt of
+    classifier-free guidance is all zeros."""
+
+    text_len, text_dim = 8, 32
+
+    def __init__(self):
+        words = [(name, word) for name in WORLD for word in WORLD[name]]
+        self.row = {name: i for i, name in enumerate(WORLD)}
+        self.column = {key: i for i, key in enumerate(words)}
+
+    def parse(self, prompt):
+        """Prompt -> ({attribute: word}, [words left out]). A colour right before "background" is the background's. Left out is what the
+        toy does not know, and a second word for the same attribute: there is one object."""
+        words = [SYNONYMS.get(w, w) for w in re.findall(r"[^\W\d_]+", prompt.lower())]
+        found, unknown = {}, []
+        for word, following in zip(words, words[1:] + [""]):
+            slots = ["background"] if following == "background" else [name for name in WORLD if name != "background"]
+            slot = next((name for name in slots if word in WORLD[name]), None)
+            if slot and found.setdefault(slot, word) == word or word in FILLERS:
+                continue
+            unknown.append(word)
+        return found, unknown
+
+    def encode(self, attributes):
+        """List of {attribute: word} -> context [b, 8, 32]."""
+        context = torch.zeros(len(attributes), self.text_len, self.text_dim)
+        for b, given in enumerate(attributes):
+            for name, word in given.items():
+                context[b, self.row[name], self.column[name, word]] = self.text_dim**0.5
+        return context
+
+    def __call__(self, prompts):
+        """List of sentences -> context [b, 8, 32]. Warns of words it does not know; a prompt without any known word is a UserError."""
+        attributes = []
+        for prompt in prompts:
+            found, unknown = self.parse(prompt)
+            if not found:
+                raise UserError(f"the toy model knows no word of {prompt!r}. {self.vocabulary()}")
+            if unknown:
+                warnings.warn(f"the toy model leaves out {', '.join(map(repr, dict.fromkeys(unknown)))}. {self.vocabulary()}")
+            attributes.append(found)
+        return self.encode(attributes)
+
+    def null(self, n):
+        """The unconditional context, [n, 8, 32]."""
+        return torch.zeros(n, self.text_len, self.text_dim)
+
+    @staticmethod
+    def vocabulary():
+        return "It knows " + "; ".join(f"{name}: {', '.join(words)}" for name, words in WORLD.items()) + "."
+
+
+# ---------------------------------------------------------------------------------------------------- prompt fit
+
+
+def read_attributes(x):
+    """Read the toy world's attributes back from a video: [3, t, h, w] in [-1, 1] -> {attribute: word, or None where undecidable}.
+
+    No network: the background is the median of the border, the object is what differs from it in chroma (brightness slopes cancel),
+    motion is the slope of the object's centroid. The shape is told by its rotational harmonics
+    c_k = |sum m (dx + i dy)^k| / sum m |d|^k over the object's mask m: a triangle has c_3, a square c_4, a disc neither, and a
+    ring has a hole. Checked on clean, blurred, noisy and half-resolution clips in tests/test_toy.py.
+    """
+    rgb = x.float().clamp(-1, 1).add(1).div(2)  # 3 t h w in [0, 1]
+    t, h, w = rgb.shape[1:]
+    border = torch.cat([rgb[:, :, :2].flatten(1), rgb[:, :, -2:].flatten(1), rgb[..., :2].flatten(1), rgb[..., -2:].flatten(1)], 1)
+    ground = border.median(dim=1).values
+    found = dict.fromkeys(WORLD)
+    found["background"] = _nearest(ground, BACKGROUNDS)
+
+    chroma = lambda c: c - c.mean(dim=0, keepdim=True)
+    distance = (chroma(rgb) - chroma(ground)[:, None, None, None]).norm(dim=0)  # t h w
+    distance = F.avg_pool2d(distance, 3, stride=1, padding=1, count_include_pad=False)  # single noisy pixels do not count
+    peak = distance.flatten().kthvalue(max(1, int(0.98 * distance.numel()))).values
+    mask = (distance > peak / 2).float()
+    if peak < 0.15 or mask.mean() > 0.4:  # nothing stands out, or nearly everything does: the largest object fills 0.15 of a frame
+        return found
+    area = mask.sum(dim=(1, 2))
+    seen = area > 0.5 * area.median().clamp(min=12)
+    if seen.sum() < 4:
+        return found
+    core = distance > 0.8 * peak
+    found["colour"] = _nearest(torch.stack([c[core].median() for c in rgb]), COLOURS)
+
+    ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    cx, cy = (mask * xs).sum((1, 2)) / area.clamp(min=1), (mask * ys[:, None]).sum((1, 2)) / area.clamp(min=1)
+    time = torch.arange(t)[seen].float()
+    time = time - time.mean()
+    travel = [32 * ((c[seen] * time).sum() / time.square().sum()).item() / side for c, side in ((cx, w), (cy, h))]
+    if max(map(abs, travel)) > 0.06:
+        axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
+        found["direction"] = (("left", "right"), ("up", "down"))[axis][travel[axis] > 0]
+        found["speed"] = "quickly" if abs(travel[axis]) > 0.36 else "slowly"
+
+    inside = seen & (mask[:, 0].sum(1) + mask[:, -1].sum(1) + mask[..., 0].sum(1) + mask[..., -1].sum(1) == 0)
+    if inside.any():
+        m, cx, cy = mask[inside], cx[inside], cy[inside]
+        d = torch.complex(xs - cx[:, None, None], (ys - cy[:, None])[:, :, None])
+        radius = (d.abs().square() * m).sum((1, 2)).div(m.sum((1, 2))).mul(2).sqrt()  # of the disc with this second moment
+        centre = (d.abs() < 0.3 * radius[:, None, None]).float()
+        fill = ((m * centre).sum((1, 2)) / centre.sum((1, 2)).clamp(min=1)).mean()
+        c3, c4 = (((m * d**k).sum((1, 2)).abs() / (m * d.abs() ** k).sum((1, 2))).mean() for k in (3, 4))
+        found["shape"] = "ring" if fill < 0.5 else "triangle" if c3 > 0.2 else "square" if c4 > 0.1 else "circle"
+        area = m.sum((1, 2)).mean().item() / (h * w)
+        found["size"] = "large" if area > SIZE_BORDER[found["shape"]] else "small"
+    return found
+
+
+def _nearest(colour, palette):
+    return min(palette, key=lambda name: sum((c - p / 255) ** 2 for c, p in zip(colour.tolist(), palette[name])))
+
+
+#: area of each shape (fraction of the frame) halfway between its small and its large version
+SIZE_BORDER = {shape: factor * sum(r**2 for r in RADIUS.values()) / 2
+               for shape, factor in {"circle": 2.78, "square": 2.56, "triangle": 1.3, "ring": 2.32}.items()}
+
+#: the four attributes whose mean accuracy is "the" prompt fit; size and speed are reported beside it
+FIT = ("colour", "shape", "direction", "background")
+
+
+def prompt_fit(videos, prompts):
+    """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT. `prompts`: dicts of attributes."""
+    right = {name: [] for name in WORLD}
+    for video, prompt in zip(videos, prompts, strict=True):
+        found = read_attributes(video)
+        for name, word in prompt.items():
+            right[name].append(found[name] == word)
+    scores = {name: sum(r) / len(r) for name, r in right.items() if r}
+    known = [scores[name] for name in FIT if name in scores]
+    return {**scores, "mean": sum(known) / max(len(known), 1)}
+
+
+def chance(name):
+    """Accuracy of guessing an attribute; "mean" averages over FIT."""
+    return sum(map(chance, FIT)) / len(FIT) if name == "mean" else 1 / len(WORLD[name])
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main():
+    p = argparse.ArgumentParser(description="Show the toy world: a contact sheet and an mp4.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out/toy", help="folder for the results")
+    p.add_argument("--clips", type=int, default=12, help="how many clips")
+    p.add_argument("--frames", type=int, default=32, help="frames per clip")
+    p.add_argument("--size", type=int, default=64, help="side of a frame in pixels")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
+    args = p.parse_args()
+    videos, scenes = toy_batch(args.seed, args.clips, args.frames, args.size)
+    out = Path(args.out)
+    contact_sheet(out / "toy.png", videos, labels=[caption(s) for s in scenes])
+    write_video(out / "toy.mp4", list(videos), fps=16, scale=4)
+    print(f"wrote {out}/toy.png and {out}/toy.mp4")
+
+
+if __name__ == "__main__":
+    with checkpoint.user_errors():
+        main()
