@@ -50,7 +50,8 @@ from files.checkpoint import UserError
 from training import bases, cache, loop, toy_base
 from training.bases import DTYPES
 from training.journal import Journal
-from wan import models, text as encoders
+from wan import models
+from wan.text import release
 
 STAGES = ("cache", "align", "head", "lora", "export")
 ENDS = ("patch_embedding", "head")  # trained whole, from stage 1b on
@@ -427,7 +428,7 @@ def examine(job, expert, title, net, model=None, held=None, **numbers):
     row["seconds"] = time.perf_counter() - job.started
     job.journal.add(row, videos, job.base.labels)
     if job.device.type == "cuda":
-        encoders.release()
+        release()
 
 
 def depth(job, base, net):

@@ -43,7 +43,8 @@ import kernels
 from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose, fp8, tiling
-from wan import models, text as encoders
+from wan import models
+from wan.text import WanText
 
 # ---------------------------------------------------------------------------------------------------- the guided loop
 
@@ -137,7 +138,7 @@ def plan(model, frames, size, dtype, fold, offload=None, tile=None, free=None):
             break
     if model.task != "t2v":
         model.encode_tile = tiling.choose(model.ae, shape, budget - autoencoder, model.ae_dtype, side="encoder")
-    if isinstance(model.text, encoders.WanText) and model.text.stored_bytes() > budget:
+    if isinstance(model.text, WanText) and model.text.stored_bytes() > budget:
         model.text.device = "cpu"
     report = dict(offload=offload, tile=here, gib={k: round(v / 2**30, 3) for k, v in dict(
         transformer=weights, autoencoder=autoencoder, denoising_peak=denoise, decode_peak=decode, free=free).items()})

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 import ae
 import dit
-from wan import text as encoders, vae
+from wan import vae
+from wan.image import CLIPVision, CLIP_MEAN, CLIP_NAMES, CLIP_STD
+from wan.text import UMT5, UMT5_NAMES
 
 FOLDERS = {  # model -> the folders that hold it, once for each layout
     "wan2.1-t2v-1.3b": [["Wan2.1-T2V-1.3B"], ["Wan2.1-T2V-1.3B-Diffusers"]],
@@ -176,14 +178,14 @@ def randomised(net, scales):
 @seeded
 def text_encoder():
     """State dict in the original names, bf16."""
-    net = encoders.UMT5(vocab=len(pieces()), dim=TEXT_DIM, attn_dim=24, ffn_dim=48, heads=2, layers=2)
+    net = UMT5(vocab=len(pieces()), dim=TEXT_DIM, attn_dim=24, ffn_dim=48, heads=2, layers=2)
     return as_bf16(net.state_dict())
 
 
 @seeded
 def image_encoder():
     """State dict of CLIP's vision tower in the original names without prefix, fp32: two blocks, of which the last is not used."""
-    net = encoders.CLIPVision(dim=IMAGE_DIM, mlp_dim=40, heads=1, layers=1 + 2, patch=7, tokens=1 + 4 * 4)  # builds all but the last
+    net = CLIPVision(dim=IMAGE_DIM, mlp_dim=40, heads=1, layers=1 + 2, patch=7, tokens=1 + 4 * 4)  # builds all but the last
     for p in (net.cls_embedding, net.pos_embedding):
         p.normal_()
     return {**net.state_dict(), "post_norm.weight": torch.ones(IMAGE_DIM), "post_norm.bias": torch.zeros(IMAGE_DIM)}
@@ -265,7 +267,7 @@ def write_vae(folder, net):
 
 def write_text_encoder(folder, sd):
     """transformers' UMT5EncoderModel, in shards, stored in fp32."""
-    theirs = {respell(name, encoders.UMT5_NAMES[1:]): value.float() for name, value in sd.items()}
+    theirs = {respell(name, UMT5_NAMES[1:]): value.float() for name, value in sd.items()}
     write_shards(folder, {**theirs, "encoder.embed_tokens.weight": theirs["shared.weight"]}, 3, "model")
     write_json(folder / "config.json", {
         "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": len(pieces()), "d_model": TEXT_DIM, "d_kv": 12, "d_ff": 48,
@@ -279,7 +281,7 @@ def write_image_encoder(folder, sd):
     """transformers' CLIPVisionModel and CLIPImageProcessor."""
     theirs = {}
     for name, value in sd.items():
-        name = "vision_model." + respell(name, encoders.CLIP_NAMES)
+        name = "vision_model." + respell(name, CLIP_NAMES)
         if "to_qkv" in name:
             theirs |= {name.replace("to_qkv", f"{part}_proj"): third for part, third in zip("qkv", value.chunk(3))}
         else:  # the embeddings have no batch axes there
@@ -292,11 +294,11 @@ def write_image_encoder(folder, sd):
     write_json(folder / "image_processor" / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 28}, "resample": 3, "do_center_crop": True,
         "crop_size": {"height": 28, "width": 28}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": encoders.CLIP_MEAN, "image_std": encoders.CLIP_STD, "do_convert_rgb": True})
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True})
 
 
 def respell(name, pairs):
-    """The way back of `encoders.rename`: original -> transformers."""
+    """The way back of `wan.text.rename`: original -> transformers."""
     for theirs, ours in pairs:
         name = name.replace(ours, theirs)
     return name

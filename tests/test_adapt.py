@@ -24,7 +24,8 @@ from files.checkpoint import UserError
 from make_tiny_checkpoints import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
 from training.journal import Journal
-from wan import models, text as encoders
+from wan import models
+from wan.text import WanText
 
 TEXT = toy.ToyText()
 
@@ -191,7 +192,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_cache(tmp_path_factory):
     """States for the captions and the empty prompt, so that no text encoder is needed."""
-    text = encoders.WanText(None, None, cache=tmp_path_factory.mktemp("text") / "cache.safetensors", text_dim=TEXT_DIM)
+    text = WanText(None, None, cache=tmp_path_factory.mktemp("text") / "cache.safetensors", text_dim=TEXT_DIM)
     text.known = {prompt: torch.randn(4, TEXT_DIM) for prompt in (*CAPTIONS, "")}
     text.write_cache(list(text.known))
     return text.cache

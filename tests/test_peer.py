@@ -15,7 +15,9 @@ import dit
 import flow
 import sample
 from make_tiny_checkpoints import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
-from wan import models, text as encoders, vae
+from wan import models, vae
+from wan.image import WanImage
+from wan.text import WanText
 
 pytestmark = pytest.mark.peer
 diffusers = pytest.importorskip("diffusers")
@@ -91,7 +93,7 @@ def test_text_encoder_and_tokenizer(tiny_folders):
     """Cleaned, tokenised, encoded, padded to 512 with zeros; the .pth is stored in bf16, the folder in fp32."""
     original, folder = tiny_folders / "Wan2.1-T2V-14B", tiny_folders / "Wan2.1-T2V-14B-Diffusers"
     parts = original / "models_t5_umt5-xxl-enc-bf16.pth", original / "google" / "umt5-xxl"
-    ours = encoders.WanText(*parts, dtype=torch.float32, text_dim=TEXT_DIM)
+    ours = WanText(*parts, dtype=torch.float32, text_dim=TEXT_DIM)
     pipe = diffusers.WanPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=torch.float32)
     strictly(transformers.UMT5EncoderModel, folder / "text_encoder")
     prompts = ["a cat is playing", models.NEGATIVE, "", "very long prompt " * 250, "a 🐱 &amp; a  dog\n", "caf\u00c3\u00a9"]
@@ -110,7 +112,7 @@ def test_image_encoder_and_its_processor(tiny_folders):
     picture = noise_picture((50, 70))
     expected = theirs(**processor(images=picture, return_tensors="pt"), output_hidden_states=True).hidden_states[-2]
     for path in (folder / "image_encoder", tiny_folders / "Wan2.1-I2V-14B-720P" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"):
-        ours = encoders.WanImage(path, rule="dc")(tensor(picture))
+        ours = WanImage(path, rule="dc")(tensor(picture))
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 

@@ -20,7 +20,8 @@ import toy
 from files import checkpoint, video
 from files.checkpoint import UserError
 from training import cache, captions, loop
-from wan import models, text as encoders, vae
+from wan import models, vae
+from wan.text import WanText
 
 FAMILY = "32x48F32MS"  # 32x64, 32x32, 64x32
 RED, BLUE = "a red circle moving left", "a blue square"
@@ -312,7 +313,7 @@ def test_the_null_context_is_the_negative_prompt_or_the_empty_one(folder, tiny, 
 
 def test_states_of_a_text_encoder_are_kept_without_padding():
     """WanText is asked for all new prompts at once, and keeps none of them in memory."""
-    text = encoders.WanText(None, None, text_dim=6)
+    text = WanText(None, None, text_dim=6)
     text.known = {"a cat": torch.randn(3, 6)}
     asked = []
     text.encode = lambda prompts: asked.append(prompts) or {p: torch.randn(len(p) + 1, 6) for p in prompts}
@@ -527,7 +528,7 @@ def test_the_script_fills_and_checks_a_cache(folder, tiny_folders, tmp_path, cap
     """From checkpoints in the official layouts; prompts from a text cache, in place of an encoder of 11 GB."""
     name = "wan2.1-t2v-1.3b"
     monkeypatch.setitem(models.RELEASED, name, dataclasses.replace(models.RELEASED[name], negative="blurred"))  # the real one needs ftfy
-    text = encoders.WanText(None, None, cache=tmp_path / "text.safetensors", text_dim=40)
+    text = WanText(None, None, cache=tmp_path / "text.safetensors", text_dim=40)
     text.known = {p: torch.randn(3, 40) for p in (RED, BLUE, "a large green ring", "blurred")}
     text.write_cache(list(text.known))
     folders = [str(tiny_folders / f) for f in ("Wan2.1-T2V-1.3B", "dc_videogen")]

@@ -31,7 +31,9 @@ from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
 from make_tiny_checkpoints import DC_SHIFT, FOLDERS, TEXT_DIM
-from wan import models, text as encoders, vae
+from wan import models, vae
+from wan.image import CLIPVision
+from wan.text import UMT5, WanText, clean_prompt
 
 PROMPT, NEGATIVE = "a cat", "blurred"
 
@@ -47,7 +49,7 @@ def quick_collection():
 @pytest.fixture(scope="session")
 def text_cache(tmp_path_factory):
     """A text cache with random states for PROMPT and NEGATIVE -> its path."""
-    text = encoders.WanText(None, None, cache=tmp_path_factory.mktemp("text") / "cache.safetensors", text_dim=TEXT_DIM)
+    text = WanText(None, None, cache=tmp_path_factory.mktemp("text") / "cache.safetensors", text_dim=TEXT_DIM)
     text.known = {PROMPT: torch.randn(4, TEXT_DIM), NEGATIVE: torch.randn(3, TEXT_DIM)}
     text.write_cache(list(text.known))
     return text.cache
@@ -590,9 +592,9 @@ def test_download_fetches_all_that_is_needed(hub, tmp_path, name):
     """From the model's own repository, into the folder that was named; of a repository with two models only this one's transformer."""
     models.download(name, tmp_path / "new")
     model = models.load_model(name, tmp_path / "new")
-    assert isinstance(model.transformer(), dit.WanDiT) and encoders.UMT5.load(model.text.encoder_path)
+    assert isinstance(model.transformer(), dit.WanDiT) and UMT5.load(model.text.encoder_path)
     assert (Path(model.text.tokenizer_path) / "tokenizer.json").is_file()
-    assert model.clip is None or encoders.CLIPVision.load(model.clip.encoder_path)
+    assert model.clip is None or CLIPVision.load(model.clip.encoder_path)
     if name.startswith("dc-"):
         assert {f.parent.name for f in (tmp_path / "new").glob("transformer*/*.safetensors")} == {f"transformer_{name.split('-')[2]}"}
         assert model.shift == DC_SHIFT  # its scheduler came too
@@ -708,14 +710,14 @@ def test_awkward_prompts_through_the_text_encoder(run, tmp_path, prompt):
     first = make()
     known, metadata = checkpoint.load_tensors(tmp_path / "new.safetensors")
     assert len(known) == 2 and max(len(states) for states in known.values()) <= 512
-    assert encoders.clean_prompt(prompt) in metadata["prompts"].values()
+    assert clean_prompt(prompt) in metadata["prompts"].values()
     assert torch.equal(make(), first)
 
 
 @pytest.mark.parametrize("prompt", [AWKWARD["empty"], AWKWARD["5,000 words"]], ids=["empty", "5,000 words"])
 def test_awkward_prompts_from_the_cache(run, tmp_path, prompt):
-    text = encoders.WanText(None, None, cache=tmp_path / "new.safetensors", text_dim=TEXT_DIM)
-    text.known = {encoders.clean_prompt(prompt): torch.randn(512, TEXT_DIM), NEGATIVE: torch.randn(1, TEXT_DIM)}
+    text = WanText(None, None, cache=tmp_path / "new.safetensors", text_dim=TEXT_DIM)
+    text.known = {clean_prompt(prompt): torch.randn(512, TEXT_DIM), NEGATIVE: torch.randn(1, TEXT_DIM)}
     text.write_cache(list(text.known))
     file, _ = run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], "--prompt", prompt, "--text-cache", tmp_path / "new.safetensors")
     assert json.loads(Path(f"{file}.json").read_text())["prompt"] == prompt
@@ -724,7 +726,7 @@ def test_awkward_prompts_from_the_cache(run, tmp_path, prompt):
 def test_the_file_is_named_after_the_prompt(tiny_folders, tmp_path, monkeypatch):
     """Also where it is long or has no letters."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(models.encoders.WanText, "__call__", lambda self, prompts: torch.zeros(len(prompts), 1, TEXT_DIM))
+    monkeypatch.setattr(models.WanText, "__call__", lambda self, prompts: torch.zeros(len(prompts), 1, TEXT_DIM))
     for prompt in (AWKWARD["5,000 words"], AWKWARD["Chinese"], AWKWARD["only emoji"]):
         sample.main(["--model", "wan2.1-t2v-1.3b", "--weights", str(tiny_folders / "Wan2.1-T2V-1.3B"), "--prompt", prompt, "--frames", "1",
                      "--size", "16x16", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])

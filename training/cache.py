@@ -51,7 +51,8 @@ from files import checkpoint
 from files.checkpoint import UserError
 from training import captions, loop
 from training.entries import Entries, hash_of, hash_tensors
-from wan import text as encoders
+from wan.image import CLIPVision, WanImage, clip_pixels
+from wan.text import WanText, clean_prompt
 
 PROMPTS = 2048  # encoded for one loading of the text encoder; their states (about 1 MB each) are held in memory
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,16 +131,16 @@ def files_hash(path):
 
 def keep_loaded(clip):
     """An image encoder that stays in memory between calls; `WanImage` itself loads its network for each, which is right for one picture."""
-    if not isinstance(clip, encoders.WanImage) or clip.encoder_path is None:
+    if not isinstance(clip, WanImage) or clip.encoder_path is None:
         return clip
-    net = encoders.CLIPVision.load(clip.encoder_path, clip.dtype, clip.device)
-    return lambda images: net(encoders.clip_pixels(images, clip.rule, net.image_size).to(clip.device, clip.dtype)).float().cpu()
+    net = CLIPVision.load(clip.encoder_path, clip.dtype, clip.device)
+    return lambda images: net(clip_pixels(images, clip.rule, net.image_size).to(clip.device, clip.dtype)).float().cpu()
 
 
 def encode_prompts(text, prompts):
     """Sentences -> {sentence: states [m, text_dim]} without padding, at least one row; "" is the empty prompt."""
-    if isinstance(text, encoders.WanText):
-        clean = {p: encoders.clean_prompt(p) for p in prompts}
+    if isinstance(text, WanText):
+        clean = {p: clean_prompt(p) for p in prompts}
         new = text.uncached(prompts)
         known = text.known | (text.encode(new) if new else {})  # not kept in `text`: a million captions would fill the memory
         states = {p: known[clean[p]] for p in prompts}
@@ -397,7 +398,7 @@ def measure(clips=64, batch=2, steps=200, rows=100):
 
     config = dit.PRESETS["dc-wan2.1-i2v-14b"]
     student = models.Model("dc-wan2.1-i2v-14b", models.Deferred(None, config=config), ae.DCAEV(ae.Config((0, *[4] * 6), (0, *[1] * 6), 32)),
-                           encoders.WanText(None, None), clip=encoders.WanImage(None), ae_dtype=torch.bfloat16, negative="")
+                           WanText(None, None), clip=WanImage(None), ae_dtype=torch.bfloat16, negative="")
     random16 = lambda *shape: torch.randn(shape).to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         space, text = Space(student, 80, "480F32MS", folder, True), prompt_entries(student, folder)

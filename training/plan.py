@@ -49,7 +49,9 @@ import lora
 from files import ROOT, checkpoint, video
 from gpu import tiling
 from training import bases, captions, loop
-from wan import models, text as encoders
+from wan import models
+from wan.image import CLIPVision
+from wan.text import UMT5
 
 H100 = 989e12  # bf16 FLOP/s, dense, as specified
 ENDS = ("patch_embedding", "head")
@@ -214,7 +216,7 @@ def caches(teacher, student, config, base_config, frames, size):
         need[f"{name} autoencoder, encoding"] = weights + tiling.peak(net, "encoder", latent[name], dtype=types[name])
     if config.text_dim == 4096:
         with torch.device("meta"):
-            text, clip = encoders.UMT5(), encoders.CLIPVision()
+            text, clip = UMT5(), CLIPVision()
         matrices = sum(p.numel() for n, p in text.named_parameters() if "embedding" not in n)
         flops["prompt"], disk["prompt"] = 2.0 * matrices * WORDS, WORDS * config.text_dim * 2
         need["text encoder"] = 2 * sum(p.numel() for p in text.parameters())

@@ -33,7 +33,9 @@ import lora
 import toy
 from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
-from wan import text as encoders, vae
+from wan import vae
+from wan.image import WanImage
+from wan.text import WanText
 
 WEIGHTS = ROOT / "weights"  # the embedded toy models
 
@@ -193,7 +195,7 @@ class Model:
     name: str
     net: dit.WanDiT | Deferred
     ae: ae.DCAEV | vae.WanVAE
-    text: toy.ToyText | encoders.WanText
+    text: toy.ToyText | WanText
     frames: int = 32
     size: tuple = (64, 64)  # height, width
     fps: int = 16
@@ -413,8 +415,8 @@ def released(name, folders, loras=(), dtype=torch.float32, device="cpu", text_ca
         check_ends(part, name)
     dc = name.startswith("dc-")
     autoencoder = ae.load(parts["autoencoder"]) if dc else vae.load(parts["autoencoder"])
-    text = encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=net.config.text_dim)
-    clip = encoders.WanImage(parts["image encoder"], device, rule=row.picture) if "image encoder" in parts else None
+    text = WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=net.config.text_dim)
+    clip = WanImage(parts["image encoder"], device, rule=row.picture) if "image encoder" in parts else None
     settings = settings_of(row) | stored_settings(folders, dc)
     return Model(name, net, autoencoder, text, upscale=1, low=low, clip=clip, ae_dtype=ae_type(name, dtype),
                  **settings)
@@ -498,8 +500,8 @@ def adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cac
         return Model(str(path), net.get("cpu"), autoencoder, toy.ToyText(), **{"task": "t2v" if task == "t2v" else "ti2v", **own})
     row = RELEASED[told.get("base") or ("dc-wan2.1-t2v-1.3b" if c.dim < 5120 else f"dc-wan2.1-{task}-14b")]
     parts = {part: find(patterns, folders) for part, patterns in row.files.items()}
-    text = encoders.WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=c.text_dim)
-    clip = encoders.WanImage(parts["image encoder"], device, rule="dc") if c.image_dim else None
+    text = WanText(parts["text encoder"], parts["tokenizer"], device, cache=text_cache, text_dim=c.text_dim)
+    clip = WanImage(parts["image encoder"], device, rule="dc") if c.image_dim else None
     return Model(str(path), net, autoencoder, text, low=low, clip=clip, ae_dtype=dtype, **{"upscale": 1, **settings_of(row), **own})
 
 
