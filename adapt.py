@@ -13,7 +13,7 @@ embeddings they have never seen, and training end to end first improves and then
     export    the LoRA in three layouts, and merged: a folder that sample.py takes as a model
 
     python adapt.py --base toy                                              the toy, from its embedded base, in a quarter of an hour on two cores
-    python adapt.py --base wan2.1 --weights DIR [DIR] --data CLIPS          Wan 2.1 1.3B, with what was published for it (`bases.py`)
+    python adapt.py --base wan2.1 --weights DIR [DIR] --data CLIPS          Wan 2.1 1.3B, with what was published for it (`training/bases.py`)
     torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...          the same on eight GPUs, weights and optimiser sharded
     python adapt.py --base wan2.1-t2v-14b --gpus 8 --plan                   what that needs, before it is paid for
     python adapt.py --base wan2.1 ... --buckets 720F32MS --continue-from OUT --out OUT2      on at a higher resolution: stage 2 alone, a fresh LoRA
@@ -21,7 +21,7 @@ embeddings they have never seen, and training end to end first improves and then
 
 Every stage has a folder in --out. Rerun the same command after an interruption: what is finished is not done again, what was begun goes on,
 and other settings are refused. `--stage head` stops after stage 1b. The base is never changed; what is trained (fp32) lies beside its weights
-(bf16). After each stage `journal.py` says whether it works: report.json, stages.png.
+(bf16). After each stage `training/journal.py` says whether it works: report.json, stages.png.
 """
 import os
 
@@ -465,7 +465,7 @@ def show_pair(job):
 def arguments(argv=None):
     """-> (arguments, settings that were given)"""
     p = argparse.ArgumentParser(description="AE-Adapt-V: move a video diffusion transformer into a deep latent space. What is left out of the settings is "
-                                            "what was published for the base, or what was chosen for the toy (bases.py).")
+                                            "what was published for the base, or what was chosen for the toy (training/bases.py).")
     what = p.add_argument_group("what")
     what.add_argument("--base", default="toy", help=f"the pre-trained model: {', '.join(bases.BASES)} (default: toy); wan2.1 is wan2.1-t2v-1.3b")
     what.add_argument("--target", choices=bases.TARGETS, default="f32t4c32", help="the deep latent space (default: f32t4c32)")

@@ -13,9 +13,9 @@ chunk after chunk with the state handed on, give the same latent.
 
     python ae.py reconstruct assets/bunny.mp4          a clip through the toy autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM
     python ae.py reconstruct CLIP --weights dc-ae-v-1.0-f32t4c32-bf16.pt     the same through official weights
-    python ae.py train --data CLIPS --preset small      trains one on a folder of film (`train_ae.py`); --preset toy: on the toy world
-    python ae.py eval WEIGHTS ... --data CLIPS          PSNR, SSIM, LPIPS, FVD, flicker, grid of any autoencoder (`eval_ae.py`)
-    python ae.py compare                                chunk-causal against causal and non-causal, on film (`compare_ae.py`)
+    python ae.py train --data CLIPS --preset small      trains one on a folder of film (`training/autoencoder.py`); --preset toy: on the toy world
+    python ae.py eval WEIGHTS ... --data CLIPS          PSNR, SSIM, LPIPS, FVD, flicker, grid of any autoencoder (`training/evaluate.py`)
+    python ae.py compare                                chunk-causal against causal and non-causal, on film (`experiments/temporal.py`)
 """
 import os
 
@@ -98,7 +98,7 @@ PRESETS = {
     "f32t4c128": Config(**_F32, latent_channels=128, scale=0.4457),
     "f32t4c256": Config(**_F32, latent_channels=256, scale=0.4752),
     "f64t4c128": Config((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 128, scale=0.4752),
-    # Laptop models for the toy world of data.py: the deep autoencoder, and the moderate one of the toy base model.
+    # Laptop models for the toy world of toy.py: the deep autoencoder, and the moderate one of the toy base model.
     "toy": Config((0, 16, 32, 32, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=8),
     "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
     # A laptop model for film, f32t4c32: unshuffles by 4 at once, for full-resolution layers cost everything.
@@ -165,7 +165,7 @@ class Resample(nn.Module):
     def __init__(self, cin, cout, r, t, chunk, temporal, up=False):
         super().__init__()
         self.r, self.t, self.shuffle = r, t, pixel_shuffle if up else pixel_unshuffle
-        self.zoom = r if up else 1 / r  # of the sides; tiling.py reads it
+        self.zoom = r if up else 1 / r  # of the sides; gpu/tiling.py reads it
         self.conv = ConvLayer(cin, cout * t * r * r if up else cout // (t * r * r), chunk, temporal)
 
     def forward(self, x, state=None):
@@ -231,7 +231,7 @@ class Encoder(nn.Module):
 
     @property
     def layers(self):
-        """All blocks in order, for tiling.py."""
+        """All blocks in order, for gpu/tiling.py."""
         return (self.project_in, *(block for stage in self.stages for block in stage.op_list), self.project_out)
 
     def forward(self, x, state=None):
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
 
     @property
     def layers(self):
-        """All blocks in order, for tiling.py."""
+        """All blocks in order, for gpu/tiling.py."""
         return (self.project_in, *(block for stage in reversed(self.stages) for block in stage.op_list), self.project_out)
 
     def forward(self, z, state=None):
@@ -307,7 +307,7 @@ class DCAEV(nn.Module):
         Any T >= 1 and any size: the clip is padded by repeating its edge. `compat=True` instead does what the released inference
         code does: sizes must fit, T must be a multiple of 4, and a tail shorter than a chunk is encoded as a clip of its
         own that sees nothing of the past (spec 4.2.5; visible, so not the default). Raises UserError for other input.
-        tile: (rows, columns) in latent cells, for less memory and the same result (tiling.py); None for whole frames.
+        tile: (rows, columns) in latent cells, for less memory and the same result (gpu/tiling.py); None for whole frames.
         """
         return torch.cat(list(self.encode_stream([x], tile, compat)), dim=2)
 

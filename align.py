@@ -30,7 +30,7 @@ the polar factor of W_T' S_yu). For a text-to-video embedder, and but for the me
 
 the ridge again, towards an initialisation that is not random and with a strength that is not guessed: for shifted times l is the shift S itself. No
 noise is drawn: its moments are known. At the noise levels of training most of what the embedder sees is noise, which is why this pays: on the toy it
-lowers the loss after stage 1b and at the end (`compare_adapt.py`, option b).
+lowers the loss after stage 1b and at the end (`experiments/compare_adapt.py`, option b).
 
 **The head** (`solve_head`): the loss of stage 1b over the head alone is a linear regression of the velocity on the features that enter it.
 

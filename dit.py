@@ -26,7 +26,7 @@ Sampling calls the network a hundred times for one video. What does not change b
     times = net.times(timesteps)          what the timesteps turn into, for all steps at once
     v = net(x, times[i], prompt)          instead of net(x, t, context)
 
-Parameter names are those of the original checkpoints; `load` reads every published layout (wan_weights.py).
+Parameter names are those of the original checkpoints; `load` reads every published layout (files/layouts.py).
 
     python dit.py                      every preset: parameters, tokens and TFLOP of one forward (5 seconds)
     python dit.py --latent 20x68x120   for one latent size: 80 frames of 2176x3840 in f32t4 are 163,200 tokens
@@ -457,7 +457,7 @@ def no_autocast(x):
 
 def stream_blocks(net, device):
     """For GPUs smaller than the model, sampling only: the blocks wait in host memory and pass through two buffers on `device`
-    (offload.py), everything else moves there. Merge LoRA before. Returns net; to move or save it again, load it anew."""
+    (gpu/offload.py), everything else moves there. Merge LoRA before. Returns net; to move or save it again, load it anew."""
     blocks, net.blocks = list(net.blocks), nn.ModuleList()
     net.to(device)
     from gpu.offload import StreamedBlocks  # a floor further up
@@ -554,7 +554,7 @@ def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cp
 
 def load(path, heads=None, dtype=torch.float32, device="cpu"):
     """A weight file, an index of shards, or a folder with weights and perhaps config.json, in any published layout
-    (wan_weights.py), stored in fp32, bf16, fp16 or fp8 -> WanDiT in eval mode.
+    (files/layouts.py), stored in fp32, bf16, fp16 or fp8 -> WanDiT in eval mode.
 
     Needs the memory of the result and of one tensor; the files are never held whole. device: where the tensors go directly.
     """

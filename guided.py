@@ -11,14 +11,14 @@ Exact (equal to rounding), each switched off by `sample.py --slow`:
   of work for 7,800 tokens, and far more than the work for few. A graph is recorded once and then launched as a whole: no Python, no gaps. (Estimates.)
 * **Compiled blocks** (`compile_blocks`, opt-in): what lies between our fused kernels is fused by torch.compile.
 
-Approximate, off by default, with what they cost in quality (results/shortcuts.json, `python bench.py --suite shortcuts`; on the toy,
+Approximate, off by default, with what they cost in quality (results/shortcuts.json, `python -m bench --suite shortcuts`; on the toy,
 fewer steps lose less than either of the first two at the same work):
 
 * `interval`: guidance only between two noise levels (Kynkäänniemi et al. 2024, arXiv 2404.07724). At very high noise guidance narrows what can come
   out, at low noise it does little; outside the interval a step is one pass instead of two.
 * `reuse`: where the velocity is expected to change by less than this fraction since it was last computed, the last one is taken again
   (the criterion of EasyCache, arXiv 2507.02860). A step then costs nothing.
-* fp8 products (fp8.py).
+* fp8 products (gpu/fp8.py).
 """
 import warnings
 from functools import partial

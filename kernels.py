@@ -3,7 +3,7 @@
 A transformer step is a few large matrix products with thin operations in between. The thin ones do almost no
 arithmetic but read and write the whole activation: at 17,600 tokens of width 5120 one fp32 pass over the residual stream
 moves 360 MB in and 360 MB out, and an unfused block makes 20 to 30 such passes. So what counts is how often memory is
-touched, and each function here is one unit that a fused kernel can replace. On CUDA it is (triton_kernels.py); what stands here otherwise is
+touched, and each function here is one unit that a fused kernel can replace. On CUDA it is (gpu/triton_kernels.py); what stands here otherwise is
 differentiable and right on every device, and takes from the CPU's library what that is fast at. Every function has a plain twin at the
 end of the file: what one writes first, from the formula. `use(plain=True)` puts the twins in place, and tests compare the two.
 
@@ -30,7 +30,7 @@ def use(plain=False):
 
 
 def use_attention(kernel):
-    """From now on attention in 16 bits without offset and gradients is `kernel`(q, k, v), [b l n c] each; None: the library's (gpu.py chooses)."""
+    """From now on attention in 16 bits without offset and gradients is `kernel`(q, k, v), [b l n c] each; None: the library's (gpu/choose.py chooses)."""
     global _attention
     _attention = kernel
 
@@ -41,7 +41,7 @@ def plain():
 
 
 def fused(*inputs):
-    """Do these tensors go through a fused kernel (triton_kernels.py)? On CUDA, without gradients, where Triton is there and works."""
+    """Do these tensors go through a fused kernel (gpu/triton_kernels.py)? On CUDA, without gradients, where Triton is there and works."""
     return not _plain and inputs[0].is_cuda and not recorded(*inputs) and not refused()
 
 

@@ -2,18 +2,18 @@
 
     noise [b z t h w]  --solver, `steps` times: v = net(x, t, prompt), guided-->  latent  --autoencoder, chunk by chunk-->  video
 
-One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands in `models.py`. The toy models are embedded:
+One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands in `wan/models.py`. The toy models are embedded:
 
     python sample.py --prompt "a large red circle moving left slowly on a blue background"            the adapted model, a few seconds
     python sample.py --model base --prompt "..."                                                      its base: 4x the tokens
     python sample.py --prompt "a green ring moving up" --image picture.png                            image to video
     python sample.py --model out/adapt --prompt "..."                                                 a model made by adapt.py
 
-    python sample.py --model wan2.1-t2v-1.3b --weights DIR --prompt "..."                             official weights in DIR (`models.py`)
+    python sample.py --model wan2.1-t2v-1.3b --weights DIR --prompt "..."                             official weights in DIR (`wan/models.py`)
     python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan                    what it needs, without running
 
-How it is made fast stands in guided.py (a step), kernels.py and triton_kernels.py (the operations), gpu.py (choices made at the start by measuring; the
-first lines say what runs, and why) and fp8.py. All of it equals the plain path to rounding, except what its flag calls approximate; `--slow` runs the
+How it is made fast stands in guided.py (a step), kernels.py and gpu/triton_kernels.py (the operations), gpu/choose.py (choices made at the start by measuring; the
+first lines say what runs, and why) and gpu/fp8.py. All of it equals the plain path to rounding, except what its flag calls approximate; `--slow` runs the
 plain path.
 
 Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and NAME.safetensors (the latent, before it is decoded:
@@ -174,7 +174,7 @@ def arguments(argv=None):
     add(what, "--seed", type=int, default=0, help="of the noise; drawn on the CPU, so a seed is a video on every machine (default: 0)")
     add(what, "--noise", help="safetensors file whose tensor `noise` [1, z, t, h, w] replaces the drawn noise")
     which = parser.add_argument_group("which model")
-    add(which, "--model", default=None, help="dc (default) or base: the embedded toys; a released model's name (python models.py lists them); "
+    add(which, "--model", default=None, help="dc (default) or base: the embedded toys; a released model's name (python -m wan.models lists them); "
                                              "a folder made by adapt.py, or a LoRA file of such a folder")
     add(which, "--weights", nargs="+", default=[], metavar="DIR", help="folders with the model's files (default: checkpoints/MODEL)")
     add(which, "--download", action="store_true", help="fetch the model's files into the first of these folders")

@@ -1,12 +1,12 @@
 """How fast and how large: measured on this machine, written to results/.
 
-    python bench.py --suite toy           base and adapted toy model side by side, about a minute -> results/bench_toy.json
-    python bench.py --suite load          host memory of loading and saving a 5.7 GB transformer (Wan 2.1 1.3B in fp32, random) in three
+    python -m bench --suite toy           base and adapted toy model side by side, about a minute -> results/bench_toy.json
+    python -m bench --suite load          host memory of loading and saving a 5.7 GB transformer (Wan 2.1 1.3B in fp32, random) in three
                                           layouts, ten minutes, 12 GB of memory and of disk -> results/load.json
-    python bench.py --suite activations   `dit.activation_bytes` against what forwards take, a minute -> results/activations.json
-    python bench.py --suite shortcuts     quality and work of guidance intervals, reused velocities and fp8, on the toy, 3 minutes -> results/shortcuts.json
-    python bench.py --suite cpu           fast path, plain path and diffusers on one thread, 5 minutes: bench_cpu.py -> results/bench_cpu.json and .png
-    python bench.py --suite gpu           on one GPU, ten minutes: bench_gpu.py -> results/bench_gpu.json
+    python -m bench --suite activations   `dit.activation_bytes` against what forwards take, a minute -> results/activations.json
+    python -m bench --suite shortcuts     quality and work of guidance intervals, reused velocities and fp8, on the toy, 3 minutes -> results/shortcuts.json
+    python -m bench --suite cpu           fast path, plain path and diffusers on one thread, 5 minutes: bench/cpu.py -> results/bench_cpu.json and .png
+    python -m bench --suite gpu           on one GPU, ten minutes: bench/gpu.py -> results/bench_gpu.json
 
 Machines are shared and noisy, so of times only ratios within one run are quoted. Models take turns, and medians are compared. Memory is
 measured in fresh processes (Linux: /proc/self/status). Anonymous memory is what the machine must have; pages of mapped files count
@@ -214,7 +214,7 @@ SHORTCUTS = {"full": {}, **{f"{n} steps": dict(steps=n) for n in (15, 10, 7)},
 
 @torch.no_grad()
 def shortcuts(prompts=32):
-    """What the approximate shortcuts of guided.py and fp8.py cost on the adapted toy: how much of the network's work is left, how well the
+    """What the approximate shortcuts of guided.py and gpu/fp8.py cost on the adapted toy: how much of the network's work is left, how well the
     videos fit their prompts, and how near they are to those of the full run with the same noise."""
     words, rows, full = toy.held_out_prompts(prompts), [], None
     for name, more in SHORTCUTS.items():

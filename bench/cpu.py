@@ -1,4 +1,4 @@
-"""`python bench.py --suite cpu`: what the fast path is worth on a processor, beside the plain path and beside diffusers, in one run.
+"""`python -m bench --suite cpu`: what the fast path is worth on a processor, beside the plain path and beside diffusers, in one run.
 
 Machines are shared and noisy. So everything runs on one thread, variants of the same work take turns, times are processor time (what other processes do
 to the clock on the wall does not count) and medians are compared. Only ratios within a run mean anything.

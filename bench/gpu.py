@@ -1,7 +1,7 @@
-"""The GPU suite of bench.py: every operation, step, decode and video of the paper's latency figures, on one GPU in ten minutes.
+"""The GPU suite of bench/__main__.py: every operation, step, decode and video of the paper's latency figures, on one GPU in ten minutes.
 
-    python bench.py --suite gpu              -> results/bench_gpu.json and results/bench_gpu.png (roofline)
-    python bench.py --suite gpu --dry-run    the same code on the CPU with tiny shapes (a few seconds), so that it cannot rot unnoticed; its
+    python -m bench --suite gpu              -> results/bench_gpu.json and results/bench_gpu.png (roofline)
+    python -m bench --suite gpu --dry-run    the same code on the CPU with tiny shapes (a few seconds), so that it cannot rot unnoticed; its
                                              numbers mean nothing
 
 How the numbers come about:
@@ -114,10 +114,10 @@ class Suite:
         self.scale, self.out, self.end = scale, out, time.perf_counter() + budget
         self.report = dict(**checkpoint.provenance(), suite="gpu", steps=STEPS, dry_run=scale.device.type == "cpu", rows=[], left_out=[])
         self.ceiling = dict(flops=None, bytes=None)
-        self.attention = self.convolution = None  # what gpu.py chose
+        self.attention = self.convolution = None  # what gpu/choose.py chose
 
     def attend(self, name):
-        """Let attention run through a backend of gpu.py; None: as the library chooses."""
+        """Let attention run through a backend of gpu/choose.py; None: as the library chooses."""
         if self.scale.device.type == "cuda":
             choose.set_attention(name)
 

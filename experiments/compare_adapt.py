@@ -1,15 +1,15 @@
 """The paper's claims put to the test on the toy (spec ae-adapt-v 10; paper, figure on convergence, ablations of AE-Adapt-V).
 
 First the *gate*: an arm cannot inherit what the base does not know, so attributes that the detector, an autoencoder or the base misses are
-reported, but left out of the fit that is compared. Then every arm (`arms.py`) runs at each learning rate of a grid, extended until its best is
+reported, but left out of the fit that is compared. Then every arm (`experiments/arms.py`) runs at each learning rate of a grid, extended until its best is
 not at the edge, with the same number of trials for all; the best is chosen on the validation loss *inside* the adaptation data and the first seed.
-Then the other seeds at that rate. The options run at the rate of the arm that they vary. `claims.py` draws the conclusions. No ordering is a pass/fail test.
+Then the other seeds at that rate. The options run at the rate of the arm that they vary. `experiments/claims.py` draws the conclusions. No ordering is a pass/fail test.
 
-    python adapt.py --base toy --compare                    or python compare_adapt.py: the laptop preset: an hour and a half on one busy core
-    python compare_adapt.py --preset short                  half an hour on one busy core
-    python compare_adapt.py --arms E b ab                   options are E with one thing changed, and take its learning rate
-    python compare_adapt.py --preset gpu                    on a GPU (not measured)
-    python compare_adapt.py --preset smoke                  two minutes, numbers without meaning
+    python adapt.py --base toy --compare                    or python -m experiments.compare_adapt: the laptop preset: an hour and a half on one busy core
+    python -m experiments.compare_adapt --preset short                  half an hour on one busy core
+    python -m experiments.compare_adapt --arms E b ab                   options are E with one thing changed, and take its learning rate
+    python -m experiments.compare_adapt --preset gpu                    on a GPU (not measured)
+    python -m experiments.compare_adapt --preset smoke                  two minutes, numbers without meaning
 
 Finished trials are kept in OUT/trials.jsonl, their weights in OUT/weights: the command goes on where it stopped. The report, results/compare_adapt.json,
 .png and _videos.png with the tables in OUT/compare_adapt.md, is rewritten after each seed.
@@ -209,7 +209,7 @@ def main(argv=None):
     p.add_argument("--out", default="out/compare_adapt", help="folder for caches, trials and weights")
     p.add_argument("--results", default="results", help="folder for compare_adapt.json and .png")
     p.add_argument("--arms", nargs="+", choices=list(ALL), default=list(ARMS),
-                   help=f"which; besides A to G the options {', '.join(OPTIONS)} (arms.py)")
+                   help=f"which; besides A to G the options {', '.join(OPTIONS)} (experiments/arms.py)")
     p.add_argument("--steps", type=int, help="of every arm, in place of the preset's")
     p.add_argument("--seeds", type=int, help="fewer seeds than the preset's; the others can be added later")
     p.add_argument("--base-weights", help="transformer of the base in place of the embedded one (.safetensors)")

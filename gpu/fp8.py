@@ -10,7 +10,7 @@ channel, computed once),
 The errors of single numbers are independent and average out in the sum: the result is off by about 4 % of its norm per product, whatever the
 width, for random inputs (`tests/test_sample.py`). Quantised are the large products of the blocks; patches, prompt, time and head
 stay as they are. Rounding x costs a pass over memory that would eat the gain if it were made of separate operations, so it is a fused
-kernel (triton_kernels.py). On other devices than Hopper and later GPUs the same numbers are computed in fp32: slow, for
+kernel (gpu/triton_kernels.py). On other devices than Hopper and later GPUs the same numbers are computed in fp32: slow, for
 measuring the quality. Speed on a GPU: not measured.
 """
 import torch

@@ -24,7 +24,7 @@ begun, so the streaming state of one tile only is in use at a time. For longer v
 The estimate is itself a run: `Meter` counts the bytes that are alive, for large networks on the meta device, where tensors have shapes and no
 numbers. It takes half a second and knows no layer by name.
 
-    python tiling.py           peak memory against tile size, measured and estimated -> results/tiling.json (6 minutes on one core)
+    python -m gpu.tiling           peak memory against tile size, measured and estimated -> results/tiling.json (6 minutes on one core)
 """
 import argparse
 import dataclasses

@@ -19,13 +19,13 @@ matrix products in bf16 (2 bytes), counted from the operations that kernels.py m
     fp8: largest value of a row, scale, round             33       3     read 2, write 1
 
 A 14B block over 17,600 tokens moves 24 GB in thin operations without them and 6 GB with them: at 3 TB/s 8 ms and 2 ms, beside 23 ms of
-matrix products and attention at 600 TFLOP/s. (These are counts. No GPU was at hand, nothing is measured: `python bench.py --suite gpu` does.)
+matrix products and attention at 600 TFLOP/s. (These are counts. No GPU was at hand, nothing is measured: `python -m bench --suite gpu` does.)
 
 Forward only: sampling needs no gradients, and training takes the plain forms (`kernels.fused` asks). Arithmetic is fp32 and is rounded where
 the plain forms round. Each function has the arguments of its twin. The kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1,
-tests/test_triton.py), and compile without a GPU:
+tests/test_gpu_triton_kernels.py), and compile without a GPU:
 
-    python triton_kernels.py            every kernel for sm_80 and sm_90: registers and spilled bytes per thread
+    python -m gpu.triton_kernels            every kernel for sm_80 and sm_90: registers and spilled bytes per thread
 """
 import triton
 import triton.language as tl

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_triton.py; must precede triton, which other packages import too
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_gpu_triton_kernels.py; must precede triton, which other packages import too
 
 
 def golden(name):

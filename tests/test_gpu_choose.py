@@ -1,5 +1,5 @@
 """The same code on a GPU: `python -m pytest -m gpu`. Everything else is tested on the CPU; here only that a CUDA device gives the same, and
-that each fast path there gives what the plain one gives. The kernels one by one: test_triton.py, which runs on the GPU too."""
+that each fast path there gives what the plain one gives. The kernels one by one: test_gpu_triton_kernels.py, which runs on the GPU too."""
 import warnings
 
 import pytest

@@ -197,7 +197,7 @@ def test_choose_takes_the_largest_tile_that_fits(name):
 
 
 def test_the_measured_peaks():
-    """`python tiling.py` compares the estimate with the resident memory of real runs, one process each: right within 20 %."""
+    """`python -m gpu.tiling` compares the estimate with the resident memory of real runs, one process each: right within 20 %."""
     runs = json.loads((ROOT / "results" / "tiling.json").read_text())["runs"]
     assert {r["case"] for r in runs} == set(tiling.cases()) and all(0.8 < r["ratio"] < 1.2 for r in runs)
     for case in tiling.cases():

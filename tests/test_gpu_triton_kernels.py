@@ -1,7 +1,7 @@
 """The fused kernels equal their plain twins: on the GPU where there is one, else in Triton's interpreter on the CPU.
 
-    python -m pytest -m peer tests/test_triton.py        without a GPU; needs the triton package
-    python -m pytest -m gpu tests/test_triton.py
+    python -m pytest -m peer tests/test_gpu_triton_kernels.py        without a GPU; needs the triton package
+    python -m pytest -m gpu tests/test_gpu_triton_kernels.py
 
 Sizes are odd on purpose: widths that are no power of two, token counts that fill no block. The interpreter takes some 5 ms for each token.
 """

@@ -1,6 +1,6 @@
 """Every fast operation beside its plain twin: equal in fp32 to 1e-5, in bf16 as close to fp32 as the twin is. And the switch between them.
 
-(The fused GPU kernels against the same twins: tests/test_triton.py.)
+(The fused GPU kernels against the same twins: tests/test_gpu_triton_kernels.py.)
 """
 import copy
 

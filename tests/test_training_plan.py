@@ -69,7 +69,7 @@ def test_memory_part_by_part():
 
 
 def test_it_was_within_15_percent_of_what_training_took():
-    """results/plan.json, by `python plan.py --measure`: every case; and its figures are still those of this code."""
+    """results/plan.json, by `python -m training.plan --measure`: every case; and its figures are still those of this code."""
     rows = checkpoint.read_json(ROOT / "results" / "plan.json")["rows"]
     settings = [{k: list(v) if isinstance(v, tuple) else v for k, v in case.items()} for case in plan.CASES]
     assert [{k: row[k] for k in case} for row, case in zip(rows, settings)] == settings

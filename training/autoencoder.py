@@ -26,7 +26,7 @@ nothing is published (spec 7.2): to begin with images; all step counts, sizes an
     python ae.py train --preset toy-base                             the toy base's autoencoder on the toy world (20 minutes on one core)
     python ae.py train --preset toy --grow-from weights/toy-base.safetensors     the deep toy (an hour on one core)
 
-Any of them can be killed and started again (`train.py`). OUT/PHASE/ holds log.jsonl, log.png, sheet.png (original and reconstruction) and the
+Any of them can be killed and started again (`training/loop.py`). OUT/PHASE/ holds log.jsonl, log.png, sheet.png (original and reconstruction) and the
 weights; `python ae.py eval OUT/low/small.safetensors --data CLIPS` scores them.
 """
 import argparse
@@ -93,7 +93,7 @@ FULL = {
     "high": Phase("inner", (512, 512), 120, 1, 20_000, 5e-5, "11 s per step, 2.5 days"),
     "refine": Phase("head", (256, 256), 80, 2, 20_000, 5e-5, "2.5 s per step, 14 hours; sharper, PSNR a little lower", adversarial=0.05),
 }
-#: For `small` on a laptop whose CPU has units for bf16 (others take longer): Muon, because AdamW hardly gets off the ground in so few steps (`muon.py`).
+#: For `small` on a laptop whose CPU has units for bf16 (others take longer): Muon, because AdamW hardly gets off the ground in so few steps (`training/muon.py`).
 _LAPTOP = dict(optimiser="muon", warmup=50, decay="linear", ema=0.99, mse=1.0, perceptual=0.1, perceptual_frames=2, disc_width=16)
 LAPTOP = {
     "image": Phase("space", (64, 64), 1, 64, 800, 4e-3, "0.6 s per step on one core, 8 minutes; 19.7 dB on frames of films held out", **{**_LAPTOP, "images": 0.0, "perceptual": 0.0}),
@@ -165,7 +165,7 @@ def stills(x, per_clip):
 
 
 def step_losses(net, phase, perceptual, disc, seed, autocast, x, number):
-    """The losses of batch `number`, as `train.Run.fit` wants them: for the autoencoder, then for the discriminator if there is one.
+    """The losses of batch `number`, as `loop.Run.fit` wants them: for the autoencoder, then for the discriminator if there is one.
 
     Whether the batch is one of clips or of stills, and the noise, depend on (seed, number) alone.
     """
@@ -444,7 +444,7 @@ def train(preset, out, steps=1000, batch=8, frames=16, lr=2e-3, noise=0.1, grow_
     """Train a toy preset on the toy world -> path of its weights.
 
     Loss: L1 + MSE in pixels. `noise` on the latent spreads the information evenly over it, which the diffusion model needs. Muon, for
-    AdamW hardly gets off the ground here (`muon.py`). `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a
+    AdamW hardly gets off the ground here (`training/muon.py`). `grow_from`: weights of a shallower autoencoder to start from (`grow`); then only a
     gentle fine-tune in pixels is left, lr 3e-4: 2e-3 undoes part of what was gained.
     """
     device, out = loop.start(), Path(out)

@@ -5,13 +5,13 @@ The stages of `adapt.py` are the same for every video diffusion transformer. Wha
     settings   how each stage is run: what was published for it
     models     the base as it is ("teacher"), and the same model around the deep autoencoder ("student"), whose transformer is still to come
     experts    its transformers, with the range of times in which each of them works: one, or the two of Wan 2.2 A14B
-    sources    the training data and the held-out clips: captioned, in both latent spaces (cache.py)
+    sources    the training data and the held-out clips: captioned, in both latent spaces (training/cache.py)
     videos     what it renders after each stage, with the same noise
 
 A new base is a row of BASES: a released model (`models.RELEASED`) and what of the published settings changes for it. One that is made of
 other parts, as the toy is, overrides the methods in which it differs.
 
-    python bases.py             every base: its embedder before and after, and what is trained (spec 5.3)
+    python -m training.bases             every base: its embedder before and after, and what is trained (spec 5.3)
 """
 import argparse
 from dataclasses import dataclass, replace
@@ -222,7 +222,7 @@ def decoded(model, z):
 
 @dataclass(frozen=True)
 class Toy(Base):
-    """The embedded toy (toy.py): an endless supply of procedural clips, and a score."""
+    """The embedded toy (training/toy_base.py): an endless supply of procedural clips, and a score."""
 
     validation: int = 256
     labels: tuple = toy_base.PROMPTS

@@ -12,7 +12,7 @@ stands beside it:
 Both latents have 20 frames, and both start at frame 0: latent frame 0 is pixel frame 0 of the teacher's clip and 0..3 of the student's, latent frame k is
 4k-3..4k and 4k..4k+3.
 
-One file per clip and latent space, and one per caption (entries.py). Folders are named by a hash of everything that decides (the encoder's weights,
+One file per clip and latent space, and one per caption (training/entries.py). Folders are named by a hash of everything that decides (the encoder's weights,
 scale, type, frames, buckets), so caches of several autoencoders lie side by side and none is taken for another. Files are named by a hash of the
 clip's bytes, or of the caption: clips may be moved, renamed and packed. Filling goes on where it was stopped, by any number of processes.
 
@@ -20,9 +20,9 @@ clip's bytes, or of the caption: clips may be moved, renamed and packed. Filling
     source.batch(step, range(8))       # one bucket, one caption per clip, a tenth of the prompts replaced by the null context
     source.pair(i)                     # clip i in both spaces, for stage 1a
 
-    python cache.py CLIPS --base wan2.1 --weights WEIGHTS --out out/latents        fill or check a cache; prints a table
-    torchrun --nproc-per-node 8 cache.py CLIPS ...                                 the same on eight GPUs
-    python cache.py --measure                                                      how fast batches are read -> results/cache.json
+    python -m training.cache CLIPS --base wan2.1 --weights WEIGHTS --out out/latents        fill or check a cache; prints a table
+    torchrun --nproc-per-node 8 -m training.cache CLIPS ...                                    the same on eight GPUs
+    python -m training.cache --measure                                                      how fast batches are read -> results/cache.json
 """
 import os
 
@@ -166,7 +166,7 @@ def caption_key(caption):
 class Source:
     """Captioned clips as latents: encoded once into `folder` (or into memory), then read batch by batch.
 
-    data: a folder of `x.mp4` + `x.txt` / `x.json`, a CSV, a JSONL, a web-dataset tar, or a list of these (captions.py).
+    data: a folder of `x.mp4` + `x.txt` / `x.json`, a CSV, a JSONL, a web-dataset tar, or a list of these (training/captions.py).
     student: the Model whose latents are trained on; its text (and image) encoder and negative prompt make the conditions. With
     in_channels == out_channels there is no image condition.
     teacher: the base's Model, for `pair` (stage 1a); None where only batches are needed.
@@ -428,7 +428,7 @@ def measure(clips=64, batch=2, steps=200, rows=100):
 def main(argv=None):
     p = argparse.ArgumentParser(description="Encode captioned clips once, or check what was encoded, and print a table.")
     p.add_argument("data", nargs="*", help="folders of clips with captions, CSV, JSONL, or tars")
-    p.add_argument("--base", default="wan2.1", help="model whose autoencoder and encoders are used (bases.py)")
+    p.add_argument("--base", default="wan2.1", help="model whose autoencoder and encoders are used (training/bases.py)")
     p.add_argument("--target", default="f32t4c32", help="the deep latent space")
     p.add_argument("--weights", nargs="+", default=[], metavar="DIR", help="folders with the files of base and autoencoder (default: checkpoints/BASE)")
     p.add_argument("--ae", metavar="FILE", help="the deep autoencoder, where it is not in these folders")

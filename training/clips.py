@@ -17,8 +17,8 @@ Any mix of videos of any size, rate and length, and pictures, becomes an endless
 Held out for validation (`split`): a subfolder `val`, where there is one; else a tenth of the files; and of fewer than 20 videos the end of each,
 in time. It depends on the files alone, not on frames, size or stride, so that no phase of a training sees what another is judged by.
 
-    python clips.py FOLDER              a table of clips, cuts, windows and what was skipped; a contact sheet of samples
-    python clips.py FOLDER --measure    clips per second with and without the cache, and whether a training step is kept fed -> results/data.json
+    python -m training.clips FOLDER              a table of clips, cuts, windows and what was skipped; a contact sheet of samples
+    python -m training.clips FOLDER --measure    clips per second with and without the cache, and whether a training step is kept fed -> results/data.json
     python assets/fetch.py              eight films and some stills into out/clips, to try it on
 """
 import os
@@ -265,7 +265,7 @@ def read(clip, start, count, stride, box, size):
 
 
 def on_white(frames):
-    """uint8 [..., 3] as it is; [..., 4] with its transparent parts on white, as in `data.read_image`."""
+    """uint8 [..., 3] as it is; [..., 4] with its transparent parts on white, as in `video.read_image`."""
     if frames.shape[-1] == 3:
         return frames
     alpha = frames[..., 3:].astype(np.uint16)

@@ -170,7 +170,7 @@ def main_eval(argv):
     p = argparse.ArgumentParser(prog="ae.py eval", description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("weights", nargs="+", help="DC-AE-V or Wan VAE files")
-    p.add_argument("--data", default="out/clips", metavar="FOLDER", help="clips; judged is what `clips.py` holds out of them")
+    p.add_argument("--data", default="out/clips", metavar="FOLDER", help="clips; judged is what `training/clips.py` holds out of them")
     p.add_argument("--clips", type=int, default=16, help="how many")
     p.add_argument("--frames", type=int, default=80, help="per clip, as published; fewer where the clips are short")
     p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW", help="as published")

@@ -1,4 +1,4 @@
-"""Networks that only judge: I3D for the Frechet video distance, EfficientNet-Lite0 for perceptual distances (losses.py).
+"""Networks that only judge: I3D for the Frechet video distance, EfficientNet-Lite0 for perceptual distances (training/losses.py).
 
 Frechet video distance: do reconstructions, taken together, look and move like film? (Unterthiner et al. 2018; spec dc-ae-v 8.2)
 

@@ -1,7 +1,7 @@
 """How good a video is: the table an autoencoder is judged by.
 
 `evaluate` runs any autoencoder over clips and gives the numbers of the published evaluation (spec dc-ae-v 8.2): PSNR and SSIM compare
-pixels, LPIPS what a picture network sees, FVD two crowds of clips (`fvd.py`). None of them tells of two faults that every viewer
+pixels, LPIPS what a picture network sees, FVD two crowds of clips (`training/judges.py`). None of them tells of two faults that every viewer
 notices, so there are two more, defined here:
 
     flicker    is motion further off where one chunk of frames ends and the next begins?      1: borders are no worse than the rest

@@ -61,7 +61,7 @@ def orthogonalise(m, steps=5):
 
     A kernel is a short, very wide matrix (128 x 3456), and each step of the iteration as written above goes through all of it twice. But
     X only ever gets a polynomial p of the small A = X X^T in front of it, and the next A is p A p. So the polynomials are multiplied up,
-    and X once: a quarter of the time, and the same to 1e-3 (`tests/test_muon.py`).
+    and X once: a quarter of the time, and the same to 1e-3 (`tests/test_training_muon.py`).
     """
     x = m.T if m.shape[0] > m.shape[1] else m
     x = x / (x.norm() + 1e-7)

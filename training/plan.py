@@ -19,9 +19,9 @@ the patch embedder at the very beginning. Of a linear layer's forward cost F the
 where it is frozen; flash attention 2.5 F, as it computes the scores again; and recomputing a block one more forward pass. So a step of stage 1b, with all
 blocks frozen, still costs 3.3 forward passes of the 14B model, and one of stage 2 hardly more, as LoRA's matrices are thin.
 
-    python plan.py --base wan2.1-t2v-14b --gpus 8            the plan, in seconds; the same as adapt.py --plan
-    python plan.py --base wan2.1 --gpus 1 --target f64t4c128 --size 704x1280 --efficiency 0.3
-    python plan.py --measure                                 its memory beside what training takes on this machine -> results/plan.json (5 minutes)
+    python -m training.plan --base wan2.1-t2v-14b --gpus 8            the plan, in seconds; the same as adapt.py --plan
+    python -m training.plan --base wan2.1 --gpus 1 --target f64t4c128 --size 704x1280 --efficiency 0.3
+    python -m training.plan --measure                                 its memory beside what training takes on this machine -> results/plan.json (5 minutes)
 """
 import os
 

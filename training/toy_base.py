@@ -2,7 +2,7 @@
 
 Everything AE-Adapt-V needs of a base exists here in small: an autoencoder of moderate compression (f8t4c16) with a transformer trained on it,
 a deep one (f32t4c32) to move into, clips with captions that can be drawn without end, and a score that needs no network, because
-`metrics.prompt_fit` reads the prompt's attributes back from the pixels.
+`toy.prompt_fit` reads the prompt's attributes back from the pixels.
 
     cache_latents(model, shards, folder)     the same clips in the latent space of each model -> Latents
     Source(latents, text)                    what a training step sees: batch(step, positions); pairs for the alignment: pair(i)

@@ -11,7 +11,7 @@ Base and DC-VideoGen models differ in numbers only: autoencoder 8x8x4 with 1+4k 
 The rows of `RELEASED` hold those numbers. `load_model` looks for a row's files in the folders it is given, in the original, the
 diffusers and both DC-VideoGen layouts, and says exactly which are missing; nothing is downloaded unasked.
 
-    python models.py                     the table: files, sizes, memory, defaults
+    python -m wan.models                     the table: files, sizes, memory, defaults
 """
 import argparse
 import dataclasses
@@ -212,7 +212,7 @@ class Model:
     low: dit.WanDiT | Deferred | None = None  # expert for timesteps below 1000 * boundary; `net` is then the high-noise one
     boundary: float = 0.0
     offload: str = "none"  # or "parts": one network on the device at a time; "blocks": also the transformer block by block
-    encode_tile: tuple | None = None  # of the condition's encoding, in latent cells (tiling.py)
+    encode_tile: tuple | None = None  # of the condition's encoding, in latent cells (gpu/tiling.py)
     ae_dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 

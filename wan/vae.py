@@ -128,7 +128,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """x + attention of one head among all positions of a frame; frames do not see each other. No state."""
 
-    whole_frame = True  # cannot be tiled (tiling.py)
+    whole_frame = True  # cannot be tiled (gpu/tiling.py)
 
     def __init__(self, channels):
         super().__init__()
@@ -147,7 +147,7 @@ class Attention(nn.Module):
 class Nearest(nn.Module):
     """Every pixel becomes 2x2 equal ones."""
 
-    zoom = 2  # of the sides; tiling.py reads it
+    zoom = 2  # of the sides; gpu/tiling.py reads it
 
     def forward(self, x):
         return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
@@ -359,14 +359,14 @@ class WanVAE(nn.Module):
     def encode(self, x, tile=None):
         """[b, 3, T, H, W] in [-1, 1] -> mean of the posterior, normalised, [b, Z, *latent_shape(T, H, W)].
 
-        Any T >= 1 and any size: the clip is padded by repeating its last frame, row and column. tile: see tiling.py.
+        Any T >= 1 and any size: the clip is padded by repeating its last frame, row and column. tile: see gpu/tiling.py.
         """
         return torch.cat(list(self.encode_stream([x], tile)), dim=2)
 
     def decode(self, z, frames=None, size=None, tile=None):
         """Normalised latent [b, Z, t, h, w] -> [b, 3, frames, *size], not clamped. Default: everything the latent holds, 1 + 4 (t - 1) frames.
 
-        tile: (rows, columns) in latent cells, for less memory and the same result (tiling.py); None for whole frames.
+        tile: (rows, columns) in latent cells, for less memory and the same result (gpu/tiling.py); None for whole frames.
         """
         x = torch.cat(list(self.decode_stream(z, tile)), dim=2)
         h, w = size or x.shape[3:]
