@@ -156,7 +156,7 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     dataset = temporal.clips.Clips(tmp_path / "out" / "compare" / "films", 16, (64, 64), "train")
     assert sorted(p.rsplit("/")[-1] for p in dataset.paths) == ["a.mp4", "b.mp4"]
 
-    monkeypatch.setattr(temporal.training.Run, "_one_step", None)  # nothing is trained again
+    monkeypatch.setattr(temporal.loop.Run, "_one_step", None)  # nothing is trained again
     ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--score"])
     again = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert {k: v["psnr"] for k, v in again["arms"].items()} == {k: v["psnr"] for k, v in result["arms"].items()}
