@@ -89,7 +89,14 @@ def bf16_units():
 def autocast(device, bf16=True):
     """`torch.autocast` to bf16 where that is the faster type, else one that does nothing: on a CPU without `bf16_units` oneDNN multiplies bf16
     numbers one by one (a product of 2048x2048 took 190 times as long as in fp32 on a Zen 3)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and (device.type != "cpu" or bf16_units()))
+    faster = matmul_type(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and faster)
+
+
+def matmul_type(device):
+    """The type in which `device` multiplies matrices fastest: bf16, but for CPUs without
+    `bf16_units`."""
+    return torch.bfloat16 if device.type != "cpu" or bf16_units() else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------ the operations

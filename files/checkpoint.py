@@ -17,6 +17,7 @@ Every weight file of the project goes through this file, in both directions:
 It also holds `UserError`: a mistake that the user can mend. Its text is one sentence that says what to do; scripts print it
 without a traceback and exit with status 1 (`user_errors`).
 """
+import argparse
 import contextlib
 import datetime
 import errno
@@ -75,6 +76,17 @@ def user_errors():
         raise error
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def refuse_options(parser, gone):
+    """Options that went, {"--old": "what to use instead"}: each is refused in one sentence.
+    They are not in --help."""
+    class Gone(argparse.Action):
+        def __call__(self, parser, namespace, values, option):
+            raise UserError(f"{option} is gone: {gone[option]}.")
+
+    for option in gone:
+        parser.add_argument(option, nargs="*", action=Gone, help=argparse.SUPPRESS)
 
 
 @contextlib.contextmanager
