@@ -2,7 +2,7 @@
 
     iter_clip(path, ...)             pieces of a clip, [3, t, h, w];  read_clip: the whole;  clip_info: frame rate, size, length
     write_video(path, pieces, fps)   H.264 mp4 from a tensor or from pieces as they come
-    read_image, contact_sheet        stills
+    read_image, contact_sheet        stills;  figure: a chart
 
 Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. What is wrong with a file is told in one sentence
 (UserError), and a file that could not be finished is not left behind.
@@ -238,3 +238,23 @@ def contact_sheet(path, videos, columns=8, labels=None, heads=None, scale=2):
             ImageDraw.Draw(sheet).text((sheet.width * i / len(heads) + 5, 3), head, fill=(0, 0, 0))
     with checkpoint.atomic_path(path) as tmp:
         sheet.save(tmp)
+
+
+@contextlib.contextmanager
+def figure(path, rows=1, columns=1, size=(5, 3.2), dpi=110):
+    """Axes [rows, columns] of matplotlib to draw on, `size` inches each; written as a PNG
+    when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    whole = (size[0] * columns, size[1] * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=whole, squeeze=False)
+    try:
+        yield axes
+        fig.tight_layout()
+        with checkpoint.atomic_path(path) as tmp:
+            fig.savefig(tmp, dpi=dpi, format="png")
+    finally:
+        plt.close(fig)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from files import video
 from files.checkpoint import UserError
 from training import judges
 from training.losses import Perceptual
@@ -235,19 +236,8 @@ def latent_statistics(latents):
 
 def plot(path, panels):
     """One panel per entry of {title: [(x, y), ...]} as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from files import checkpoint
-
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.2), squeeze=False)
-    for ax, (title, points) in zip(axes[0], panels.items()):
-        ax.plot(*zip(*points))
-        ax.set(title=title, xlabel="step")
-        ax.grid(alpha=0.3)
-    fig.tight_layout()
-    with checkpoint.atomic_path(path) as tmp:
-        fig.savefig(tmp, dpi=110)
-    plt.close(fig)
+    with video.figure(path, columns=len(panels)) as axes:
+        for ax, (title, points) in zip(axes[0], panels.items()):
+            ax.plot(*zip(*points))
+            ax.set(title=title, xlabel="step")
+            ax.grid(alpha=0.3)
