@@ -33,7 +33,7 @@ def test_reconstruct_real_footage(tmp_path, weights, capsys, name, height, width
     result = json.loads(base.with_suffix(".json").read_text())
     assert result["frames"] == 13 and result["latent"] == [4, 4, height // 4, width // 4] and result["compression"] == 48
     assert abs(result["psnr"] - metrics.psnr(y, x)) < 0.01 and abs(result["ssim"] - metrics.ssim(y, x)) < 1e-3
-    assert metrics.psnr(video[None, ..., :width], x) > 35  # the left half is the original
+    assert metrics.psnr(clip[None, ..., :width], x) > 35  # the left half is the original
     assert base.with_suffix(".png").stat().st_size > 10_000
     assert f"PSNR    {result['psnr']:.2f} dB" in capsys.readouterr().out
 

@@ -187,7 +187,7 @@ def test_the_rows_are_all_there_and_name_the_official_repositories():
 
 
 def test_negative_prompts_are_the_published_ones():
-    text = (ROOT / "spec" / "wan.md").read_text()
+    text = (ROOT / "docs" / "spec" / "wan.md").read_text()
     after = lambda heading: re.search(re.escape(heading) + r".*?\n\n    (.*?)\n", text, re.S)[1]
     chinese, english = after("Default negative prompt (Wan):"), after("English negative prompt")
     for name, row in models.RELEASED.items():
