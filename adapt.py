@@ -47,8 +47,9 @@ import flow
 import lora
 from files import checkpoint, layouts, video
 from files.checkpoint import UserError
-from training import bases, cache, loop, toy_base
+from training import bases, loop, toy_base
 from training.bases import DTYPES
+from training.entries import hash_tensors
 from training.journal import Journal
 from wan import models
 from wan.text import release
@@ -142,7 +143,7 @@ def align_ends(job, expert):
 def train_head(job, expert):
     """Stage 1b: align the head (and go on with the embedder) by the flow-matching loss, blocks frozen -> 1b/trained.safetensors."""
     start, s = result(job.folder(expert, "1a") / "ends.safetensors"), job.settings
-    config = config_of(job, expert, "steps_head", "lr_head", "warmup_head", "decay", start=cache.hash_tensors(start))
+    config = config_of(job, expert, "steps_head", "lr_head", "warmup_head", "decay", start=hash_tensors(start))
 
     def ready():
         net = build(job, expert, start)[1]
@@ -162,7 +163,7 @@ def train_lora(job, expert):
             examine(job, expert, "before", build(job, expert, ends(expert))[1])
             checkpoint.save_tensors(first, ends(expert))
     start = result(first)
-    config = config_of(job, expert, "steps", "lr", "warmup", "decay", "rank", "alpha", "ema", start=cache.hash_tensors(start))
+    config = config_of(job, expert, "steps", "lr", "warmup", "decay", "rank", "alpha", "ema", start=hash_tensors(start))
     fit(job, expert, "2", "2, LoRA", lambda: build(job, expert, start, adapters=True)[1], config, s.steps, s.lr, s.warmup, s.ema, s.steps_head)
 
 

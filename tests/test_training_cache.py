@@ -19,7 +19,7 @@ import dit
 import toy
 from files import checkpoint, video
 from files.checkpoint import UserError
-from training import cache, captions, loop
+from training import cache, captions, entries, loop
 from wan import models, vae
 from wan.text import WanText
 
@@ -180,14 +180,14 @@ def test_nothing_to_train_on_is_one_sentence(tmp_path, folder):
 def test_a_fingerprint_is_that_of_the_bytes(folder, tmp_path):
     """Not of name, place or time; a large file is sampled at its ends and in between."""
     moved = shutil.copy(folder / "a.mp4", tmp_path / "x.mp4")
-    assert captions.fingerprint(moved) == captions.fingerprint(folder / "a.mp4") != captions.fingerprint(folder / "b.mp4")
-    large = bytearray(10 * captions.BLOCK)
+    assert entries.hash_file(moved) == entries.hash_file(folder / "a.mp4") != entries.hash_file(folder / "b.mp4")
+    large = bytearray(10 * entries.BLOCK)
     (tmp_path / "l").write_bytes(large)
     for place in (0, len(large) // 3, len(large) - 1):
         changed = bytearray(large)
         changed[place] = 1
         (tmp_path / "m").write_bytes(changed)
-        assert captions.fingerprint(tmp_path / "m") != captions.fingerprint(tmp_path / "l")
+        assert entries.hash_file(tmp_path / "m") != entries.hash_file(tmp_path / "l")
 
 
 # ---------------------------------------------------------------------------------------------------- buckets and pixels

@@ -31,6 +31,7 @@ from files import checkpoint, layouts
 from files.checkpoint import UserError
 from gpu import tiling
 from training import cache, captions, toy_base
+from training.entries import hash_of, hash_tensors
 from wan import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,7 +139,7 @@ class Expert(NamedTuple):
         """Hash of the config and of all vectors (norms, modulation, biases), which differ between any two trained models; quick for 14B."""
         tensors, config = layouts.open_checkpoint(self.path)
         small = {k: checkpoint.read(v) for k, v in tensors.items() if len(v.shape) == 1 or "modulation" in k or k.startswith(("patch_", "head."))}
-        return cache.hash_of([config, cache.hash_tensors(small)])
+        return hash_of([config, hash_tensors(small)])
 
 
 @dataclass(frozen=True)

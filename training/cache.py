@@ -50,7 +50,7 @@ from tqdm import tqdm
 from files import checkpoint
 from files.checkpoint import UserError
 from training import captions, loop
-from training.entries import Entries, hash_of, hash_tensors
+from training.entries import Entries, hash_encoder, hash_file, hash_network, hash_of
 from wan.image import CLIPVision, WanImage, clip_pixels
 from wan.text import WanText, clean_prompt
 
@@ -83,11 +83,10 @@ class Space:
         self.model, self.frames, self.sizes = model, frames, captions.bucket_sizes(family)
         self.clip, self.look = model.clip if picture else None, None
         model.ae.to(model.device, model.ae_dtype)
-        encoder = {k: v for k, v in model.ae.state_dict().items() if not k.startswith(("decoder.", "conv2."))}  # all that a latent depends on
         self.entries = Entries(folder, "latents", dict(
-            autoencoder=hash_tensors(encoder), config=repr(model.ae.config), type=str(model.ae_dtype), frames=frames, buckets=list(self.sizes.items()),
+            autoencoder=hash_encoder(model.ae), type=str(model.ae_dtype), frames=frames, buckets=list(self.sizes.items()),
             condition=model.net.config.in_channels - model.net.config.out_channels, image=self.clip and getattr(self.clip, "rule", "own")),
-            origin=files_hash(getattr(self.clip, "encoder_path", None)))
+            origin=hash_network(getattr(self.clip, "encoder_path", None)))
         cell = [model.ae.config.spatial_factor * p for p in model.net.config.patch[1:]]
         for size in self.sizes.values():
             if size[0] % cell[0] or size[1] % cell[1]:
@@ -122,13 +121,6 @@ class Space:
         return torch.cat([tensors[name] for name in ("latent", "condition") if name in tensors]).float()
 
 
-def files_hash(path):
-    """Fingerprint of a network's file, or of the files in its folder; "" where there are none."""
-    path = Path(path or "")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() and path != Path() else []
-    return hash_of([captions.fingerprint(f) for f in files]) if files else ""
-
-
 def keep_loaded(clip):
     """An image encoder that stays in memory between calls; `WanImage` itself loads its network for each, which is right for one picture."""
     if not isinstance(clip, WanImage) or clip.encoder_path is None:
@@ -153,7 +145,7 @@ def encode_prompts(text, prompts):
 def prompt_entries(model, folder):
     """Where the prompt states of a model's text encoder are kept, under `caption_key`: {states [m, text_dim]}."""
     return Entries(folder, "text", dict(text=type(model.text).__name__, width=model.net.config.text_dim),
-                   origin=files_hash(getattr(model.text, "encoder_path", None)))
+                   origin=hash_network(getattr(model.text, "encoder_path", None)))
 
 
 def caption_key(caption):
@@ -407,7 +399,7 @@ def measure(clips=64, batch=2, steps=200, rows=100):
             Path(folder, f"{i}.mp4").write_bytes(bytes([i]) * 1000)
             Path(folder, f"{i}.txt").write_text(f"caption {i}")
             tensors = dict(latent=random16(32, t, h, w), condition=random16(36, t, h, w), clip_fea=random16(257, config.image_dim))
-            space.entries.put(captions.fingerprint(Path(folder, f"{i}.mp4")), tensors, bucket=(480, 832))
+            space.entries.put(hash_file(Path(folder, f"{i}.mp4")), tensors, bucket=(480, 832))
             text.put(caption_key(f"caption {i}"), dict(states=random16(rows, config.text_dim)))
         text.put(caption_key(""), dict(states=random16(1, config.text_dim)))
         size = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors")) / clips

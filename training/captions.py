@@ -12,7 +12,6 @@ What cannot be used is named with the reason and left out: nothing in a folder s
 """
 import contextlib
 import csv
-import hashlib
 import json
 import math
 import os
@@ -30,11 +29,11 @@ import torch.nn.functional as F
 from files import video
 from files.checkpoint import UserError
 from training.clips import VIDEOS
+from training.entries import hash_file
 
 NO_CAPTION = "clip without caption"
 NO_CLIP = "caption without clip"
 NAMES = ("captions", "extended_prompt", "caption", "prompt", "text")  # of what a JSON or a row says of a clip: the first that is there
-BLOCK = 16 << 10  # bytes of a file that are looked at in one place
 
 
 @dataclass
@@ -85,7 +84,7 @@ def find_samples(data):
 def key_of(sample, skipped):
     """Fingerprint of a sample's video; "" where it cannot be read."""
     try:
-        return fingerprint(sample.file, sample.offset, sample.size)
+        return hash_file(sample.file, sample.offset, sample.size)
     except OSError as e:
         skipped[sample.name] = f"cannot be read ({e.strerror})"
         return ""
@@ -208,18 +207,6 @@ def members(archive, skipped):
         else:
             yield sample
     skipped |= {f"{archive}/{key}": NO_CLIP for key in said}
-
-
-def fingerprint(file, offset=0, size=None):
-    """Size and samples of the bytes of a file (or of a part of it) -> 32 hex digits. The same wherever the file lies and whenever it was
-    written; 64 KiB are read of the largest file. Enough to tell clips apart: two encodings differ in their tables of frame sizes."""
-    size = os.path.getsize(file) if size is None else size
-    digest = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as f:
-        for start in [0] if size <= 4 * BLOCK else [round(i * (size - BLOCK) / 3) for i in range(4)]:
-            f.seek(offset + start)
-            digest.update(f.read(min(size, 4 * BLOCK if size <= 4 * BLOCK else BLOCK)))
-    return digest.hexdigest()[:32]
 
 
 def caption_chances(sample):

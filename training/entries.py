@@ -1,17 +1,22 @@
 """Finished work on disk: what takes long to make, made once.
 
     entries = Entries("out/latents", "latents", dict(autoencoder=..., frames=80))
-    entries.put("3f9a", {"latent": z}, bucket=(480, 832))      # one safetensors file, whole or not at all
-    entries.facts("3f9a")                                      # {"bucket": [480, 832], ...}, from the header alone; None: still to be made
-    entries.get("3f9a")                                        # the tensors, every byte verified
+    entries.put("3f9a", {"latent": z}, bucket=(480, 832))    # one file, whole or not at all
+    entries.facts("3f9a")   # {"bucket": [480, 832], ...}, from the header; None: still to be made
+    entries.get("3f9a")     # the tensors, every byte verified
 
-Three things must never happen: work done with other weights or settings is taken for one's own (folders are named by a hash of all that decides, and
-every entry repeats it), half an entry is taken for a whole one (files are renamed into place; a header that promises more than the file
-holds is damage), or one flipped bit trains a model (the header holds a hash of the tensors). Damage costs one entry, which is made again.
+Three things must never happen: work done with other weights or settings is taken for
+one's own (folders are named by a hash of all that decides, and every entry repeats it),
+half an entry is taken for a whole one (files are renamed into place; a header that
+promises more than the file holds is damage), or one flipped bit trains a model (the
+header holds a hash of the tensors). Damage costs one entry, which is made again.
+
+The three fingerprints of the project are here: of plain values, of tensors, of files.
 """
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +24,10 @@ from tqdm import tqdm
 
 from files import checkpoint
 from files.checkpoint import UserError
+
+# ---------------------------------------------------------------- fingerprints
+
+BLOCK = 16 << 10  # bytes of a file that are looked at in one place
 
 
 def hash_of(value):
@@ -35,21 +44,73 @@ def hash_tensors(tensors):
     return digest.hexdigest()[:16]
 
 
+def hash_file(file, offset=0, size=None):
+    """Size and samples of the bytes of a file (or of a part of it) -> 32 hex digits.
+
+    The same wherever the file lies and whenever it was written; 64 KiB are read of the
+    largest file. Enough to tell clips apart: two encodings differ in their tables of
+    frame sizes.
+    """
+    size = os.path.getsize(file) if size is None else size
+    starts, length = [0], size
+    if size > 4 * BLOCK:
+        starts, length = [round(i * (size - BLOCK) / 3) for i in range(4)], BLOCK
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as f:
+        for start in starts:
+            f.seek(offset + start)
+            digest.update(f.read(length))
+    return digest.hexdigest()[:32]
+
+
+def hash_network(path):
+    """Of a network's file, or of the files in its folder; "" where there are none."""
+    path = Path(path) if path else None
+    files = []
+    if path and path.is_file():
+        files = [path]
+    elif path:
+        files = sorted(path.glob("*.safetensors"))
+    return hash_of([hash_file(f) for f in files]) if files else ""
+
+
+#: what of an autoencoder's config decides a latent, beside the encoder's weights. These names
+#: are hashed: whoever renames a field of a config keeps them, or all caches are made anew.
+DECIDES = ("patch", "temporal_factor", "temporal", "chunk", "scale", "mean", "std")
+
+
+def hash_encoder(autoencoder):
+    """Of all that a latent depends on."""
+    tensors = autoencoder.state_dict().items()
+    weights = {k: v for k, v in tensors if not k.startswith(("decoder.", "conv2."))}
+    settings = {name: getattr(autoencoder.config, name, None) for name in DECIDES}
+    return hash_of([hash_tensors(weights), settings])
+
+
+# ---------------------------------------------------------------- entries
+
+
 class Damaged(Exception):
     """An entry that cannot be used."""
 
 
 class Entries:
-    """Finished work, {key: tensors}: one safetensors file each in `folder`/`kind`-HASH, or in memory where `folder` is None.
+    """Finished work, {key: tensors}: one safetensors file each in `folder`/`kind`-HASH,
+    or in memory where `folder` is None.
 
-    made_by: JSON-able values that decide what an entry holds; HASH is theirs, and every entry repeats it. origin: fingerprint of a further network,
-    which may be absent ("") once the entries are there, but must not be another one. Two processes may write the same entry: they write the
-    same bytes, and the last rename wins.
+    made_by: JSON-able values that decide what an entry holds; HASH is theirs, and every
+        entry repeats it.
+    origin: fingerprint of a further network, which may be absent ("") once the entries
+        are there, but must not be another one.
+
+    Two processes may write the same entry: they write the same bytes, and the last
+    rename wins.
     """
 
     def __init__(self, folder, kind, made_by, origin=""):
         self.made_by, self.hash, self.origin = made_by, hash_of(made_by), origin
-        self.known, self.memory = {}, {}  # facts of entries that were seen to be finished; entries, where there is no folder
+        self.known = {}  # facts of entries that were seen to be finished
+        self.memory = {}  # entries, where there is no folder
         self.folder = folder and Path(folder) / f"{kind}-{self.hash}"
 
     def file(self, key):
@@ -58,43 +119,54 @@ class Entries:
     def put(self, key, tensors, **facts):
         """Keep tensors and a few JSON-able facts about them."""
         tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
-            raise UserError(f"the {bad[0]} of {facts.get('name', key)} came out with NaN or infinite values: encode in fp32, or use other weights.")
-        facts = dict(facts, key=key, made_by=self.hash, origin=self.origin, content=hash_tensors(tensors))
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise UserError(f"the {name} of {facts.get('name', key)} came out with NaN or "
+                                "infinite values: encode in fp32, or use other weights.")
+        facts |= dict(key=key, made_by=self.hash, origin=self.origin)
+        facts["content"] = hash_tensors(tensors)
         if self.folder is None:
             self.known[key], self.memory[key] = facts, tensors
             return
         try:
-            if not (about := self.folder / "about.json").exists():  # for people; nothing reads it
+            about = self.folder / "about.json"
+            if not about.exists():  # for people; nothing reads it
                 checkpoint.write_json(about, self.made_by)
             checkpoint.save_tensors(self.file(key), tensors, {"entry": facts})
         except OSError as e:
-            if e.errno == errno.ENOSPC:
-                raise OSError(e.errno, e.strerror, str(self.folder)) from e  # a name for the sentence; finished entries stay
+            if e.errno == errno.ENOSPC:  # a name for the sentence; finished entries stay
+                raise OSError(e.errno, e.strerror, str(self.folder)) from e
             raise
         self.known[key] = facts
 
     def facts(self, key, whole=False):
-        """Facts about an entry; None where there is none yet. One that is cut short is removed, so that it is made again; one that something
-        else made is a UserError. Looks at the header only, or with `whole` at every byte."""
+        """Facts about an entry; None where there is none yet. One that is cut short is
+        removed, so that it is made again; one that something else made is a UserError.
+        Looks at the header only, or with `whole` at every byte."""
         if self.folder and (whole or key not in self.known) and self.file(key).exists():
             try:
-                self.known[key] = (self._read(key) if whole else self._open(key, checkpoint.open_tensors))[1]
+                if whole:
+                    self.known[key] = self._read(key)[1]
+                else:
+                    self.known[key] = self._open(key, checkpoint.open_tensors)[1]
             except Damaged as e:
                 tqdm.write(f"made again: {e}")
         return self.known.get(key)
 
     def get(self, key):
-        """The tensors of a finished entry, verified. Damage is a UserError, after which the entry is gone and will be made again."""
+        """The tensors of a finished entry, verified. Damage is a UserError, after which
+        the entry is gone and will be made again."""
         if self.folder is None:
             return self.memory[key]
         try:
             return self._read(key)[0]
         except Damaged as e:
-            raise UserError(f"{e} and was removed: start again and it is made anew; finished work is kept.") from e
+            raise UserError(f"{e} and was removed: start again and it is made anew; finished "
+                            "work is kept.") from e
 
     def _read(self, key):
-        """-> (tensors, facts) of a file, every byte of it verified: what is finite and of the right shape was checked when it was written."""
+        """-> (tensors, facts) of a file, every byte of it verified: what is finite and
+        of the right shape was checked when it was written."""
         tensors, facts = self._open(key, checkpoint.load_tensors)
         if hash_tensors(tensors) != facts["content"]:
             self._damaged(key, "its content is not what was written")
@@ -111,8 +183,9 @@ class Entries:
             self._damaged(key, "it is not the entry that its name says")
         for ours, theirs in ((self.hash, facts["made_by"]), (self.origin, facts["origin"])):
             if ours and theirs and ours != theirs:
-                raise UserError(f"{self.file(key)} was made by another encoder, scale or setting (hash {theirs}, not {ours}): delete it, or use another "
-                                "folder for the cache.")
+                raise UserError(f"{self.file(key)} was made by another encoder, scale or setting "
+                                f"(hash {theirs}, not {ours}): delete it, or use another folder "
+                                "for the cache.")
         return tensors, facts
 
     def _damaged(self, key, why):
