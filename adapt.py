@@ -351,11 +351,11 @@ def train(job, expert, folder, what, ready, config, steps, lr, warmup, ema, firs
 
     run.fit(batches(run.number), losses, report, what=what)
     with run.averaged():
-        tensors = {k: loop.whole(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
+        tensors = {k: loop.full_tensor(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
     if loop.rank() == 0:
         loop.plot(folder)
         checkpoint.save_tensors(folder / "trained.safetensors", tensors, {"settings": config, "step": steps})
-    loop.everywhere(None)  # nobody looks for the file before it is there
+    loop.all_gather(None)  # nobody looks for the file before it is there
 
 
 # ---------------------------------------------------------------------------------------------------- the model between the stages

@@ -411,7 +411,7 @@ def main_compare(argv):
     held_out = {frames: draw(films, frames, n) for frames, n in LENGTHS.items()}
     for arm in ARMS:
         steps = args.steps or STEPS[arm.group]
-        if arm.group not in args.groups or args.score and not (out / arm.name / f"checkpoint-{steps:07d}.pt").exists():
+        if arm.group not in args.groups or args.score and not (out / arm.name / f"checkpoint-{steps:07d}").exists():
             continue
         net, took = train_arm(arm, films, out, steps, args.seed)
         short, long = (windows(held_out[frames]) for frames in (arm.frames, LONG))

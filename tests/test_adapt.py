@@ -451,15 +451,15 @@ def test_a_nan_loss_stops_with_the_last_good_checkpoint(job, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsys):
-    job, write = job(), loop.write_synced
+    job, write = job(), loop.save_sharded
 
-    def full(path, state):
-        if state["step"] == 3:
+    def full(path, tensors, about):
+        if about["step"] == 3:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, state)
+        write(path, tensors, about)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit), checkpoint.user_errors():
-        patch.setattr(loop, "write_synced", full)
+        patch.setattr(loop, "save_sharded", full)
         adapt.train_head(job, job.expert)
     assert "the disk is full while writing" in capsys.readouterr().err
     adapt.train_head(job, job.expert)

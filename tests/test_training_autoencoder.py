@@ -55,7 +55,7 @@ def test_the_phases_for_video(tmp_path, films, monkeypatch):
     folders = [tmp_path / "ae" / name for name in ("low", "high", "refine")]
     assert last == folders[2] / "tiny.safetensors"
     for folder in folders:
-        assert {"log.jsonl", "log.png", "sheet.png", "tiny.safetensors", "checkpoint-0000002.pt"} <= {p.name for p in folder.iterdir()}
+        assert {"log.jsonl", "log.png", "sheet.png", "tiny.safetensors", "checkpoint-0000002"} <= {p.name for p in folder.iterdir()}
     low, high, refine = (ae.load(folder / "tiny.safetensors").state_dict() for folder in folders)
     kernels = {k for k, v in low.items() if v.ndim == 5}
     moved = lambda a, b: {k for k in kernels if not torch.equal(a[k], b[k])}
@@ -192,7 +192,7 @@ def test_clips_hold_two_chunks_or_more(tmp_path, films, monkeypatch, frames):
 
 def test_steps_are_one_number_or_one_for_each_phase(tmp_path, films, monkeypatch):
     run_programme(tmp_path / "ae", films, monkeypatch, ("low", "refine"), steps=[2, 1])
-    assert {p.parent.name: p.name for p in (tmp_path / "ae").rglob("checkpoint*")} == {"low": "checkpoint-0000002.pt", "refine": "checkpoint-0000001.pt"}
+    assert {p.parent.name: p.name for p in (tmp_path / "ae").rglob("checkpoint*")} == {"low": "checkpoint-0000002", "refine": "checkpoint-0000001"}
     with pytest.raises(UserError, match=r"--steps has 2 numbers for 4 phases \(image, low, high, refine\)"):
         run_programme(tmp_path / "other", films, monkeypatch, steps=[2, 1])
 

@@ -1,5 +1,4 @@
 """A run that can be killed: nothing is lost but the steps since the last checkpoint, and nothing is wrong afterwards."""
-import contextlib
 import errno
 import itertools
 import json
@@ -15,12 +14,12 @@ import pytest
 import torch
 import torch.distributed.run as torchrun
 import torch.nn as nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import dit
 import lora
 from conftest import ROOT
-from files import checkpoint
 from files.checkpoint import UserError
 from training import loop
 
@@ -94,17 +93,17 @@ KILLED = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import test_training_loop
 run = test_training_loop.make({folder!r}, test_training_loop.LONG)
-run.nets["disc"].register_forward_hook(lambda *_: test_training_loop.wait() if run.step == 31 else None)
+run.nets["disc"].register_forward_hook(lambda *_: test_training_loop.wait() if run.step == 11 else None)
 test_training_loop.fit(run)
 """
 
 
 def wait():
-    print("half of step 31", flush=True)
+    print("half of step 11", flush=True)
     time.sleep(600)
 
 
-LONG = loop.Plan(steps=60, warmup=2, ema=0.9, save_every=2)
+LONG = loop.Plan(steps=20, warmup=2, ema=0.9, save_every=2)
 
 
 def test_kill_9_in_the_middle_of_a_step(tmp_path):
@@ -112,11 +111,11 @@ def test_kill_9_in_the_middle_of_a_step(tmp_path):
     code = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path / "run"))
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout.readline() == "half of step 31\n"
+    assert process.stdout.readline() == "half of step 11\n"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    assert make(tmp_path / "run", LONG).step == 30
+    assert make(tmp_path / "run", LONG).step == 10
     whole, resumed = fit(make(tmp_path / "whole", LONG)), fit(make(tmp_path / "run", LONG))
     assert_equal(tensors(resumed), tensors(whole))
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -131,8 +130,8 @@ def test_another_config_is_refused_and_the_difference_shown(tmp_path):
 
 def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
     run = fit(make(tmp_path))
-    assert [p.name for p in run.checkpoints()] == ["checkpoint-0000006.pt", "checkpoint-0000008.pt"]
-    file = run.checkpoints()[-1]
+    assert [p.name for p in run.checkpoints()] == ["checkpoint-0000006", "checkpoint-0000008"]
+    file = run.checkpoints()[-1] / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
     again = make(tmp_path)
     assert again.step == 6 and "going back" in capsys.readouterr().out
@@ -143,21 +142,29 @@ def test_frozen_weights_are_not_saved(tmp_path):
     net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.BatchNorm1d(2), nn.Linear(2, 2))
     run = loop.Run(tmp_path, {}, {"net": net}, {"net": torch.optim.SGD(loop.trained(net).values(), 0.1)}, loop.Plan(1))
     run.save()
-    saved = checkpoint.load_pickle(run.checkpoints()[0])["nets"]["net"]
-    assert set(saved) == set(net.state_dict()) - {"0.weight", "0.bias"} and "1.running_mean" in saved
+    stored = FileSystemReader(run.checkpoints()[0]).read_metadata().state_dict_metadata
+    saved = {k.removeprefix("net/net/") for k in stored if k.startswith("net/")}
+    assert saved == set(net.state_dict()) - {"0.weight", "0.bias"} and "1.running_mean" in saved
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    """Every write to /dev/full fails as a full disk does: an OSError that says so, and the run goes on from the checkpoint before."""
+def full_disk(folder, step):
+    """Make the disk full where this process's part of a checkpoint will be written."""
+    part = Path(folder) / f".checkpoint-{step:07d}" / f"__{loop.rank()}_0.distcp"
+    part.parent.mkdir(exist_ok=True)
+    part.symlink_to("/dev/full")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """Every write to /dev/full fails as a full disk does: an OSError that says so, and the
+    run goes on from the checkpoint before."""
     run = fit(make(tmp_path))
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    run.step = 9
-    monkeypatch.setattr(checkpoint, "atomic_path", lambda path: contextlib.nullcontext(Path("/dev/full")))
+    content = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before, run.step = content(), 9
+    full_disk(tmp_path, 9)
     with pytest.raises(OSError) as error:
         run.save()
     assert error.value.errno == errno.ENOSPC
-    monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before and make(tmp_path).step == 8
+    assert content() == before and make(tmp_path).step == 8
 
 
 # ---------------------------------------------------------------------------------------------------- not a number
@@ -185,7 +192,7 @@ def test_nan_stops_the_run_and_is_traced(tmp_path, where, expected):
         if hook:
             hook.remove()
 
-    with pytest.raises(UserError, match=f"{expected}.*the last good checkpoint is .*checkpoint-0000003.pt"):
+    with pytest.raises(UserError, match=f"{expected}.*the last good checkpoint is .*checkpoint-0000003"):
         run.fit(batches(0), losses)
     assert run.step == 4 and all(torch.isfinite(v).all() for v in tensors(run).values()) and make(tmp_path).step == 3
 
@@ -300,6 +307,12 @@ def tune(folder, batch, steps=3, accumulate=1, net=None, poison=None):
     return run.fit(batches(), losses, held_out)
 
 
+def full(run):
+    """The whole weights of a run, on the CPU."""
+    tensors = {k: loop.full_tensor(v.detach()) for k, v in run.net.state_dict().items()}
+    return {k: v.to("cpu", copy=True) for k, v in tensors.items()}
+
+
 def in_two_processes(folder):
     """What the tests below look at; started twice by torchrun."""
     loop.start()
@@ -317,12 +330,12 @@ def in_two_processes(folder):
     net = adapter()
     run = tune(folder / "sharded", 1, accumulate=2, net=net)
     with run.averaged():
-        averages = loop.consolidate(run)
+        averages = full(run)
     if rank == 0:
         shutil.copytree(folder / "sharded" / "checkpoint-0000002", folder / "resumed" / "checkpoint-0000002")
     again = tune(folder / "resumed", 1, accumulate=2, net=adapter())
-    own = [sum(loop.own_part(p).numel() for p in n.parameters()) for n in (net, adapter())]
-    weights = [loop.consolidate(r) for r in (run, again)]
+    own = [sum(loop.local_part(p).numel() for p in n.parameters()) for n in (net, adapter())]
+    weights = [full(r) for r in (run, again)]
     if rank == 0:
         torch.save(dict(weights=weights, averages=averages, own=own), folder / "sharded.pt")
 
@@ -332,14 +345,16 @@ def in_two_processes(folder):
     bad = lambda number: float("nan") if (number, rank) == (3, 1) else 1.0
     refused("nan", lambda: tune(folder / "nan", 1, accumulate=2, net=adapter(), poison=bad))
 
-    plain = loop.write_synced
-    def full_disk(path, state):
-        if rank and state["step"] == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        plain(path, state)
-    loop.write_synced = full_disk
+    plain = loop.save_sharded
+
+    def no_room(path, tensors, about):
+        if rank and about["step"] == 2:
+            full_disk(path.parent, 2)
+        plain(path, tensors, about)
+
+    loop.save_sharded = no_room
     refused("full", lambda: tune(folder / "full", 1, accumulate=2, net=adapter()), (OSError, UserError))
-    loop.write_synced = plain
+    loop.save_sharded = plain
 
     def die(number):
         if (number, rank) == (3, 1):
@@ -392,16 +407,16 @@ def test_a_sharded_run_goes_on_bit_for_bit_and_in_one_process(two):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     shutil.rmtree(two / "resumed" / "checkpoint-0000003")
     run = tune(two / "resumed", 1, accumulate=4)
-    assert [p.name for p in run.checkpoints()] == ["checkpoint-0000002", "checkpoint-0000003.pt"]
+    assert [p.name for p in run.checkpoints()] == ["checkpoint-0000002", "checkpoint-0000003"]
     for key, value in run.net.state_dict().items():
         torch.testing.assert_close(a[key], value, atol=1e-4, rtol=0)
 
 
 def test_a_checkpoint_without_one_of_its_parts_is_passed_over(two, capsys):
-    (two / "copied" / "checkpoint-0000002" / "part-1-of-2.pt").unlink()
+    (two / "copied" / "checkpoint-0000002" / "__1_0.distcp").unlink()
     with pytest.raises(StopIteration):
         quadratic(two / "copied", loop.Plan(2, warmup=0), [])
-    assert "holds 1 parts, and that is not all of them" in capsys.readouterr().out
+    assert "holds no whole __1_0.distcp" in capsys.readouterr().out
 
 
 def test_all_processes_stop_where_one_has_nan(two):
