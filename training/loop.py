@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from files import checkpoint
+from files import checkpoint, video
 from files.checkpoint import UserError
 
 
@@ -284,6 +284,8 @@ class Run:
         if rank() == 0:
             for left in self.folder.glob(".checkpoint-*"):  # of a run killed while it wrote
                 shutil.rmtree(left)
+        if any(path.is_file() for path in self.checkpoints()):
+            raise UserError(f"{self.folder} holds a run of an earlier version: use another --out.")
         seen = all_gather([path.name for path in self.checkpoints()])
         if any(names != seen[0] for names in seen):
             raise UserError(f"the processes see different checkpoints in {self.folder}: "
@@ -356,26 +358,17 @@ def read_log(folder):
 
 def plot(folder, keys=None):
     """Draw a run's log, one panel per number (or per one of `keys`), as log.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = read_log(folder)
     keys = keys or [k for k in mean_of(lines) if k != "step"]
     if not keys:
         return
     columns, rows = min(len(keys), 4), math.ceil(len(keys) / 4)
-    fig, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
-    for ax, key in zip(axes.flat, keys):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        ax.plot(*zip(*points))
-        ax.set(title=key, xlabel="step")
-        ax.grid(alpha=0.3)
-    fig.tight_layout()
-    with checkpoint.atomic_path(Path(folder) / "log.png") as tmp:
-        fig.savefig(tmp, dpi=90)
-    plt.close(fig)
+    with video.figure(Path(folder) / "log.png", rows, columns, (4, 2.6), dpi=90) as axes:
+        for ax, key in zip(axes.flat, keys):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            ax.plot(*zip(*points))
+            ax.set(title=key, xlabel="step")
+            ax.grid(alpha=0.3)
 
 
 # -------------------------------------------------------------- not a number
