@@ -51,7 +51,7 @@ from training import bases, loop, toy_base
 from training.bases import DTYPES
 from training.entries import hash_tensors
 from training.journal import Journal
-from wan import models
+from wan import models, released
 from wan.text import release
 
 STAGES = ("cache", "align", "head", "lora", "export")
@@ -84,7 +84,7 @@ class Job:
         found, adapted = self.base.experts(self.teacher), self.args.continue_from
         if not adapted:
             return found
-        files = [models.find((f"{stem}.safetensors", f"{stem}/*.safetensors"), [adapted]) for stem in ("transformer", "transformer_2")[: len(found)]]
+        files = [released.find((f"{stem}.safetensors", f"{stem}/*.safetensors"), [adapted]) for stem in ("transformer", "transformer_2")[: len(found)]]
         for file, expert in zip(files, found):
             told = file and checkpoint.open_tensors(file)[1].get("adapted", {})
             if not told or (told["base"], told["target"]) != (self.base.name, bases.target_of(self.student.ae.config)):
@@ -173,7 +173,7 @@ def export(job):
     if loop.rank():
         return
     about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank, alpha=s.alpha, step=s.steps)
-    shown = {k: getattr(job.student, k) for k in models.SAMPLING}
+    shown = {k: getattr(job.student, k) for k in released.SAMPLING}
     for number, expert in enumerate(job.experts):
         suffix = "_2" if number else ""  # as diffusers calls the second transformer
         trained = result(job.folder(expert, "2") / "trained.safetensors")

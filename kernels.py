@@ -1,38 +1,292 @@
 """The hot operations, each in one named function, with the plain formula beside it.
 
-A transformer step is a few large matrix products with thin operations in between. The thin ones do almost no
-arithmetic but read and write the whole activation: at 17,600 tokens of width 5120 one fp32 pass over the residual stream
-moves 360 MB in and 360 MB out, and an unfused block makes 20 to 30 such passes. So what counts is how often memory is
-touched, and each function here is one unit that a fused kernel can replace. On CUDA it is (gpu/triton_kernels.py); what stands here otherwise is
-differentiable and right on every device, and takes from the CPU's library what that is fast at. Every function has a plain twin at the
-end of the file: what one writes first, from the formula. `use(plain=True)` puts the twins in place, and tests compare the two.
+A transformer step is a few large matrix products with thin operations in between. The
+thin ones do almost no arithmetic but read and write the whole activation: at 17,600
+tokens of width 5120 one fp32 pass over the residual stream moves 360 MB in and 360 MB
+out, and an unfused block makes 20 to 30 such passes. So what counts is how often memory
+is touched, and each function here is one unit that a fused kernel can replace.
 
-Precision, for all of them: inputs may be bf16, statistics and sums are fp32, the result is rounded once at the end.
+An operation has up to three forms, and `use` says which of them run in this process:
+
+    plain     NAME_plain: what one writes first, from the formula (`sample.py --slow`)
+    library   NAME: differentiable and right on every device, fast on the CPU
+    fused     a GPU kernel of that name (gpu/triton_kernels.py), which gpu/choose.py tries
+              and installs at the start of a run; for calls without gradients
+
+Tests compare them. Precision, for all: inputs may be bf16, statistics and sums are fp32,
+the result is rounded once at the end.
 Shapes: b batch, l tokens, d model width, n heads, c width of one head (d = n c).
 """
-from functools import lru_cache
+import warnings
+from functools import lru_cache, wraps
 from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 
-# ----------------------------------------------------------------------------------------------------- which form runs
 
-_plain = False  # set by `use`
-_attention = None  # an installed kernel for attention, set by `use_attention`
-_refused = None  # why no fused kernel runs on this machine's GPU; "": they run; None: not tried yet
+def operation(twin=None):
+    """Decorator: a call runs the form that was chosen by `use`. twin: the plain form."""
+
+    def decorate(library):
+        name = library.__name__
+
+        @wraps(library)
+        def call(*inputs, **options):
+            if _plain:
+                return (twin or library)(*inputs, **options)
+            fused = _fused.get(name)
+            if fused and fusable(*inputs, *options.values()):
+                return fused(*inputs, **options)
+            return library(*inputs, **options)
+
+        return call
+
+    return decorate
 
 
-def use(plain=False):
-    """plain: the plain forms everywhere, from now on, in this process (`sample.py --slow`)."""
+# ------------------------------------------------------------------------ the transformer
+
+
+def attention_plain(q, k, v):
+    """The formula, with all scores in memory."""
+    q, k, v = (a.transpose(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))  # b n l c
+    return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+
+
+@operation(attention_plain)
+def attention(q, k, v):
+    """Softmax attention softmax(q k^T / sqrt(c)) v without a mask: q [b l n c], k and v
+    [b m n c] -> [b l n c].
+
+    Hot because it costs 4 l m d FLOPs, quadratic in the tokens: 57 % of a 1.3B forward at
+    17,600 tokens, 85 % at 75,600. The library's kernel never writes the [l, m] scores to
+    memory and sums in fp32. On the CPU the explicit form is the faster one for a few keys,
+    and for more of them in bf16, above all backwards (one core, 4 heads of 64, forward and
+    backward: 0.11 s against 0.14 s at 400 keys, 0.16 against 0.17 at 1024).
+    """
+    few = 16
+    if q.dtype == torch.bfloat16:
+        few = 1024 if recorded(q, k, v) else 256
+    if q.device.type == "cpu" and k.shape[1] <= few:
+        return attention_plain(q, k, v)
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # b n l c
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def linear_gelu_plain(layer, x):
+    return F.gelu(layer(x), approximate="tanh")
+
+
+@operation(linear_gelu_plain)
+def linear_gelu(layer, x):
+    """GELU(layer(x)) with the tanh formula, the first half of an MLP: x [... d] -> [... f].
+
+    On its own the activation function reads and writes the widest tensor of a block, and
+    its tanh is slow: on the CPU 9 % of an fp32 step and 12 % of a bf16 one. oneDNN applies
+    it to the product's tiles while they are in registers.
+    """
+    if type(layer) is torch.nn.Linear and onednn(x, layer.weight, layer.bias):
+        gelu = ("gelu", [], "tanh")
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *gelu)
+    return linear_gelu_plain(layer, x)
+
+
+def layer_norm_modulate_plain(x, scale, shift, eps, dtype=None):
+    run = x.shape[1] // scale.shape[1]
+    scale, shift = (a.repeat_interleave(run, 1) for a in (scale, shift))  # b l d
+    return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift).to(dtype or x.dtype)
+
+
+@operation(layer_norm_modulate_plain)
+def layer_norm_modulate(x, scale, shift, eps, dtype=None):
+    """LN(x) * (1 + scale) + shift in `dtype` (default: x's), LN without weights: x fp32
+    [b l d]; scale, shift fp32 [b g d], one for each of g equal runs of tokens (1: the whole
+    clip; its latent frames; or every token), or [1 g d].
+
+    Adaptive layer norm: the diffusion time decides scale and shift. Twice per block over
+    the residual stream, and memory bound: one pass where one pair of vectors serves all
+    (they are then the norm's own weight and bias), else two.
+    """
+    width = x.shape[-1:]
+    if scale.shape[:2] == (1, 1) and not recorded(x, scale, shift):
+        weight, bias = 1 + scale.flatten(), shift.flatten()
+        return F.layer_norm(x, width, weight, bias, eps).to(dtype or x.dtype)
+    y = F.layer_norm(x, width, eps=eps).unflatten(1, (scale.shape[1], -1))  # b g l/g d
+    y = torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None])  # frees the norm first
+    return y.flatten(1, 2).to(dtype or x.dtype)
+
+
+def gate_residual_plain(x, y, gate):
+    return x + y * gate.repeat_interleave(x.shape[1] // gate.shape[1], 1)
+
+
+@operation(gate_residual_plain)
+def gate_residual(x, y, gate):
+    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or bf16,
+    gate fp32 [b g d] or [1 g d] for g equal runs of tokens, as above.
+
+    The residual stream stays fp32 from the first block to the last: 40 blocks add small
+    terms to large values, and bf16 (8 bits) would lose them.
+    """
+    x, y = (a.unflatten(1, (gate.shape[1], -1)) for a in (x, y.to(x.dtype)))  # b g l/g d
+    return torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
+
+
+@operation()
+def residual_norm(x, y, gate, scale, shift, eps, dtype, affine=False):
+    """(x + y * gate, and LN of that * (1 + scale) + shift in `dtype`): what lies between
+    two parts of a block. gate None: 1.
+
+    affine: scale and shift are the weight and bias [d] of the norm. Two results, so that a
+    fused kernel normalises the sum while it is at hand; here one is made after the other.
+    """
+    x = x + y if gate is None else gate_residual(x, y, gate)
+    if affine:
+        return x, F.layer_norm(x, x.shape[-1:], scale, shift, eps).to(dtype)
+    return x, layer_norm_modulate(x, scale, shift, eps, dtype)
+
+
+def _rms_norm(x, weight, eps, in_place=False):  # not yet rounded at the end: fp32
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = (wide * inverse).to(x.dtype).float()
+    return y.mul_(weight) if in_place else y * weight
+
+
+def rms_norm_plain(x, weight, eps):
+    return _rms_norm(x, weight, eps).to(x.dtype)
+
+
+@operation(rms_norm_plain)
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [... d], weight fp32 [d];
+    returns x's dtype.
+
+    Statistics in fp32; the normalised value is rounded to x's dtype before the fp32 weight
+    multiplies it, as the released models do. Written out because on the CPU autograd
+    through these operations beats the backward of F.rms_norm; without gradients the product
+    is made in place, as a new tensor costs more there than the product, page by page.
+    """
+    return _rms_norm(x, weight, eps, in_place=not recorded(x, weight)).to(x.dtype)
+
+
+def rms_norm_rope_plain(x, weight, rope, heads, eps):
+    a, b = _rms_norm(x, weight, eps).unflatten(-1, (heads, -1, 2)).unbind(-1)  # b l n c/2
+    cos, sin = rope.real[:, None], rope.imag[:, None]
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return turned.flatten(3).to(x.dtype)
+
+
+@operation(rms_norm_rope_plain)
+def rms_norm_rope(x, weight, rope, heads, eps):
+    """RMSNorm over the full width, split into heads, rotate: x [b l d] -> [b l n c]. For q
+    and k, in every block.
+
+    `rope` is complex64 [l, c/2], one unit number e^{i angle} per token and channel pair.
+    Adjacent channels (2p, 2p+1) are the real and imaginary part of one complex number and
+    the rotation is one complex product: (a, b) -> (a cos - b sin, a sin + b cos). Angles
+    that grow with position make q . k depend on the distance only. The norm runs over all
+    heads together, so it must come before the split. (Complex numbers: ten times faster on
+    the CPU than slicing even and odd channels, whose strided access defeats vector units.)
+    """
+    in_place = not recorded(x, weight)
+    normed = _rms_norm(x, weight, eps, in_place).view(*x.shape[:2], heads, -1, 2)
+    pairs, turns = torch.view_as_complex(normed), rope[:, None]
+    turned = pairs.mul_(turns) if in_place else pairs * turns
+    return torch.view_as_real(turned).flatten(3).to(x.dtype)
+
+
+# ------------------------------------------------------------------------ the autoencoder
+
+
+def rms_norm_channels_plain(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
+    wide = x.float()
+    weight, bias = (p.float().view(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
+    inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+    y = torch.addcmul(bias, wide * inverse, weight).to(x.dtype)
+    y = F.silu(y) if silu else y
+    return y if shortcut is None else y + shortcut
+
+
+@operation(rms_norm_channels_plain)
+def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
+    """x / sqrt(mean_c(x^2) + eps) * weight + bias at every pixel: x [b c t h w] (any
+    trailing axes), weight, bias [c]. With `silu` SiLU of that; `shortcut`, like x, is added
+    last. fp32 inside, x's dtype out.
+
+    The autoencoder's norm. It looks at one position at a time, so neither frames nor tiles
+    see each other through it: streaming and tiled decoding stay exact. Hot because it
+    passes over full-resolution activations.
+
+    Sampling goes through it in slices of `SLICE` positions times channels: what one
+    operation leaves is still in the cache when the next one reads it, and no fp32 copy of a
+    whole bf16 activation exists (half of the decode's peak memory, once).
+    """
+    size = SLICE.get(x.device.type, 2**24)
+    if recorded(x, weight, bias, shortcut) or x.numel() <= size:
+        return rms_norm_channels_plain(x, weight, bias, eps, silu, shortcut)
+    positions = max(size // (x.shape[0] * x.shape[1]), 1)
+
+    def slices(a):  # views: b c p
+        return a.flatten(2).split(positions, 2)
+
+    out = torch.empty_like(x, memory_format=layout(x))
+    added = repeat(None) if shortcut is None else slices(shortcut)
+    for y, part, more in zip(slices(out), slices(x), added):
+        y.copy_(rms_norm_channels_plain(part, weight, bias, eps, silu, more))
+    return out
+
+
+SLICE = {"cpu": 2**17}  # numbers: the second-level cache; elsewhere 2**24, for a busy GPU
+
+
+def layout(x):
+    """The memory format of a video [b c t h w]: channels-last, where the channels of a
+    pixel lie side by side, or the usual one."""
+    last = torch.channels_last_3d
+    if x.ndim == 5 and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return last
+    return torch.contiguous_format
+
+
+def convolution_plain(x, weight, bias, padding):
+    conv = F.conv3d if weight.ndim == 5 else F.conv2d
+    return conv(x, weight, bias, padding=padding)
+
+
+@operation(convolution_plain)
+def convolution(x, weight, bias, padding):
+    """Convolution with stride 1: x [b c ...], weight [o c ...] with 2 or 3 trailing axes,
+    `padding` for each of them.
+
+    Left to itself, torch multiplies an unfolded copy of the input (27 times its size) where
+    batch x channels x frames x rows is at most 20,480, which is where a toy lives: oneDNN's
+    direct convolution is 3 to 8 times faster there (fp32, one core). In the channels-last
+    layout (`tensor.to(memory_format=torch.channels_last_3d)`, of x or weight) it reads and
+    writes as it is, else both are rearranged before and after.
+    """
+    if onednn(x, weight, bias):
+        one = (1,) * len(padding)
+        return torch.mkldnn_convolution(x, weight, bias, padding, one, one, 1)
+    return convolution_plain(x, weight, bias, padding)
+
+
+# ------------------------------------------------------------------------ which form runs
+
+_plain = False
+_fused = {}  # name of an operation -> the kernel installed for it
+
+
+def use(plain=False, fused=None):
+    """Choose the forms, from now on, in this process.
+
+    plain: the plain forms everywhere. fused: {operation: kernel with its arguments}, added
+    to what is installed; None takes one out.
+    """
     global _plain
     _plain = plain
-
-
-def use_attention(kernel):
-    """From now on attention in 16 bits without offset and gradients is `kernel`(q, k, v), [b l n c] each; None: the library's (gpu/choose.py chooses)."""
-    global _attention
-    _attention = kernel
+    _fused.update(fused or {})
 
 
 def plain():
@@ -40,44 +294,29 @@ def plain():
     return _plain
 
 
-def fused(*inputs):
-    """Do these tensors go through a fused kernel (gpu/triton_kernels.py)? On CUDA, without gradients, where Triton is there and works."""
-    return not _plain and inputs[0].is_cuda and not recorded(*inputs) and not refused()
+def fusable(*inputs):
+    """Can these go through a fused kernel? They run on a GPU and have no backward pass."""
+    return inputs[0].is_cuda and not recorded(*inputs)
 
 
 def recorded(*inputs):
     """Will gradients be asked for?"""
-    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
-
-
-def refused():
-    """Why no fused kernel runs on this machine's GPU, found by trying one once; empty where they run."""
-    global _refused
-    if _refused is None:
-        try:
-            from gpu import triton_kernels
-            triton_kernels.try_out()
-            _refused = ""
-        except Exception as e:  # no Triton, no C compiler for its launchers, a GPU it does not know: each has exceptions of its own
-            _refused = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-    return _refused
-
-
-def describe(device):
-    """Which form runs on `device`, and why, for the first lines of a run."""
-    if _plain:
-        return "plain (switched off)"
-    if device.type != "cuda":
-        return f"torch and oneDNN (the fused ones are for CUDA, not {device.type})"
-    return f"plain ({refused()})" if refused() else "fused (Triton)"
+    tensors = [a for a in inputs if isinstance(a, torch.Tensor)]
+    return torch.is_grad_enabled() and any(a.requires_grad for a in tensors)
 
 
 def onednn(*inputs):
-    """Do these tensors go straight to oneDNN, the CPU's library for networks? Without gradients (its own operations have none), in a type it has."""
+    """Do these tensors go straight to oneDNN, the CPU's library for networks? Without
+    gradients (its own operations have none), in a type that the CPU has."""
+    if inputs[0].device.type != "cpu" or torch.compiler.is_compiling() or recorded(*inputs):
+        return False
     dtype = inputs[0].dtype
-    return (not _plain and inputs[0].device.type == "cpu" and not torch.compiler.is_compiling() and not recorded(*inputs) and all(a is None or a.dtype == dtype for a in inputs)
-            and (dtype == torch.float32 or dtype == torch.bfloat16 and bf16_units()) and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    if any(a is not None and a.dtype != dtype for a in inputs):
+        return False
+    has_type = dtype == torch.float32 or (dtype == torch.bfloat16 and bf16_units())
+    mkldnn = torch.backends.mkldnn
+    there = mkldnn.is_available() and mkldnn.enabled
+    return has_type and there and not torch.is_autocast_enabled("cpu")
 
 
 @lru_cache
@@ -86,217 +325,67 @@ def bf16_units():
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def autocast(device, bf16=True):
-    """`torch.autocast` to bf16 where that is the faster type, else one that does nothing: on a CPU without `bf16_units` oneDNN multiplies bf16
-    numbers one by one (a product of 2048x2048 took 190 times as long as in fp32 on a Zen 3)."""
-    faster = matmul_type(device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and faster)
-
-
 def matmul_type(device):
-    """The type in which `device` multiplies matrices fastest: bf16, but for CPUs without
-    `bf16_units`."""
+    """The type in which `device` multiplies matrices fastest: bf16, but for a CPU without
+    `bf16_units`, where oneDNN multiplies bf16 numbers one by one (a product of 2048x2048
+    took 190 times as long as in fp32 on a Zen 3)."""
     return torch.bfloat16 if device.type != "cpu" or bf16_units() else torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------ the operations
+def autocast(device, bf16=True):
+    """`torch.autocast` to bf16 where that is the faster type, else one that does nothing."""
+    faster = bf16 and matmul_type(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=faster)
 
 
-def attention(q, k, v, offset=None):
-    """Softmax attention softmax(q k^T / sqrt(c) + offset) v without a mask: q [b l n c], k and v [b m n c] -> [b l n c].
+# ------------------------------------------------------------------ a step as one graph
 
-    offset: [m] in q's type, added to the logits of each key: ln(n) makes one key count as n. (FlashAttention takes none, so
-    on CUDA the library then picks its memory-efficient or cuDNN kernel; leave it None where it is not needed.)
 
-    Hot because it costs 4 l m d FLOPs, quadratic in the tokens: 57 % of a 1.3B forward at 17,600 tokens, 85 % at 75,600.
-    The library's kernel never writes the [l, m] score matrix to memory and sums in fp32. On the CPU its bf16
-    backward is five times slower than the explicit form while the scores still fit the cache, so short sequences
-    (a toy in training) take that one.
+def record(function, inputs):
+    """Record what `function(*inputs)` does on the GPU -> (a function that does it again,
+    reading and writing the same memory; the output)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = function(*inputs)
+    return graph.replay, output
+
+
+class Replay:
+    """A function of tensors of fixed shapes, run as one CUDA graph from its second call on.
+
+    A 1.3B pass is some 700 kernels, each launched from Python, which takes some 10
+    microseconds: 7 ms and more, beside 50 ms of work for 7,800 tokens, and far more than
+    the work for few. A graph is launched as a whole: no Python, no gaps. (Estimates.)
+
+    The first call runs the function as it is: libraries load their kernels, compiled code
+    is made. The second records the graph, which executes nothing, and from then on inputs
+    are copied to the addresses that the graph reads (a latent: microseconds). The kernels
+    are the same, so the numbers are. Everything else that the function reads (weights,
+    prompt, rotary table) must stay where it is while this object lives.
+
+    Where the driver refuses, the function goes on being called as it is, and one warning
+    says why.
     """
-    if _plain or q.device.type == "cpu" and k.shape[1] <= (256 if q.dtype == torch.bfloat16 else 16):
-        return attention_plain(q, k, v, offset)
-    if _attention is not None and offset is None and q.is_cuda and q.dtype != torch.float32 and not torch.is_grad_enabled():
-        return _attention(q, k, v)
-    q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # b n l c
-    mask = None if offset is None else offset.view(1, 1, 1, -1)
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
+    def __init__(self, function):
+        self.function, self.calls, self.replay = function, 0, None
 
-def linear_gelu(layer, x):
-    """GELU(layer(x)) with the tanh formula, the first half of an MLP: x [... d] -> [... f].
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 2:
+            self.record(inputs)
+        if self.replay is None:
+            return self.function(*inputs)
+        for here, a in zip(self.inputs, inputs):
+            here.copy_(a)
+        self.replay()
+        return self.output.clone()  # the next launch overwrites it
 
-    On its own the activation function reads and writes the widest tensor of a block, and its tanh is slow: on the CPU 9 % of an fp32 step and
-    12 % of a bf16 one. oneDNN applies it to the product's tiles while they are in registers.
-    """
-    if type(layer) is torch.nn.Linear and onednn(x, layer.weight, layer.bias):
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
-    return F.gelu(layer(x), approximate="tanh")
-
-
-def layer_norm_modulate(x, scale, shift, eps, dtype=None):
-    """LN(x) * (1 + scale) + shift in `dtype` (default: x's), LN without weights: x fp32 [b l d]; scale, shift fp32 [b g d], one for each of g
-    equal runs of tokens (1: the whole clip; its latent frames; or every token), or [1 g d].
-
-    Adaptive layer norm: the diffusion time decides scale and shift. Twice per block over the residual stream, and
-    memory bound: one pass where one pair of vectors serves all (they are then the norm's own weight and bias), else two.
-    """
-    if _plain:
-        return layer_norm_modulate_plain(x, scale, shift, eps, dtype)
-    if fused(x, scale, shift):
-        from gpu import triton_kernels
-        return triton_kernels.layer_norm_modulate(x, scale, shift, eps, dtype)
-    if scale.shape[:2] == (1, 1) and not recorded(x, scale, shift):
-        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps).to(dtype or x.dtype)
-    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))  # b g l/g d
-    y = torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None])  # the norm is freed before the result is rounded
-    return y.flatten(1, 2).to(dtype or x.dtype)
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [... d], weight fp32 [d]; returns x's dtype.
-
-    Statistics in fp32; the normalised value is rounded to x's dtype before the fp32 weight multiplies it, as the released
-    models do. Written out because on the CPU autograd through these operations beats the backward of F.rms_norm.
-    """
-    if fused(x, weight):
-        from gpu import triton_kernels
-        return triton_kernels.rms_norm(x, weight, eps)
-    return _rms_norm(x, weight, eps).to(x.dtype)
-
-
-def _rms_norm(x, weight, eps):  # the same, not yet rounded at the end: fp32
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if _plain or recorded(x, weight):
-        return (wide * inverse).to(x.dtype) * weight
-    return (wide * inverse).to(x.dtype).float().mul_(weight)  # in place: on the CPU a new tensor costs more than the product, page by page
-
-
-def rms_norm_rope(x, weight, rope, heads, eps):
-    """RMSNorm over the full width, split into heads, rotate: x [b l d] -> [b l n c]. For q and k, in every block.
-
-    `rope` is complex64 [l, c/2], one unit number e^{i angle} per token and channel pair. Adjacent channels (2p, 2p+1) are
-    the real and imaginary part of one complex number and the rotation is one complex product:
-    (a, b) -> (a cos - b sin, a sin + b cos). Angles that grow with position make q . k depend on the distance only.
-    The norm runs over all heads together, so it must come before the split. (Complex numbers: ten times faster on the CPU than
-    slicing even and odd channels, whose strided access defeats vector units.)
-    """
-    if _plain:
-        return rms_norm_rope_plain(x, weight, rope, heads, eps)
-    if fused(x, weight):
-        from gpu import triton_kernels
-        return triton_kernels.rms_norm_rope(x, weight, rope, heads, eps)
-    pairs = torch.view_as_complex(_rms_norm(x, weight, eps).float().view(*x.shape[:2], heads, -1, 2))
-    turned = pairs * rope[:, None] if recorded(x, weight) else pairs.mul_(rope[:, None])
-    return torch.view_as_real(turned).flatten(3).to(x.dtype)
-
-
-def gate_residual(x, y, gate):
-    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or bf16, gate fp32 [b g d] or [1 g d] for g equal
-    runs of tokens, as above.
-
-    The residual stream stays fp32 from the first block to the last: 40 blocks add small terms to large values, and bf16
-    (8 bits) would lose them.
-    """
-    if _plain:
-        return gate_residual_plain(x, y, gate)
-    if fused(x, y, gate):
-        from gpu import triton_kernels
-        return triton_kernels.gate_residual(x, y, gate)
-    x, y = (a.unflatten(1, (gate.shape[1], -1)) for a in (x, y.to(x.dtype)))  # b g l/g d
-    return torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
-
-
-def residual_norm(x, y, gate, scale, shift, eps, dtype, affine=False):
-    """(x + y * gate, and LN of that * (1 + scale) + shift in `dtype`): what lies between two parts of a block. gate None: 1.
-
-    affine: scale and shift are the weight and bias [d] of the norm. Two results, so that a fused kernel normalises the sum while it is at
-    hand; here they are made one after the other.
-    """
-    if fused(x, y, gate, scale, shift):
-        from gpu import triton_kernels
-        return triton_kernels.residual_norm(x, y, gate, scale, shift, eps, dtype, affine)
-    x = x + y if gate is None else gate_residual(x, y, gate)
-    if affine:
-        return x, F.layer_norm(x, x.shape[-1:], scale, shift, eps).to(dtype)
-    return x, layer_norm_modulate(x, scale, shift, eps, dtype)
-
-
-def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
-    """x / sqrt(mean_c(x^2) + eps) * weight + bias at every pixel: x [b c t h w] (any trailing axes), weight, bias [c]. With `silu`
-    SiLU of that; `shortcut`, like x, is added last.
-
-    The autoencoder's norm. It looks at one position at a time, so neither frames nor tiles see each other through it:
-    streaming and tiled decoding stay exact. Hot because it passes over full-resolution activations. fp32 inside, x's
-    dtype out.
-
-    Sampling goes through it in slices of `SLICE` positions times channels: what one operation leaves is still in the cache when the next one
-    reads it, and no fp32 copy of a whole bf16 activation exists (half of the decode's peak memory, once).
-    """
-    if fused(x, weight, bias):
-        from gpu import triton_kernels
-        return triton_kernels.rms_norm_channels(x, weight, bias, eps, silu, shortcut)
-    size = SLICE.get(x.device.type, 2**24)
-    if _plain or recorded(x, weight, bias, shortcut) or x.numel() <= size:
-        return rms_norm_channels_plain(x, weight, bias, eps, silu, shortcut)
-    out = torch.empty_like(x, memory_format=layout(x))
-    positions = max(size // (x.shape[0] * x.shape[1]), 1)
-    slices = lambda a: a.flatten(2).split(positions, 2)  # views: b c p
-    for y, part, more in zip(slices(out), slices(x), repeat(None) if shortcut is None else slices(shortcut)):
-        y.copy_(rms_norm_channels_plain(part, weight, bias, eps, silu, more))
-    return out
-
-
-def layout(x):
-    """The memory format of a video [b c t h w]: channels-last, where the channels of a pixel lie side by side, or the usual one."""
-    last = x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return torch.channels_last_3d if last else torch.contiguous_format
-
-
-def convolution(x, weight, bias, padding):
-    """Convolution with stride 1: x [b c ...], weight [o c ...] with 2 or 3 trailing axes, `padding` for each of them.
-
-    Left to itself, torch multiplies an unfolded copy of the input (27 times its size) where batch x channels x frames x rows is at most 20,480,
-    which is where a toy lives: oneDNN's direct convolution is 3 to 8 times faster there (fp32, one core). In the channels-last layout
-    (`tensor.to(memory_format=torch.channels_last_3d)`, of x or weight) it reads and writes as it is, else both are rearranged before and after.
-    """
-    if onednn(x, weight, bias):
-        one = (1,) * len(padding)
-        return torch.mkldnn_convolution(x, weight, bias, padding, one, one, 1)
-    return (F.conv3d if weight.ndim == 5 else F.conv2d)(x, weight, bias, padding=padding)
-
-
-SLICE = {"cpu": 2**17}  # elements, of `rms_norm_channels`: the second-level cache; elsewhere 2**24, to keep a GPU busy
-
-
-# ------------------------------------------------------------------------------------------------------ the plain twins
-
-
-def attention_plain(q, k, v, offset=None):
-    """The formula, with all scores in memory. (On the CPU also the faster form for few keys.)"""
-    q, k, v = (a.transpose(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))  # b n l c
-    scores = q @ k.transpose(-1, -2)
-    return ((scores if offset is None else scores + offset).softmax(-1) @ v).transpose(1, 2)
-
-
-def layer_norm_modulate_plain(x, scale, shift, eps, dtype=None):
-    scale, shift = (a.repeat_interleave(x.shape[1] // a.shape[1], 1) for a in (scale, shift))  # b l d
-    return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift).to(dtype or x.dtype)
-
-
-def rms_norm_rope_plain(x, weight, rope, heads, eps):
-    a, b = _rms_norm(x, weight, eps).unflatten(-1, (heads, -1, 2)).unbind(-1)  # b l n c/2
-    cos, sin = rope.real[:, None], rope.imag[:, None]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3).to(x.dtype)
-
-
-def gate_residual_plain(x, y, gate):
-    return x + y * gate.repeat_interleave(x.shape[1] // gate.shape[1], 1)
-
-
-def rms_norm_channels_plain(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
-    wide = x.float()
-    weight, bias = (p.float().view(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
-    y = torch.addcmul(bias, wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps), weight).to(x.dtype)
-    y = F.silu(y) if silu else y
-    return y if shortcut is None else y + shortcut
+    def record(self, inputs):
+        self.inputs = [a.clone() for a in inputs]
+        try:
+            self.replay, self.output = record(self.function, self.inputs)
+        except RuntimeError as e:  # torch.AcceleratorError is one
+            reason = str(e).splitlines()[0]
+            warnings.warn(f"the step could not be recorded as a CUDA graph ({reason}): its "
+                          "kernels are launched one by one, with the same result.")

@@ -1,27 +1,31 @@
-"""Prompt (and image) to video: the guided loop in latent space, then a streaming decode (paper, results; spec ae-adapt-v 7, wan 8 to 10).
+"""Prompt (and image) to video: the guided loop in latent space, then a streaming decode
+(paper: results).
 
-    noise [b z t h w]  --solver, `steps` times: v = net(x, t, prompt), guided-->  latent  --autoencoder, chunk by chunk-->  video
+    noise [b z t h w]  --solver: `steps` guided velocities-->  latent  --autoencoder-->  video
 
-One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands in `wan/models.py`. The toy models are embedded:
+    v = v_null + g (v_text - v_null)        classifier-free guidance, two passes of the net
 
-    python sample.py --prompt "a large red circle moving left slowly on a blue background"            the adapted model, a few seconds
-    python sample.py --model base --prompt "..."                                                      its base: 4x the tokens
-    python sample.py --prompt "a green ring moving up" --image picture.png                            image to video
-    python sample.py --model out/adapt --prompt "..."                                                 a model made by adapt.py
+One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands
+in wan/models.py. The toy models are embedded:
 
-    python sample.py --model wan2.1-t2v-1.3b --weights DIR --prompt "..."                             official weights in DIR (`wan/models.py`)
-    python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan                    what it needs, without running
+    python sample.py --prompt "a large red circle moving left slowly on a blue background"
+    python sample.py --model base --prompt "..."           its base: 4x the tokens
+    python sample.py --prompt "a green ring moving up" --image picture.png
+    python sample.py --model out/adapt --prompt "..."      a model made by adapt.py
+    python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan
 
-How it is made fast stands in guided.py (a step), kernels.py and gpu/triton_kernels.py (the operations), gpu/choose.py (choices made at the start by measuring; the
-first lines say what runs, and why) and gpu/fp8.py. All of it equals the plain path to rounding, except what its flag calls approximate; `--slow` runs the
-plain path.
+The adapted toy takes a few seconds; --plan says what a run needs, without running it. A step
+is made fast by kernels.py (operations, CUDA graph), gpu/choose.py (choices made by measuring;
+the first lines say what runs, and why) and gpu/fp8.py. All equals the plain path to rounding,
+except what its flag calls approximate; `--slow` runs the plain path.
 
-Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and NAME.safetensors (the latent, before it is decoded:
-`--decode NAME.safetensors` decodes it again).
+Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and
+NAME.safetensors (the latent before it is decoded: `--decode NAME.safetensors`).
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every other process down; must precede torch
+# busy-waiting threads slow every other process down; must precede torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import re
@@ -31,61 +35,57 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import dit
 import flow
-import guided
-import kernels
 from files import checkpoint, video
 from files.checkpoint import UserError
-from gpu import choose, fp8, tiling
-from wan import models
-from wan.text import WanText
+from gpu import choose, fp8
+from kernels import Replay
+from wan import memory, released
+from wan.models import Lora, Model
 
-# ---------------------------------------------------------------------------------------------------- the guided loop
+# -------------------------------------------------------------------------- the guided loop
 
 
-@torch.no_grad()
-def generate(model, context, image=None, frames=None, size=None, steps=None, guidance=None, shift=None, solver=None, seed=0,
-             noise=None, progress=False, null=None, last_image=None, cfg_batch=None, plain=False, graph=None, **fast):
-    """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is sampled; None: as the model was made for."""
 
-    `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional pass (default: the model's own negative prompt).
-    `image`, `last_image`: first and last frame, [b, 3, h, w] in [-1, 1] of any size, or None. `guidance`: one number, or a pair for
-    (low-noise, high-noise) expert. `cfg_batch`: both guidance passes as one batch (default: where a pass is too small to fill the
-    machine). `plain`: nothing is kept from step to step. `graph`: each step is one CUDA graph (default: where it can be). `fast`: compiled,
-    fp8, interval, reuse of guided.py. The rest defaults to the model's own settings. The noise of sample i depends on
-    `seed + i` and the shape only, so a batch gives what single runs give; `noise` [b, z, t, h, w] replaces it.
-    NaN in the latent is a UserError.
-    """
-    n, device = len(context), model.device
-    frames, size, steps = frames or model.frames, size or model.size, model.steps if steps is None else steps
-    guidance = model.guidance if guidance is None else guidance
-    shape = model.latent_shape(frames, size)
-    if noise is None:
-        draw = lambda s: torch.randn(model.net.config.out_channels, *shape, generator=torch.Generator().manual_seed(s))
-        noise = torch.stack([draw(seed + i) for i in range(n)])
-    elif noise.shape[1:] != (model.net.config.out_channels, *shape):
-        raise UserError(f"the noise has shape {list(noise.shape)}, but {frames} frames of {size[0]}x{size[1]} need "
-                        f"[{n}, {model.net.config.out_channels}, {', '.join(map(str, shape))}].")
-    null = model.null(n) if null is None else null
-    seen = model.see(n, shape, size, image, last_image)
-    solver, shift = solver or model.solver, model.shift if shift is None else shift
-    cfg_batch = dit.tokens(model.net.config, shape) <= 4096 if cfg_batch is None else cfg_batch
-    graph = no_graph(model, plain) is None if graph is None else graph
-    velocity = guided.Velocity(model, context.to(device), null.to(device), seen, guidance, flow.schedule(solver, steps, shift)[1], cfg_batch, plain, graph, **fast)
-    with tqdm(total=steps, desc="denoise", disable=not progress, leave=False) as bar:
+    frames: int | None = None
+    size: tuple | None = None  # height, width
+    steps: int | None = None
+    shift: float | None = None  # of the noise schedule
+    guidance: float | tuple | None = None  # 1: none; or (low-noise, high-noise expert)
+    solver: str | None = None
+    seed: int = 0
+    # how a step is computed: all equal to rounding, but fp8
+    cfg_batch: bool | None = None  # both passes as one batch; None: if one is too small
+    plain: bool = False  # nothing is kept from step to step
+    graph: bool | None = None  # a step is one CUDA graph; None: where it can be
+    compiled: bool = False
+    fp8: bool = False
 
-        def callback(step, x, x0):
-            if not torch.isfinite(x).all():
-                raise UserError(f"the latent became NaN at step {step + 1} of {steps}: use --dtype fp32, or other weights.")
-            bar.update()
-
-        return velocity.keep_first(flow.solve(velocity, noise.to(device), steps, shift, solver, callback))
+    def resolved(self, model):
+        """The same with the model's own settings in place of None."""
+        names = ("frames", "size", "steps", "shift", "guidance", "solver")
+        own = {name: getattr(model, name) for name in names if getattr(self, name) is None}
+        s = replace(self, **own)
+        if isinstance(s.guidance, tuple) and model.low is None:
+            raise UserError(f"{model.name} has one transformer, no experts: give one number with "
+                            "--guidance.")
+        flow.schedule(s.solver, s.steps, s.shift)  # refuses what cannot be
+        small = dit.tokens(model.net.config, model.latent_shape(s.frames, s.size)) <= 4096
+        batch = small if s.cfg_batch is None else s.cfg_batch
+        graph = no_graph(model, s.plain) is None if s.graph is None else s.graph
+        return replace(s, cfg_batch=batch, graph=graph)
 
 
 def no_graph(model, plain=False):
@@ -98,135 +98,249 @@ def no_graph(model, plain=False):
 
 
 @torch.no_grad()
-def videos(model, prompts, batch=32, progress=False, **settings):
-    """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h, w], the i-th with seed + i."""
-    seed, out = settings.pop("seed", 0), []
-    frames, size = settings.get("frames") or model.frames, settings.get("size") or model.size
-    for i in tqdm(range(0, len(prompts), batch), desc="videos", disable=not progress, leave=False):
+def generate(model, context, image=None, last_image=None, null=None, noise=None,
+             progress=False, sampling=None, **settings):
+    """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
+
+    `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional pass
+    (default: the model's own negative prompt). `image`, `last_image`: first and last frame,
+    [b, 3, h, w] in [-1, 1] of any size, or None. The noise of sample i depends on `seed + i`
+    and the shape only, so a batch gives what single runs give; `noise` [b, z, t, h, w]
+    replaces it. `sampling`, `settings`: `Sampling`, and fields of it. NaN is a UserError.
+    """
+    s = replace(sampling or Sampling(), **settings).resolved(model)
+    n, device = len(context), model.device
+    shape = model.latent_shape(s.frames, s.size)
+    if noise is None:
+        noise = draw_noise(model, shape, range(s.seed, s.seed + n))
+    elif noise.shape[1:] != (model.net.config.out_channels, *shape):
+        needed = [n, model.net.config.out_channels, *shape]
+        raise UserError(f"the noise has shape {list(noise.shape)}, but {s.frames} frames of "
+                        f"{s.size[0]}x{s.size[1]} need {needed}.")
+    null = model.null(n) if null is None else null
+    seen = model.see(n, shape, s.size, image, last_image)
+    timesteps = flow.schedule(s.solver, s.steps, s.shift)[1]
+    velocity = Velocity(model, context.to(device), null.to(device), seen, timesteps, s)
+    with tqdm(total=s.steps, desc="denoise", disable=not progress, leave=False) as bar:
+
+        def callback(step, x, x0):
+            if not torch.isfinite(x).all():
+                raise UserError(f"the latent became NaN at step {step + 1} of {s.steps}: use "
+                                "--dtype fp32, or other weights.")
+            bar.update()
+
+        z = flow.solve(velocity, noise.to(device), s.steps, s.shift, s.solver, callback)
+        return velocity.keep_first(z)
+
+
+def draw_noise(model, shape, seeds):
+    """Noise [n, z, *shape], drawn on the CPU: a seed is a video on every machine."""
+    shape = model.net.config.out_channels, *shape
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+class Velocity:
+    """velocity(x, t) for a solver: a model's transformer under guidance. Called once per
+    step, in order.
+
+    Wan 2.2's experts take turns, each with its own guidance. A model without condition
+    channels sees its picture in place of latent frame 0, at time 0. Computed once, not at
+    every step: keys and values of the prompt, and the time vectors of all steps (dit.py).
+
+    context, null: prompt states [b m d] of both passes. seen: `ImageCondition`. timesteps:
+    of the solver. sampling: a resolved `Sampling`.
+    """
+
+    def __init__(self, model, context, null, seen, timesteps, sampling):
+        check_streamed(model, sampling)
+        self.model, self.context, self.null, self.seen = model, context, null, seen
+        self.timesteps, self.sampling = timesteps, sampling
+        self.step, self.high, self.evaluate = 0, None, None
+
+    def __call__(self, x, t):
+        now = self.timesteps[self.step].item()
+        high = now >= 1000 * self.model.boundary  # the high-noise expert, or the only one
+        if high != self.high:
+            self.high, self.times, self.evaluate = high, None, None  # before the other comes
+            self.prepare(self.model.transformer(now), x)
+        v = self.evaluate(x, *self.times[self.step])
+        self.step += 1
+        return v
+
+    def prepare(self, net, x):
+        """Get ready for the steps of one transformer."""
+        s = self.sampling
+        if s.fp8:
+            fp8.convert(net)
+        if s.compiled:
+            choose.compile_blocks(net)
+        scale = s.guidance[self.high] if isinstance(s.guidance, tuple) else s.guidance
+        self.times = self.all_times(net, x)
+        self.evaluate = partial(self.guided, net, self.prompts(net, scale), scale)
+        if s.graph:
+            self.evaluate = Replay(self.evaluate)
+
+    def all_times(self, net, x):
+        """What the transformer takes as time, as a tuple of tensors for each step."""
+        times = self.timesteps.to(x.device)
+        if self.seen.first is not None:  # one time per latent frame: the picture's is 0
+            times = times[:, None].repeat(1, x.shape[2])
+            times[:, 0] = 0
+        return [(t,) for t in times] if self.sampling.plain else net.times(times)
+
+    def prompts(self, net, scale):
+        """The transformer's arguments after x and time, for each pass."""
+        contexts = [self.context]
+        if scale != 1:
+            contexts = [self.context, self.null]
+            if self.sampling.cfg_batch:
+                contexts = [joined(*contexts)]
+        arguments = []
+        for context in contexts:
+            clip = self.seen.clip
+            if clip is not None:
+                clip = clip.repeat(len(context) // len(self.context), 1, 1)
+            arguments.append((context,) if clip is None else (context, clip))
+        return arguments if self.sampling.plain else [(net.prompt(*a),) for a in arguments]
+
+    def guided(self, net, prompts, scale, x, *time):
+        """One step: latent [b z t h w] and time -> v_null + scale (v_text - v_null)."""
+        x = self.keep_first(x)
+        if self.seen.condition is not None:
+            x = torch.cat([x, self.seen.condition], dim=1)
+        if scale != 1 and len(prompts) == 1:  # both passes in one batch
+            x = x.repeat(2, 1, 1, 1, 1)
+        if self.sampling.plain:
+            time = time[0].expand(len(x), *time[0].shape)
+        else:
+            time = dit.Time(*time)
+        v = torch.cat([net(x, time, *prompt).float() for prompt in prompts])
+        if scale == 1:
+            return v
+        v_text, v_null = v.chunk(2)
+        return v_null + scale * (v_text - v_null)
+
+    def keep_first(self, x):
+        """Put the picture's latent in place of frame 0. The solvers mix values of the same
+        position only, so the other frames come out as if this had been done after every
+        step."""
+        if self.seen.first is None:
+            return x
+        first = self.seen.first.expand(len(x), -1, -1, -1, -1)
+        return torch.cat([first, x[:, :, 1:]], dim=2)
+
+
+def joined(context, null):
+    """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as every
+    prompt has after its end."""
+    m = max(context.shape[1], null.shape[1])
+    return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
+
+
+def check_streamed(model, sampling):
+    """UserError where something is asked for that streamed blocks cannot do."""
+    if model.offload == "blocks" and (sampling.compiled or sampling.fp8):
+        flag = "--compile" if sampling.compiled else "--fp8"
+        raise UserError(f"{flag} needs all blocks on the device, but here they are streamed: "
+                        "leave it away, or use --offload parts.")
+
+
+@torch.no_grad()
+def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
+    """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h, w],
+    the i-th with seed + i."""
+    out, s = [], Sampling(**settings).resolved(model)
+    starts = range(0, len(prompts), batch)
+    for i in tqdm(starts, desc="videos", disable=not progress, leave=False):
         part = prompts[i : i + batch]
-        context = model.text(part) if isinstance(part[0], str) else model.text.encode(part)
-        z = generate(model, context, seed=seed + i, **settings)
-        out += torch.cat(list(model.decode(z, frames, size)), dim=2).float().cpu().unbind()
+        words = isinstance(part[0], str)
+        context = model.text(part) if words else model.text.encode(part)
+        z = generate(model, context, sampling=s, seed=seed + i)
+        pieces = list(model.decode(z, s.frames, s.size))
+        out += torch.cat(pieces, dim=2).float().cpu().unbind()
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------- command line
 
-
-def plan(model, frames, size, dtype, fold, offload=None, tile=None, free=None):
-    """Choose how a run fits into memory, before it starts -> (offload, tile, report). Raises UserError where nothing fits.
-
-    offload: "none" (transformer and autoencoder stay on the device), "parts" (one of them at a time), "blocks" (the transformer's
-    blocks stream through two buffers); the first that fits, unless given. tile: of the decode, in latent cells; the largest that
-    fits. Text and image encoder run before anything else is loaded; a text encoder larger than the GPU runs on the CPU. Figures are
-    estimates; the report's peak is measured after the run.
-    """
-    c, shape = model.net.config, model.latent_shape(frames, size)
-    weights, streamed = models.weight_bytes(c, dtype)
-    autoencoder = sum(p.numel() for p in model.ae.parameters()) * model.ae_dtype.itemsize
-    step = dit.activation_bytes(c, shape, fold, dtype)
-    free = free or free_memory(model.device)
-    budget = 0.9 * free  # the allocator loses some to fragments
-    ways = ["none"] if not isinstance(model.net, models.Deferred) else ["none", "parts"] if model.device.type == "cpu" else ["none", "parts", "blocks"]
-    for offload in [offload] if offload else ways:
-        resident = weights + autoencoder if offload == "none" else 0
-        denoise = resident + step + {"none": 0, "parts": weights, "blocks": streamed}[offload]
-        base = resident or autoencoder
-        here = tile or tiling.choose(model.ae, shape, budget - base, model.ae_dtype)
-        decode = base + model.ae.decode_peak(shape, here, model.ae_dtype)
-        if max(denoise, decode) <= budget:
-            break
-    if model.task != "t2v":
-        model.encode_tile = tiling.choose(model.ae, shape, budget - autoencoder, model.ae_dtype, side="encoder")
-    if isinstance(model.text, WanText) and model.text.stored_bytes() > budget:
-        model.text.device = "cpu"
-    report = dict(offload=offload, tile=here, gib={k: round(v / 2**30, 3) for k, v in dict(
-        transformer=weights, autoencoder=autoencoder, denoising_peak=denoise, decode_peak=decode, free=free).items()})
-    if max(denoise, decode) > budget:
-        part, need = ("denoising", denoise) if denoise > budget else ("the decode", decode)
-        raise UserError(f"{part} of {frames} frames of {size[0]}x{size[1]} needs about {need / 2**30:.1f} GiB, but {model.device} has {free / 2**30:.1f} GiB free: "
-                        "use a smaller --size, fewer --frames, --dtype bf16" + (" or --offload blocks." if "blocks" in ways and offload != "blocks" else "."))
-    return offload, here, report
-
-
-def free_memory(device):
-    """Bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    fields = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", fields)
-    return int(found[1]) * 1024 if found else 8 * 2**30
-
-
-# ---------------------------------------------------------------------------------------------------- command line
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GONE = {
+    "--guidance-interval": "fewer --steps come nearer to the full run at the same work",
+    "--reuse": "fewer --steps come nearer to the full run at the same work",
+    "--cfg-batch": "both passes are one batch where one is too small to fill the machine",
+    "--no-cfg-batch": "--slow switches what makes a step fast off",
+    "--graph": "a step is one CUDA graph where it can be",
+    "--no-graph": "use --slow, the plain path",
+    "--lora-high": "use --lora FILE:STRENGTH:high",
+    "--lora-low": "use --lora FILE:STRENGTH:low",
+    "--tile": "use --memory GIB, from which the tile is chosen",
+    "--noise": "in Python, sample.generate(noise=...) takes it",
+}
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Prompt (and image) to video.")
-    add = lambda group, *names, **more: group.add_argument(*names, **more)
-    what = parser.add_argument_group("what")
-    add(what, "--prompt", help="what the video shows")
-    add(what, "--negative", help="what it should not show (default: the model's negative prompt)")
-    add(what, "--image", help="picture that becomes the first frame")
-    add(what, "--last-image", help="picture that becomes the last frame (DC image-to-video)")
-    add(what, "--frames", type=int, help="number of frames (default: the model's)")
-    add(what, "--size", type=video.size_arg, help="HEIGHTxWIDTH in pixels (default: the model's; with --image its area, the picture's aspect)")
-    add(what, "--seed", type=int, default=0, help="of the noise; drawn on the CPU, so a seed is a video on every machine (default: 0)")
-    add(what, "--noise", help="safetensors file whose tensor `noise` [1, z, t, h, w] replaces the drawn noise")
-    which = parser.add_argument_group("which model")
-    add(which, "--model", default=None, help="dc (default) or base: the embedded toys; a released model's name (python -m wan.models lists them); "
-                                             "a folder made by adapt.py, or a LoRA file of such a folder")
-    add(which, "--weights", nargs="+", default=[], metavar="DIR", help="folders with the model's files (default: checkpoints/MODEL)")
-    add(which, "--download", action="store_true", help="fetch the model's files into the first of these folders")
-    add(which, "--text-cache", metavar="FILE", help="keep prompt embeddings in FILE; prompts in it need no text encoder")
-    for suffix, where in (("", ""), ("-high", " of the high-noise expert only"), ("-low", " of the low-noise expert only")):
-        add(which, f"--lora{suffix}", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH]",
-            help=f"add a LoRA to the transformer{where}; may be repeated")
-    how = parser.add_argument_group("how")
-    add(how, "--steps", type=int, help="solver steps (default: the model's)")
-    add(how, "--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"], help="(default: the model's)")
-    add(how, "--guidance", type=guidance_arg, help="classifier-free guidance; 1 is none; LOW,HIGH for two experts (default: the model's)")
-    add(how, "--shift", type=float, help="shift of the noise schedule (default: the model's)")
-    add(how, "--cfg-batch", action=argparse.BooleanOptionalAction, help="both guidance passes as one batch (default: for few tokens)")
-    add(how, "--slow", action="store_true", help="the plain path: plain kernels, no graph, nothing kept between steps; equal to rounding")
-    add(how, "--graph", action=argparse.BooleanOptionalAction, help="run a step as one CUDA graph (default: where it can be)")
-    add(how, "--compile", action="store_true", help="compile the transformer's blocks (a minute at the start of every size)")
-    add(how, "--fp8", action="store_true", help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
-    add(how, "--guidance-interval", type=interval_arg, default=(0.0, 1.0), metavar="LOW,HIGH", help="approximate: guidance only between these noise levels, 0..1")
-    add(how, "--reuse", type=float, default=0.0, metavar="CHANGE",
-        help="approximate: keep the velocity while it is expected to change by less than this fraction (try 0.15)")
-    add(how, "--dtype", choices=["fp32", "bf16"], help="of the transformer's matrix products (default: bf16 on a GPU, fp32 for the toy)")
-    add(how, "--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
-    add(how, "--offload", choices=["none", "parts", "blocks"], help="what leaves the device while it is not used (default: as little as fits)")
-    add(how, "--tile", type=video.size_arg, metavar="ROWSxCOLUMNS", help="decode in tiles of so many latent cells (default: as large as fits)")
-    add(how, "--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free on the device)")
-    add(how, "--plan", action="store_true", help="print what the run needs, and stop; needs no files")
-    output = parser.add_argument_group("output")
-    add(output, "--out", default="out/sample", help="folder for the results (default: out/sample)")
-    add(output, "--name", help="file name without suffix (default: model, prompt and seed)")
-    add(output, "--decode", metavar="FILE", help="decode a latent saved by an earlier run again, without its transformer")
+    parser = argparse.ArgumentParser(description="Prompt (and image) to video. What is left out "
+                                     "is as the model was made for.")
+    what = parser.add_argument_group("what").add_argument
+    what("--prompt", help="what the video shows")
+    what("--negative", help="what it should not show")
+    what("--image", metavar="FILE", help="picture that becomes the first frame")
+    what("--last-image", metavar="FILE", help="and the last frame")
+    what("--frames", type=int, help="number of frames")
+    what("--size", type=video.size_arg, metavar="HxW",
+         help="height x width in pixels; with --image the picture's aspect is kept")
+    what("--seed", type=int, default=0, help="of the noise, the same on every machine (0)")
+    which = parser.add_argument_group("which model").add_argument
+    which("--model", help="dc (default) or base: the embedded toys; a folder made by adapt.py, "
+          f"or a LoRA file in it; {', '.join(released.RELEASED)}")
+    which("--weights", nargs="+", default=[], metavar="DIR",
+          help="folders with the model's files (default: checkpoints/MODEL)")
+    which("--download", action="store_true", help="fetch them into the first of these folders")
+    which("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
+    which("--lora", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH[:EXPERT]]",
+          help="add a LoRA (to the expert high or low only); may be repeated")
+    how = parser.add_argument_group("how").add_argument
+    how("--steps", type=int, help="solver steps")
+    how("--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"])
+    how("--guidance", type=guidance_arg, metavar="G",
+        help="classifier-free guidance; 1 is none; LOW,HIGH for two experts")
+    how("--shift", type=float, help="shift of the noise schedule")
+    how("--slow", action="store_true",
+        help="the plain path: plain kernels, nothing kept between steps; equal to rounding")
+    how("--compile", action="store_true",
+        help="compile the transformer's blocks (a minute at the start of every size)")
+    how("--fp8", action="store_true",
+        help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
+    how("--dtype", choices=TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
+    how("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
+    how("--offload", choices=["none", "parts", "blocks"],
+        help="what leaves the device while it is not used (default: as little as fits)")
+    how("--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free)")
+    how("--plan", action="store_true", help="print what the run needs, and stop")
+    output = parser.add_argument_group("output").add_argument
+    output("--out", default="out/sample", help="folder for the results (out/sample)")
+    output("--name", help="file name without suffix (default: model, prompt and seed)")
+    output("--decode", metavar="FILE", help="only decode a latent saved by an earlier run again")
+    checkpoint.refuse_options(parser, GONE)
     args = parser.parse_args(argv)
-    for flag, low in (("frames", 1), ("steps", 1)):
-        if getattr(args, flag) is not None and getattr(args, flag) < low:
-            raise UserError(f"--{flag} must be at least {low}, got {getattr(args, flag)}.")
-    if args.slow and (args.compile or args.fp8 or args.graph or args.reuse or args.guidance_interval != (0, 1)):
-        raise UserError("--slow is the plain path: leave --graph, --compile, --fp8, --guidance-interval and --reuse away.")
-    if args.reuse < 0:
-        raise UserError(f"--reuse must not be negative, got {args.reuse:g}.")
+    for flag in ("frames", "steps"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} must be at least 1, got {value}.")
+    if args.slow and (args.compile or args.fp8):
+        raise UserError("--slow is the plain path: leave --compile and --fp8 away.")
     if args.prompt is None and args.decode is None:
         parser.error("--prompt is needed (or --decode FILE).")
     return args
 
 
 def lora_arg(text):
-    """FILE or FILE:STRENGTH -> (path, strength)."""
-    file, _, strength = text.rpartition(":")
-    if not file:
-        return text, 1.0
-    try:
-        return file, float(strength)
-    except ValueError:
-        return text, 1.0  # a colon in the path
+    """FILE, FILE:STRENGTH or FILE:STRENGTH:high (low) -> Lora; a path may have colons."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    file, strength, expert = re.fullmatch(
+        rf"(.+?)(?::({number}))?(?::(high|low))?", text).groups()
+    return Lora(file, float(strength or 1), expert or "")
 
 
 def device_arg(text):
@@ -234,9 +348,11 @@ def device_arg(text):
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device: give cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text} is not there: torch finds {torch.cuda.device_count()} GPUs")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a device: give cpu, cuda or cuda:NUMBER") from None
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise argparse.ArgumentTypeError(f"{text} is not there: torch finds {there} GPUs")
     return device
 
 
@@ -246,14 +362,6 @@ def guidance_arg(text):
     if len(values) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or LOW,HIGH")
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def interval_arg(text):
-    """LOW,HIGH -> two noise levels in 0..1."""
-    low, high = (float(v) for v in text.split(","))
-    if not 0 <= low < high <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with 0 <= LOW < HIGH <= 1")
-    return low, high
 
 
 class Timer(dict):
@@ -272,150 +380,235 @@ class Timer(dict):
         self[self.name] = time.perf_counter() - self.started
 
 
-def choose_fast_paths(model, args):
-    """What is decided by trying it on the device, before memory is planned -> lines that say what runs, and why."""
-    kernels.use(plain=args.slow)
-    lines = [f"thin operations: {kernels.describe(args.device)}"]
-    if args.device.type == "cuda":
-        if args.device.index is not None:
-            torch.cuda.set_device(args.device)  # kernels are launched on the current one
-        c = model.net.config
-        if args.dtype == "bf16" and not args.slow:
-            lines.append(choose.choose_attention(args.device, dit.tokens(c, model.latent_shape(args.frames, args.size)), c.heads, c.dim // c.heads)[1])
-        convolution = choose.choose_convolution(args.device, model.ae_dtype)
-        model.ae_dtype = convolution.dtype
-        model.ae.to(memory_format=torch.contiguous_format if args.slow else convolution.layout)
-        lines.append(convolution.line)
-    if args.compile and (reason := choose.without_compiler(args.device)):
-        args.compile = False
-        lines.append(f"blocks: not compiled, because {reason}")
-    if args.fp8:
-        lines.append("matrix products: fp8" + ("" if fp8.hardware(args.device) else
-                                               f", computed in fp32: {args.device} multiplies no fp8 (for measuring the quality)"))
-    return lines
+@dataclass
+class Run:
+    """What a run of the command line knows: `resolve` and `prepare` fill it."""
+
+    args: argparse.Namespace
+    seconds: Timer = field(default_factory=Timer)
+    latent: torch.Tensor | None = None  # to decode again
+    model: Model | None = None
+    images: tuple = (None, None)  # first and last frame
+    sampling: Sampling | None = None
+    choices: list = field(default_factory=list)  # lines that say what runs
+    plan: memory.Plan | None = None
+
+    def file(self, suffix):
+        """Path of a result, named after model, prompt and seed unless --name says otherwise."""
+        args = self.args
+        label = Path(args.model).stem if Path(args.model).exists() else args.model
+        words = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
+        name = args.name or (Path(args.decode).stem if args.decode else None)
+        name = name or f"{label}-{words}-{args.seed}"
+        return Path(args.out) / (name + suffix)
 
 
-def main(argv=None):
-    args, seconds = arguments(argv), Timer()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    stored = {}
+def resolve(args):
+    """Arguments -> Run: every setting has its value, pictures and model are looked at."""
+    run, stored = Run(args), {}
     if args.decode:
         tensors, metadata = checkpoint.load_tensors(args.decode)
-        stored = metadata.get("settings")
-        if "latent" not in tensors or not isinstance(stored, dict):
-            raise UserError(f"{args.decode} is not a latent saved by sample.py: give the .safetensors file beside a video.")
+        run.latent, stored = tensors.get("latent"), metadata.get("settings")
+        if run.latent is None or not isinstance(stored, dict):
+            raise UserError(f"{args.decode} is not a latent saved by sample.py: give the "
+                            ".safetensors file beside a video.")
     for name, default in dict(model="dc", weights=[], frames=None, size=None, prompt="").items():
         if not getattr(args, name):
             setattr(args, name, stored.get(name) or default)
-    if args.download and args.model in models.RELEASED:
+    if args.download and args.model in released.RELEASED:
         args.weights = args.weights or [f"checkpoints/{args.model}"]
-        models.download(args.model, args.weights[0])
-    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" and models.is_wan(args.model) else "fp32")
-    elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a machine with a GPU
-    if args.dtype == "bf16" and not elsewhere and (reason := choose.without_bf16(args.device)):
-        print(f"matrix products: fp32, because {reason}")
-        args.dtype = "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    loras = [*args.lora, *((*l, "high") for l in args.lora_high), *((*l, "low") for l in args.lora_low)]
-    with seconds("load"):
-        if args.plan and args.model in models.RELEASED:
-            model = models.outline(args.model, dtype)
+        released.download(args.model, args.weights[0])
+    args.dtype = matmul_dtype(args)
+    dtype = TYPES[args.dtype]
+    with run.seconds("load"):
+        if args.plan and args.model in released.RELEASED:
+            run.model = released.outline(args.model, dtype)
         else:
-            model = models.load_model(args.model, args.weights, loras, dtype, args.device, args.text_cache)
-    image, last = (None if file is None else video.read_image(file)[None] for file in (args.image, args.last_image))
-    if args.size is None and image is not None:
-        args.size = model.size_for(image)
-    for name in ("frames", "size", "steps", "solver", "guidance", "shift"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(model, name))
-    args.size = tuple(args.size)
-    if args.cfg_batch is None:
-        args.cfg_batch = dit.tokens(model.net.config, model.latent_shape(args.frames, args.size)) <= 4096
-    choices = [] if args.plan else choose_fast_paths(model, args)
-    model.offload, args.tile, memory = plan(model, args.frames, args.size, dtype, 1 + args.cfg_batch, args.offload, args.tile,
-                                           args.memory and args.memory * 2**30)
-    print(f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}; expected memory "
-          + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in memory["gib"].items()) + f" GiB; offload {model.offload}, "
-          + ("decode " + (f"in tiles of {args.tile[0]}x{args.tile[1]} latent cells" if args.tile else "untiled")))
+            run.model = released.load_model(args.model, args.weights, args.lora, dtype,
+                                            args.device, args.text_cache)
+    run.images = tuple(None if file is None else video.read_image(file)[None]
+                       for file in (args.image, args.last_image))
+    if args.size is None and args.image:
+        args.size = run.model.size_for(run.images[0])
+    run.sampling = Sampling(
+        frames=args.frames, size=args.size and tuple(args.size), steps=args.steps,
+        shift=args.shift, guidance=args.guidance, solver=args.solver, seed=args.seed,
+        plain=args.slow, compiled=args.compile, fp8=args.fp8).resolved(run.model)
+    return run
+
+
+def matmul_dtype(args):
+    """Name of the type of the matrix products."""
+    wide = args.device.type == "cuda" and released.is_wan(args.model)
+    name = args.dtype or ("bf16" if wide else "fp32")
+    elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a GPU
+    if name == "bf16" and not elsewhere and (reason := choose.without_bf16(args.device)):
+        print(f"matrix products: fp32, because {reason}")
+        return "fp32"
+    return name
+
+
+def prepare(run):
+    """Choose what runs on this device and how it fits into memory; says both."""
+    args, model, s = run.args, run.model, run.sampling
+    if not args.plan:
+        run.choices = choose_fast_paths(run)
+        s = run.sampling
+    free = args.memory and args.memory * 2**30
+    plan = memory.plan(model, s.frames, s.size, TYPES[args.dtype], 1 + s.cfg_batch,
+                       args.offload, free)
+    model.offload, run.plan = plan.offload, plan
+    needs = ", ".join(f"{name.replace('_', ' ')} {n:.2f}" for name, n in plan.gib.items())
+    tile = "untiled"
+    if plan.tile:
+        tile = f"in tiles of {plan.tile[0]}x{plan.tile[1]} latent cells"
+    print(f"{model.name}: {s.frames} frames of {s.size[0]}x{s.size[1]}; expected memory {needs} "
+          f"GiB; offload {plan.offload}, decode {tile}")
     if args.plan:
         return
-    guided.check(model, args.compile, args.fp8)
+    check_streamed(model, s)
     if not args.decode:
-        choices.append(f"a step: {'kernel by kernel (' + reason + ')' if (reason := no_graph(model, args.slow or args.graph is False)) else 'one CUDA graph'}"
-                       + ", compiled blocks" * args.compile + ", both guidance passes in one batch" * args.cfg_batch)
-    print("\n".join(f"  {line}" for line in choices))
-    if not args.decode:
-        model.check_pictures(image, last)
-        if isinstance(args.guidance, tuple) and model.low is None:
-            raise UserError(f"{model.name} has one transformer, no experts: give one number with --guidance.")
+        model.check_pictures(*run.images)
+        run.sampling = s = replace(s, graph=no_graph(model, args.slow) is None)
+        run.choices.append(describe_step(model, s))
+    print("\n".join(f"  {line}" for line in run.choices))
     model.to(args.device)
 
-    label = Path(args.model).stem if Path(args.model).exists() else args.model
-    slug = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-    base = Path(args.out) / (args.name or (Path(args.decode).stem if args.decode else f"{label}-{slug}-{args.seed}"))
-    file = lambda suffix: base.with_name(base.name + suffix)
-    settings = {k: str(v) if isinstance(v, torch.device) else v for k, v in vars(args).items() if k not in ("out", "name", "plan", "decode")}
-    if args.decode:
-        z = tensors["latent"]
-    else:
-        with seconds("text"):
+
+def choose_fast_paths(run):
+    """What is decided by trying it on the device -> lines that say what runs, and why."""
+    args, model, s = run.args, run.model, run.sampling
+    lines = [choose.choose_kernels(args.device, plain=args.slow)]
+    if args.device.type == "cuda":
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)  # kernels are launched on the current one
+        if args.dtype == "bf16" and not args.slow:
+            c = model.net.config
+            tokens = dit.tokens(c, model.latent_shape(s.frames, s.size))
+            width = c.dim // c.heads
+            lines.append(choose.choose_attention(args.device, tokens, c.heads, width)[1])
+        convolution = choose.choose_convolution(args.device, model.ae_dtype)
+        model.ae_dtype = convolution.dtype
+        layout = torch.contiguous_format if args.slow else convolution.layout
+        model.ae.to(memory_format=layout)
+        lines.append(convolution.line)
+    if args.compile and (reason := choose.without_compiler(args.device)):
+        run.sampling = replace(s, compiled=False)
+        lines.append(f"blocks: not compiled, because {reason}")
+    if args.fp8:
+        emulated = ""
+        if not fp8.hardware(args.device):
+            emulated = (f", computed in fp32: {args.device} multiplies no fp8 (for measuring the "
+                        "quality)")
+        lines.append(f"matrix products: fp8{emulated}")
+    return lines
+
+
+def describe_step(model, s):
+    reason = no_graph(model, s.plain)
+    parts = [f"kernel by kernel ({reason})" if reason else "one CUDA graph"]
+    if s.compiled:
+        parts.append("compiled blocks")
+    if s.cfg_batch:
+        parts.append("both guidance passes in one batch")
+    return f"a step: {', '.join(parts)}"
+
+
+def produce(run):
+    """Prompt -> latent (unless one is decoded again) -> files."""
+    args, model, s, latent = run.args, run.model, run.sampling, run.latent
+    if latent is None:
+        with run.seconds("text"):
             context, null = model.contexts([args.prompt], args.negative)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=base.parent).close()  # a folder that cannot be written is told now, not after the work
-        noise = None if args.noise is None else checkpoint.load_tensors(args.noise)[0].get("noise")
-        if args.noise and noise is None:
-            raise UserError(f"{args.noise} holds no tensor called noise: give a .safetensors file that does.")
-        with seconds("transformer"):
-            z = generate(model, context, image, args.frames, args.size, args.steps, args.guidance, args.shift, args.solver, args.seed, noise,
-                         progress=True, null=null, last_image=last, cfg_batch=args.cfg_batch, plain=args.slow, graph=args.graph, compiled=args.compile,
-                         fp8=args.fp8, interval=args.guidance_interval, reuse=args.reuse)
-        checkpoint.save_tensors(file(".safetensors"), {"latent": z}, {"settings": settings})
-    with seconds("decode"):
-        write(model, z, args.frames, args.size, file, args.tile, overlap=not args.slow)
-
-    shape, passes = z.shape[2:], 1 if args.guidance in (1, (1, 1)) else 2
-    used = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report = dict(model=model.name, prompt=args.prompt, frames=args.frames, size=args.size, steps=args.steps, passes=passes,
-                  tokens=dit.tokens(model.net.config, shape), seconds={k: round(v, 3) for k, v in seconds.items()}, plan=memory,
-                  choices=choices, peak_memory_gib=used / 2**30)
-    text = f"{model.name}: {args.frames} frames of {args.size[0]}x{args.size[1]}, {report['tokens']} tokens, {args.steps} steps x {passes} passes\n  "
-    text += ", ".join(f"{what} {s:.2f} s" for what, s in seconds.items())
-    if not args.decode and not args.reuse and args.guidance_interval == (0, 1):  # else it is not known here how much was computed
-        report["tflops_per_second"] = passes * args.steps * dit.flops(model.net.config, shape).total / seconds["transformer"] / 1e12
-        text += f"; {report['tflops_per_second']:.3f} TFLOP/s"
-    checkpoint.write_json(file(".json"), {**report, "settings": settings})
-    print(f"{text}; peak memory {report['peak_memory_gib']:.2f} GiB\n  {file('.mp4')}   {file('.png')}")
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # told now, not after the work
+        with run.seconds("transformer"):
+            latent = generate(model, context, *run.images, null=null, progress=True, sampling=s)
+        settings = {"settings": settings_of(run)}
+        checkpoint.save_tensors(run.file(".safetensors"), {"latent": latent}, settings)
+    with run.seconds("decode"):
+        write(model, latent, s, run.file, run.plan.tile)
 
 
-def write(model, z, frames, size, file, tile=None, overlap=True):
-    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are decoded; only the sheet's stay in memory.
+def settings_of(run):
+    """What the run was made with, by the names of the options."""
+    left_out = ("out", "name", "plan", "decode")
+    given = {k: v for k, v in vars(run.args).items() if k not in left_out}
+    chosen = {k: v for k, v in asdict(run.sampling).items() if k in given}
+    return {**given, **chosen, "device": str(run.args.device)}
 
-    overlap: the next frames are decoded while these are encoded.
-    """
-    shown, kept, count = {round(i * (frames - 1) / 7) for i in range(8)}, [], 0
+
+def report(run):
+    """Print what was made and how fast, and write it to NAME.json."""
+    args, model, s = run.args, run.model, run.sampling
+    shape = model.latent_shape(s.frames, s.size)
+    tokens, passes = dit.tokens(model.net.config, shape), 1 if s.guidance in (1, (1, 1)) else 2
+    if args.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = dict(
+        model=model.name, prompt=args.prompt, frames=s.frames, size=s.size, steps=s.steps,
+        passes=passes, tokens=tokens, plan=run.plan._asdict(), choices=run.choices,
+        seconds={name: round(t, 3) for name, t in run.seconds.items()},
+        peak_memory_gib=used / 2**30)
+    times = ", ".join(f"{name} {t:.2f} s" for name, t in run.seconds.items())
+    if not args.decode:
+        work = passes * s.steps * dit.flops(model.net.config, shape).total
+        found["tflops_per_second"] = work / run.seconds["transformer"] / 1e12
+        times += f"; {found['tflops_per_second']:.3f} TFLOP/s"
+    checkpoint.write_json(run.file(".json"), {**found, "settings": settings_of(run)})
+    print(f"{model.name}: {s.frames} frames of {s.size[0]}x{s.size[1]}, {tokens} tokens, "
+          f"{s.steps} steps x {passes} passes\n  {times}; peak memory {used / 2**30:.2f} GiB\n"
+          f"  {run.file('.mp4')}   {run.file('.png')}")
+
+
+def write(model, z, s, file, tile):
+    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are
+    decoded, the next ones while these are encoded; only the sheet's stay in memory."""
+    shown = {round(i * (s.frames - 1) / 7) for i in range(8)}
+    kept, count = [], 0
 
     def pieces():
         nonlocal count
-        with torch.no_grad(), torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():  # inside: both hold for one thread
-            for piece in model.decode(z, frames, size, tile):
+        cuda = model.device.type == "cuda"
+        on_device = torch.cuda.device(model.device) if cuda else nullcontext()
+        with torch.no_grad(), on_device:  # inside: both hold for one thread
+            for piece in model.decode(z, s.frames, s.size, tile):
                 piece = piece[0].float().cpu()
-                kept.extend(piece[:, i].clone() for i in range(piece.shape[1]) if count + i in shown)
+                for i in range(piece.shape[1]):
+                    if count + i in shown:
+                        kept.append(piece[:, i].clone())
                 count += piece.shape[1]
                 bar.update(piece.shape[1])
                 yield piece
 
-    with tqdm(total=frames, desc="decode", leave=False) as bar:
-        video.write_video(file(".mp4"), ahead(pieces()) if overlap else pieces(), model.fps, scale=model.upscale)
-    video.contact_sheet(file(".png"), [torch.stack(kept, dim=1)], columns=len(kept), scale=max(model.upscale // 2, 1) if size[1] <= 256 else 256 / size[1])
+    with tqdm(total=s.frames, desc="decode", leave=False) as bar:
+        made = pieces() if s.plain else ahead(pieces())
+        video.write_video(file(".mp4"), made, model.fps, scale=model.upscale)
+    small = s.size[1] <= 256
+    scale = max(model.upscale // 2, 1) if small else 256 / s.size[1]
+    sheet = [torch.stack(kept, dim=1)]
+    video.contact_sheet(file(".png"), sheet, columns=len(kept), scale=scale)
 
 
 def ahead(pieces):
-    """The same pieces, the next one being made in a thread while the consumer works on this one."""
+    """The same pieces, the next one being made in a thread while the consumer works on this
+    one."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, pieces, None)
         while (piece := following.result()) is not None:
             following = thread.submit(next, pieces, None)
             yield piece
+
+
+def main(argv=None):
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    run = resolve(arguments(argv))
+    prepare(run)
+    if not run.args.plan:
+        produce(run)
+        report(run)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import kernels
 import sample
 from bench import harness
 from bench.harness import TYPES, fresh_process, in_turns, plainly, relative_error, work
-from wan import models
+from wan import released
 
 SMALL = dit.Config(  # shaped like Wan 2.1
     dim=512, ffn_dim=2048, heads=4, layers=8, in_channels=16, out_channels=16
@@ -90,7 +90,7 @@ def transformer(report, repeats, latent):
 
 def sampling(report, repeats, name):
     """The whole guided loop of an embedded model."""
-    model = models.load_model(name)
+    model = released.load_model(name)
     context = model.text([PROMPT])
     ours = lambda: sample.generate(model, context)
     plain = plainly(lambda: sample.generate(model, context, cfg_batch=False, plain=True))
@@ -163,7 +163,7 @@ def start():
 @torch.no_grad()
 def toy(report, repeats):
     """Base and adapted toy model: one pass, guided loop, decode, prompt to pixels."""
-    both = {name: models.load_model(name) for name in ("dc", "base")}
+    both = {name: released.load_model(name) for name in ("dc", "base")}
     frames, size = both["dc"].frames, both["dc"].size
     tasks = {"transformer pass": {}, "guided loop": {}, "decode": {}, "prompt to pixels": {}}
     tokens = {}

@@ -21,14 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ae
 import dit
-import guided
 import kernels
 import sample
 from bench import harness
 from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly, relative_error
 from files.checkpoint import UserError
 from gpu import choose, tiling
-from wan import models, vae
+from wan import memory, models, vae
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Choices:
 
     def __init__(self, device):
         self.attention, self.dtype, self.layout = None, torch.float32, torch.contiguous_format
-        self.lines = [f"thin operations: {kernels.describe(device)}"]
+        self.lines = [choose.choose_kernels(device)]
         if device.type == "cuda":
             self.attention, line = choose.choose_attention(device, 17600, 12)
             convolution = choose.choose_convolution(device, torch.bfloat16)
@@ -255,11 +254,11 @@ def peers(report, width, space, size, blocks, choices):
     tasks = {"ours bf16": prepared(net, *given), "plain bf16": plainly(partial(net, *given))}
     if on_gpu:
         moment, prompt = net.times(t)[0], net.prompt(context)
-        graph = guided.Replay(lambda x, *time: net(x, dit.Time(*time), prompt))
+        graph = kernels.Replay(lambda x, *time: net(x, dit.Time(*time), prompt))
         tasks["graph bf16"] = lambda: graph(x, *moment)
         compiled = network(report, width, space, copy.deepcopy(blocks))
         compiled.load_state_dict(net.state_dict())
-        guided.compile_blocks(compiled)
+        choose.compile_blocks(compiled)
         tasks["compiled bf16"] = prepared(compiled, *given)
     name = f"peers: {width} {space} {size}, {len(blocks)} blocks"
     try:
@@ -339,7 +338,7 @@ def decode(report, space, size, choices, who="ours"):
     part = min(chunks, max(1, int(chunks * LONGEST_DECODE / expected)))
     frames = min(part * c.latent_chunk, shape[0])
     covered = (part * c.latent_chunk, *shape[1:])
-    budget = 0.9 * sample.free_memory(report.device)
+    budget = 0.9 * memory.free_memory(report.device)
     tile = tiling.choose(net, covered, budget, TYPES[low])
     z = torch.randn(1, c.latent_channels, frames, *shape[1:], device=report.device)
     z = z.to(TYPES[low])

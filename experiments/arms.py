@@ -34,7 +34,7 @@ import lora
 import sample
 import toy
 from training import toy_base
-from wan import models
+from wan import models, released
 
 ENDS = ("patch_embedding", "head")
 HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
@@ -165,10 +165,10 @@ class World:
 
     def __init__(self, preset, out, base_weights, device):
         self.preset, self.out, self.device = preset, out, torch.device(device)
-        self.base = models.load_model("base")
+        self.base = released.load_model("base")
         if base_weights:
             self.base.net = dit.load(base_weights)
-        autoencoder = ae.load(models.WEIGHTS / "toy.safetensors")
+        autoencoder = ae.load(released.WEIGHTS / "toy.safetensors")
         self.deep = models.Model("deep", dit.inherit(self.base.net, dit.PRESETS["toy-dc"]), autoencoder, self.base.text).to(device)
         self.base.to(device)
         self.prompts = {g: [s.attributes() for s in scenes_of(g, n, (99, i))] for i, (g, n) in enumerate(zip(GROUPS, preset.prompts))}

@@ -42,7 +42,6 @@ TOP_NAMES = [
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
     ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
 ]
 
@@ -77,6 +76,7 @@ def open_checkpoint(path, heads=None):
     tensors, metadata = checkpoint.open_tensors(path)
     tensors, stored = original(tensors), metadata.get("wan_dit")
     if stored:
+        stored.pop("image_positions", None)  # files of earlier versions have it
         return tensors, {**stored, "patch": tuple(stored["patch"])}
     folder = path if path.is_dir() else path.parent if path.name.endswith(".index.json") else None
     told = checkpoint.read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
@@ -90,7 +90,7 @@ def sizes(tensors, heads=None):
     """What the shapes under original names say of `dit.Config` -> dict. They do not show the heads: 128 channels each by default."""
     try:
         dim, in_channels, *patch = tensors["patch_embedding.weight"].shape
-        image, positions = tensors.get("img_emb.proj.0.weight"), tensors.get("img_emb.emb_pos")
+        image = tensors.get("img_emb.proj.0.weight")
         if len(patch) != 3:
             raise UserError("these are not the weights of a Wan transformer: patch_embedding.weight must have 5 axes.")
         if heads is None and dim % 128:
@@ -100,8 +100,7 @@ def sizes(tensors, heads=None):
             layers=1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in tensors) if m),
             in_channels=in_channels, out_channels=tensors["head.head.weight"].shape[0] // prod(patch), patch=tuple(patch),
             text_dim=tensors["text_embedding.0.weight"].shape[1], freq_dim=tensors["time_embedding.0.weight"].shape[1],
-            image_dim=None if image is None else image.shape[0],
-            image_positions=None if positions is None else positions.shape[1])
+            image_dim=None if image is None else image.shape[0])
     except KeyError as e:
         raise UserError(f"these are not the weights of a Wan transformer: the tensor {e.args[0]} is missing.") from e
 
@@ -179,9 +178,9 @@ def save_folder(folder, tensors, config, format, metadata=None, shard_bytes=5e9)
         told = dict(_class_name="WanTransformer3DModel", patch_size=c.patch, num_attention_heads=c.heads,
                     attention_head_dim=c.dim // c.heads, in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
                     num_layers=c.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, image_dim=c.image_dim,
-                    added_kv_proj_dim=c.dim if c.image_dim else None, rope_max_seq_len=1024, pos_embed_seq_len=c.image_positions)
+                    added_kv_proj_dim=c.dim if c.image_dim else None, rope_max_seq_len=1024)
     elif format == "original":
-        kind = "flf2v" if c.image_positions else "i2v" if c.in_channels > c.out_channels else "t2v"
+        kind = "i2v" if c.in_channels > c.out_channels else "t2v"
         told = dict(_class_name="WanModel", model_type=kind, patch_size=c.patch, text_len=c.text_len, in_dim=c.in_channels, dim=c.dim,
                     ffn_dim=c.ffn_dim, freq_dim=c.freq_dim, text_dim=c.text_dim, out_dim=c.out_channels, num_heads=c.heads,
                     num_layers=c.layers, eps=c.eps)

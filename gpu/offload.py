@@ -1,72 +1,105 @@
-"""Networks larger than the GPU: blocks stay in host memory and pass through two buffers on the device.
+"""Networks larger than the GPU: blocks stay in host memory and pass through two buffers on
+the device.
 
-A transformer of 14B parameters takes 28 GB in bf16, but at any moment it computes with one block of 0.7 GB. So the blocks
-wait in (pinned) host memory, and while the device computes block i in one buffer, a second CUDA stream copies block i + 1
-into the other:
+A transformer of 14B parameters takes 28 GB in bf16, but at any moment it computes with one
+block of 0.7 GB. So the blocks wait in (pinned) host memory, and while the device computes
+block i in one buffer, a second CUDA stream copies block i + 1 into the other:
 
     copy      | 0 |  1  |  2  |  3  | ...           into buffers A, B, A, B, ...
     compute       |  0  |  1  |  2  | ...           from buffers A, B, A, B, ...
 
-PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer than that, the copies cost nothing;
-else they set the pace. (By the roofline in spec wan 11 an H100 computes a block of 17,600 tokens in 23 ms. Estimates: no GPU has run
-this yet.) Results are the same bits as with resident blocks. On the CPU the same code runs without streams or overlap, for tests.
+PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer
+than that, the copies cost nothing; else they set the pace. (By the roofline an H100 computes
+a block of 17,600 tokens in 23 ms. Estimates: no GPU has run this yet.) Results are the same
+bits as with resident blocks. On the CPU the same code runs without streams or overlap, for
+tests.
 """
 import copy
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 ALIGNMENT = 256  # bytes; where parameters begin in a buffer
-CHUNK = 16 * 2**20  # pinned memory comes in powers of two: a block in one piece would waste up to half
+CHUNK = 16 * 2**20  # pinned memory comes in powers of two: whole blocks would waste up to half
+
+
+def stream_blocks(net, device):
+    """For GPUs smaller than the model, sampling only: the blocks of `net` wait in host
+    memory, everything else moves to `device`. Merge LoRA before. Returns net; to move or
+    save it again, load it anew."""
+    blocks, net.blocks = list(net.blocks), nn.ModuleList()
+    net.to(device)
+    net.blocks = StreamedBlocks(blocks, device)
+    return net
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in the bytes of a block."""
+
+    name: str
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def view(self, flat):
+        end = self.start + prod(self.shape) * self.dtype.itemsize
+        return flat[self.start : end].view(self.dtype).view(self.shape)
 
 
 class StreamedBlocks(nn.Module):
-    """Stands in for an nn.ModuleList of equally shaped blocks that is only ever iterated, without gradients.
+    """Stands in for an nn.ModuleList of equally shaped blocks that is only ever iterated,
+    without gradients: `for block in streamed: x = block(x)`.
 
-    for block in streamed: x = block(x)
-
-    Each block is yielded on the device, and is valid until the next one is asked for. The blocks given are emptied one by
-    one, so that host memory holds them once.
+    Each block is yielded on the device, and is valid until the next one is asked for. The
+    blocks given are emptied one by one, so that host memory holds them once.
     """
 
     def __init__(self, blocks, device):
         super().__init__()
-        self.device, self.cuda = torch.device(device), torch.device(device).type == "cuda"
-        self.layout, end = [], 0  # name, first byte, shape, dtype: equal in all blocks
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.places, end = [], 0  # equal in all blocks
         for name, p in blocks[0].state_dict().items():
-            self.layout.append((name, end, p.shape, p.dtype))
-            end += -(-prod(p.shape) * p.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            self.places.append(Place(name, end, p.shape, p.dtype))
+            end += -(-p.nbytes // ALIGNMENT) * ALIGNMENT
         empty = copy.deepcopy(blocks[0]).to("meta").requires_grad_(False)
-        self.host = [self.pack(block, end) for block in blocks]  # of each block, its bytes in chunks
-        self.buffers = [torch.empty(end, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.shells = [self.unpack(buffer, copy.deepcopy(empty)) for buffer in self.buffers]  # blocks whose parameters lie in a buffer
+        self.host = [self.pack(block, end) for block in blocks]  # of each block, its chunks
+        self.buffers, self.shells = [], []  # shells: blocks whose parameters lie in a buffer
+        for _ in range(2):
+            buffer = torch.empty(end, dtype=torch.uint8, device=self.device)
+            self.buffers.append(buffer)
+            self.shells.append(self.unpack(buffer, copy.deepcopy(empty)))
         self.holds = [None, None]  # the block in each buffer
         if self.cuda:
             self.stream = torch.cuda.Stream(self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the buffers' memory may still be read by earlier work
+            # the buffers' memory may still be read by earlier work, and must not be given
+            # away while a copy is on its way
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             for buffer in self.buffers:
-                buffer.record_stream(self.stream)  # and must not be given away while a copy is on its way
-            self.copied, self.computed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+                buffer.record_stream(self.stream)
+            self.copied = [torch.cuda.Event() for _ in range(2)]
+            self.computed = [torch.cuda.Event() for _ in range(2)]
 
     def pack(self, block, size):
-        """A block -> its bytes, in pinned chunks when they go to a GPU. The block is empty afterwards."""
+        """A block -> its bytes, in pinned chunks when they go to a GPU. The block is empty
+        afterwards."""
         tensors, flat = block.state_dict(), torch.empty(size, dtype=torch.uint8)
-        if [(name, p.shape, p.dtype) for name, p in tensors.items()] != [(name, shape, dtype) for name, _, shape, dtype in self.layout]:
-            raise ValueError("only blocks of equal shapes and types can be streamed (merge LoRA adapters first).")
-        for name, start, shape, dtype in self.layout:
-            self.view(flat, start, shape, dtype).copy_(tensors[name])
+        alike = [(p.name, p.shape, p.dtype) for p in self.places]
+        if [(name, p.shape, p.dtype) for name, p in tensors.items()] != alike:
+            raise ValueError("only blocks of equal shapes and types can be streamed (merge LoRA "
+                             "adapters first).")
+        for place in self.places:
+            place.view(flat).copy_(tensors[place.name])
         block.to("meta")
         return [chunk.pin_memory() if self.cuda else chunk for chunk in flat.split(CHUNK)]
 
     def unpack(self, buffer, block):
         """Let the parameters of `block` be views of a buffer."""
-        block.load_state_dict({name: self.view(buffer, *where) for name, *where in self.layout}, assign=True)
+        views = {place.name: place.view(buffer) for place in self.places}
+        block.load_state_dict(views, assign=True)
         return block.eval()
-
-    @staticmethod
-    def view(flat, start, shape, dtype):
-        return flat[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def __len__(self):
         return len(self.host)
@@ -77,14 +110,16 @@ class StreamedBlocks(nn.Module):
         for i in range(n):
             if self.cuda:
                 torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
-            following = self.fetch((i + 1) % n, 1 - slot)  # after the last block the first, for the next pass
+            # after the last block the first, for the next pass
+            following = self.fetch((i + 1) % n, 1 - slot)
             yield self.shells[slot]
             if self.cuda:
                 self.computed[slot].record(torch.cuda.current_stream(self.device))
             slot = following
 
     def fetch(self, i, slot):
-        """Have block i copied, into buffer `slot` unless a buffer already holds it -> the buffer."""
+        """Have block i copied, into buffer `slot` unless a buffer already holds it -> the
+        buffer."""
         if i in self.holds:
             return self.holds.index(i)
         self.holds[slot] = i
@@ -92,7 +127,8 @@ class StreamedBlocks(nn.Module):
             self.transfer(i, slot)
             return slot
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.computed[slot])  # what used the buffer last; an event never recorded does not wait
+            # what used the buffer last; an event never recorded does not wait
+            self.stream.wait_event(self.computed[slot])
             self.transfer(i, slot)
             self.copied[slot].record()
         return slot

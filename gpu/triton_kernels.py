@@ -21,11 +21,9 @@ matrix products in bf16 (2 bytes), counted from the operations that kernels.py m
 A 14B block over 17,600 tokens moves 24 GB in thin operations without them and 6 GB with them: at 3 TB/s 8 ms and 2 ms, beside 23 ms of
 matrix products and attention at 600 TFLOP/s. (These are counts. No GPU was at hand, nothing is measured: `python -m bench --suite gpu` does.)
 
-Forward only: sampling needs no gradients, and training takes the plain forms (`kernels.fused` asks). Arithmetic is fp32 and is rounded where
+Forward only: sampling needs no gradients, and training takes the plain forms (`kernels.fusable` asks). Arithmetic is fp32 and is rounded where
 the plain forms round. Each function has the arguments of its twin. The kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1,
-tests/test_gpu_triton_kernels.py), and compile without a GPU:
-
-    python -m gpu.triton_kernels            every kernel for sm_80 and sm_90: registers and spilled bytes per thread
+tests/test_gpu_triton_kernels.py).
 """
 import triton
 import triton.language as tl
@@ -223,6 +221,11 @@ def quantize_rows(x, dtype=torch.float8_e4m3fn):
     return out, scales
 
 
+#: operation of kernels.py -> its kernel, as gpu/choose.py installs them
+KERNELS = {kernel.__name__: kernel for kernel in (
+    layer_norm_modulate, gate_residual, residual_norm, rms_norm, rms_norm_rope,
+    rms_norm_channels, quantize_rows)}
+
 # --------------------------------------------------------------------------------------------------- is it right here?
 
 
@@ -232,56 +235,3 @@ def try_out():
     expected = torch.nn.functional.layer_norm(x, (96,)) * (1 + scale) + scale
     if not torch.allclose(layer_norm_modulate(x, scale, scale, 1e-5), expected, atol=1e-4):
         raise RuntimeError("a fused kernel computes wrongly on this GPU")
-
-
-# --------------------------------------------------------------------------------------------------- compiling without a GPU
-
-
-def compiled(capability):
-    """Compile every kernel as sampling a 14B model calls it, for GPUs of a compute capability (80, 90) -> {name: compiled kernel}."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def build(kernel, types, constants, warps):
-        types = {name: types[name] if name in types else "constexpr" for name in kernel.arg_names}
-        return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
-
-    f32, bf16, row = "*fp32", "*bf16", launch(5120)
-    found = {
-        "gate, residual, LayerNorm": build(
-            residual_norm_kernel, dict(x=f32, y=bf16, gate=f32, scale=f32, shift=f32, total=f32, normed=bf16, eps="fp32",
-                                       **dict.fromkeys("d tokens run gate_b gate_g scale_b scale_g".split(), "i32")),
-            dict(ADD=True, GATED=True, NORM=True, AFFINE=False, BLOCK=row["BLOCK"]), row["num_warps"]),
-        "RMSNorm, rotate": build(
-            rms_norm_rope_kernel, dict(x=bf16, weight=f32, rope=f32, out=bf16, eps="fp32", **dict.fromkeys("d stride tokens c".split(), "i32")),
-            dict(ROTATE=True, BLOCK=row["BLOCK"]), row["num_warps"]),
-        "autoencoder RMSNorm, shortcut": build(
-            rms_norm_channels_kernel, dict(x=bf16, weight=bf16, bias=bf16, shortcut=bf16, out=bf16, positions="i64", channels="i32", sample="i64",
-                                           along_p="i64", eps="fp32"),
-            dict(along_c=1, SILU=False, ADD=True, P=32, C=256), 8),
-    }
-    if capability >= 89:
-        found["rows to fp8"] = build(quantize_rows_kernel, dict(x=bf16, out="*fp8e4nv", scales=f32, d="i32", largest="fp32"),
-                                     dict(BLOCK=row["BLOCK"]), row["num_warps"])
-    return found
-
-
-def main():
-    import subprocess
-    import tempfile
-
-    from triton import knobs
-
-    for capability in (80, 90):
-        for name, kernel in compiled(capability).items():
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(kernel.asm["cubin"])
-                file.flush()
-                said = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-            usage = dict(part.split(":", 1) for part in said.split() if ":" in part)
-            print(f"sm_{capability}  {name:32s} {usage.get('REG', '?'):>4s} registers, {usage.get('STACK', '?'):>3s} spilled bytes, "
-                  f"{kernel.metadata.num_warps} warps, {kernel.metadata.shared} bytes of shared memory")
-
-
-if __name__ == "__main__":
-    main()

@@ -37,13 +37,13 @@ def tiny_toy(tmp_path, monkeypatch):
     import ae
     import dit
     import lora
-    from wan import models
+    from wan import released
 
     folder = tmp_path / "weights"
     size = dict(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=32, text_len=8)
     monkeypatch.setitem(dit.PRESETS, "toy-base", dit.Config(**size, in_channels=12, out_channels=4))
     monkeypatch.setitem(dit.PRESETS, "toy-dc", dit.Config(**size, in_channels=20, out_channels=8, patch=(1, 1, 1)))
-    monkeypatch.setattr(models, "WEIGHTS", folder)
+    monkeypatch.setattr(released, "WEIGHTS", folder)
 
     ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)), folder / "toy-base.safetensors")
     ae.save(ae.DCAEV(ae.Config((0, 8, 8, 8, 8, 8, 8), (0, 1, 1, 1, 1, 1, 1), 8, chunk=8)), folder / "toy.safetensors")
@@ -60,7 +60,7 @@ def tiny_toy(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory):
-    """Tiny models in every official layout (make_tiny_checkpoints.py) -> the folder that holds theirs. Tests only read there."""
-    import make_tiny_checkpoints
+    """Tiny models in every official layout (wan/tiny.py) -> the folder that holds theirs. Tests only read there."""
+    from wan import tiny
 
-    return make_tiny_checkpoints.make(tmp_path_factory.mktemp("released"))
+    return tiny.make(tmp_path_factory.mktemp("released"))

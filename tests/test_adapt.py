@@ -21,10 +21,10 @@ import toy
 from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError
-from make_tiny_checkpoints import FOLDERS, TEXT_DIM
+from wan.tiny import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
 from training.journal import Journal
-from wan import models
+from wan import released
 from wan.text import WanText
 
 TEXT = toy.ToyText()
@@ -98,7 +98,7 @@ def test_merged_lora_equals_live_lora_on_the_toy():
 
 @pytest.mark.parametrize("name", ["base", "dc"])
 def test_the_image_condition_is_mask_and_latent_of_a_clip_that_begins_with_the_image(tiny_toy, name):
-    model = models.load_model(name)
+    model = released.load_model(name)
     t, h, w = shape = model.latent_shape(16, (64, 64))
     image, z = torch.rand(2, 3, 64, 64) * 2 - 1, model.net.config.out_channels
     condition = model.condition(2, shape, image)
@@ -155,7 +155,7 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     assert moved == {"head.modulation", *(f"blocks.0.self_attn.{p}.weight" for p in "qkvo"), "blocks.0.ffn.0.weight",
                      "time_embedding.0.weight", "time_projection.0.weight"}  # 0 stands for every number
 
-    made = [models.load_model(str(name)) for name in (out, out / "lora.safetensors")]
+    made = [released.load_model(str(name)) for name in (out, out / "lora.safetensors")]
     for a, b in zip(*(m.net.parameters() for m in made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the LoRA is stored in fp16
     shown = [sample.videos(m, ["a red circle"], frames=8, size=(32, 32), steps=4)[0] for m in made]
@@ -244,7 +244,7 @@ def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache,
     before, after = (dit.load(o / "transformer.safetensors").state_dict() for o in (first, out))
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert {"patch_embedding.weight", "head.head.weight", "blocks.0.self_attn.q.weight"} <= moved and "blocks.0.norm3.weight" not in moved
-    model = models.load_model(str(out), [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache=text_cache)
+    model = released.load_model(str(out), [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache=text_cache)
     assert model.size == (96, 160) and sampled(out, [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache, tmp_path)[0].shape == (3, 5, 64, 96)
     with pytest.raises(UserError, match="holds no wan2.1-t2v-1.3b adapted to f32t4c32: --continue-from wants"):
         wan("wan2.1", "--continue-from", str(tmp_path), out=tmp_path / "third")
@@ -305,7 +305,7 @@ def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_c
     bases_ = [dit.load(tiny_folders / "Wan2.2-T2V-A14B" / f).state_dict() for f in ("high_noise_model", "low_noise_model")]
     for made, base in zip((one, two), bases_):
         torch.testing.assert_close(made["blocks.0.cross_attn.q.weight"], base["blocks.0.cross_attn.q.weight"], atol=0.01, rtol=0.01)  # exported as bf16
-    model = models.load_model(str(out), [tiny_folders / "Wan2.2-T2V-A14B"], text_cache=text_cache)
+    model = released.load_model(str(out), [tiny_folders / "Wan2.2-T2V-A14B"], text_cache=text_cache)
     assert model.boundary == 0.875 and model.guidance == (3.0, 4.0) and model.low is not None
     assert sampled(out, [tiny_folders / "Wan2.2-T2V-A14B"], text_cache, tmp_path, "--steps", "3")[0].shape == (3, 5, 64, 96)
 

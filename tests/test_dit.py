@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit
 from files import layouts
 from files.checkpoint import UserError
+from wan import memory
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 CASES = json.loads((GOLDEN / "wan_dit_tiny.json").read_text())["cases"]
@@ -61,16 +62,13 @@ def test_output_equals_reference(case):
     assert (v - expected["out"]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("merge_padding", [True, False])
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
-def test_output_equals_reference_with_everything_computed_ahead(case, merge_padding):
-    """Prompt (in the full set two of different lengths in one batch) and time prepared once; the 512 text rows become 16 or 24 keys."""
+def test_output_equals_reference_with_everything_computed_ahead(case):
+    """Prompt (in the full set two of different lengths in one batch) and time prepared once."""
     weights, (x, t, context, clip_fea), expected = golden(case)
     net = dit.from_state_dict(weights, heads=2)
-    prompt = net.prompt(context, clip_fea, merge_padding)
-    words = context.ne(0).any(2).sum(1).max().item()
-    assert prompt.blocks[0].text[0].shape[1] == ({7: 16, 19: 24}[words] if merge_padding else 512)
+    prompt = net.prompt(context, clip_fea)
     if t.ndim == 2:  # two times, one for the tokens of the first frame: given per frame
         t = t[:, :: t.shape[1] // x.shape[2]]
         assert t.shape == (1, 3)
@@ -105,7 +103,6 @@ PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
     "wan2.1-t2v-14b": 14_288_491_584,
     "wan2.1-i2v-14b": 16_394_878_784,
-    "wan2.1-flf2v-14b": 16_395_536_704,
     "wan2.2-t2v-a14b": 14_288_491_584,
     "wan2.2-i2v-a14b": 14_288_901_184,
     "wan2.2-ti2v-5b": 4_999_787_712,
@@ -128,7 +125,7 @@ def test_preset_has_the_published_size_and_is_inferred_from_its_shapes(name):
 
 @pytest.mark.parametrize("name, keys, block", [
     ("wan2.1-t2v-1.3b", 825, 46_440_704), ("wan2.1-t2v-14b", 1095, 351_394_304), ("wan2.1-i2v-14b", 1303, 403_838_464),
-    ("wan2.1-flf2v-14b", 1304, 403_838_464), ("wan2.2-ti2v-5b", 825, 163_656_704)])
+    ("wan2.2-ti2v-5b", 825, 163_656_704)])
 def test_key_counts_and_block_sizes(name, keys, block):
     with torch.device("meta"):
         net = dit.WanDiT(dit.PRESETS[name])
@@ -182,38 +179,17 @@ def test_times_of_all_steps_at_once(timesteps):
 
 @torch.inference_mode()
 def test_prompt_computed_once():
-    """Keys and values of a prompt serve every step; padding merged or not, trimmed or not, the result is the plain one."""
+    """Keys and values of a prompt serve every step; padded by the caller or not, the result is the plain one."""
     net, (x, t, _, clip_fea) = tiny(image_dim=16, text_len=40)
     context = torch.randn(2, 9, 8)
     context[1, 4:] = 0  # a batch of two prompts, 9 and 4 words
     plain = net(x, t, context, clip_fea)
-    kept = net.prompt(context, clip_fea, merge_padding=False)
-    assert torch.equal(net(x, t, kept), plain)  # the same operations in another order
     for given in (context, F.pad(context, (0, 0, 0, 31))):
         prompt = net.prompt(given, clip_fea)
-        assert prompt.blocks[1].text[0].shape == (2, 16, 2, 32)  # 9 words, padding up to a multiple of 8, of which 3 rows are shared
-        assert (net(x, t, prompt) - plain).abs().max() < 1e-5
-        assert (net(x, t / 2, prompt) - net(x, t / 2, context, clip_fea)).abs().max() < 1e-5
-    assert net.prompt(torch.randn(1, 34, 8), clip_fea[:1]).blocks[0].offset is None  # too little padding to gain anything
+        assert torch.equal(net(x, t, prompt), plain)  # the same operations in another order
+        assert torch.equal(net(x, t / 2, prompt), net(x, t / 2, context, clip_fea))
     empty = torch.zeros(2, 0, 8)
-    assert (net(x, t, net.prompt(empty, clip_fea)) - net(x, t, empty, clip_fea)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-5), (torch.float16, 1e-5)])
-@pytest.mark.parametrize("count", [1, 3, 4, 57, 435, 509, 512])
-def test_few_keys_weigh_as_much_as_many(count, dtype, tolerance):
-    assert dit.shared_weight(count, 3, dtype).double().exp().sum().item() == pytest.approx(count, rel=tolerance)
-
-
-@torch.inference_mode()
-def test_prompt_in_bf16():
-    """Merging the padding moves a bf16 result no more than bf16 itself does."""
-    net, (x, t, _, clip_fea) = tiny(image_dim=16, text_len=512)
-    context = torch.randn(2, 9, 8)
-    exact = net(x, t, context, clip_fea)
-    net.cast_weights(torch.bfloat16)
-    plain, merged = net(x, t, context, clip_fea), net(x, t, net.prompt(context, clip_fea))
-    assert relative(merged, exact) < 1.5 * relative(plain, exact) < 1.5e-2
+    assert torch.equal(net(x, t, net.prompt(empty, clip_fea)), net(x, t, empty, clip_fea))
 
 
 @pytest.mark.slow
@@ -235,13 +211,6 @@ def test_prompt_padding_is_attended():
     assert torch.equal(net(x, t, context), net(x, t, padded))
     short = dit.from_state_dict(net.state_dict(), config=dataclasses.replace(net.config, text_len=5))
     assert relative(short(x, t, context), net(x, t, padded)) > 1e-4
-
-
-@torch.inference_mode()
-def test_two_images_as_pairs_or_joined():
-    net, (x, t, context, _) = tiny(image_dim=16, image_positions=10)
-    clip_fea = torch.randn(2, 10, 16)
-    assert torch.equal(net(x, t, context, clip_fea), net(x, t, context, clip_fea.reshape(4, 5, 16)))
 
 
 def test_untrained_network_predicts_zero():
@@ -393,17 +362,17 @@ class Allocations(TorchDispatchMode):
                                                  ("wan2.1-i2v-14b", (21, 90, 160), 1), ("toy-dc", (8, 8, 8), 4)])
 def test_activation_memory_is_what_the_network_allocates(monkeypatch, name, latent, batch, dtype):
     """The formula against every allocation of a real-size forward, on the meta device; attention as a kernel that allocates its result."""
-    monkeypatch.setattr(dit, "attention", lambda q, k, v, offset=None: torch.empty_like(q))
+    monkeypatch.setattr(dit, "attention", lambda q, k, v: torch.empty_like(q))
     config = dataclasses.replace(dit.PRESETS[name], layers=3)
     with torch.device("meta"), torch.no_grad():
         net = dit.WanDiT(config).cast_weights(dtype)
         context = torch.empty(batch, config.text_len, config.text_dim)
         clip_fea = torch.empty(batch, 257, config.image_dim) if config.image_dim else None
-        with Allocations() as memory:
-            x, prompt = torch.empty(batch, config.in_channels, *latent), net.prompt(context, clip_fea, merge_padding=False)
+        with Allocations() as found:
+            x, prompt = torch.empty(batch, config.in_channels, *latent), net.prompt(context, clip_fea)
             net(x, net.times(torch.empty(1))[0], prompt)
-    estimate = dit.activation_bytes(config, latent, batch, dtype, prompts=batch, rows=config.text_len)
-    assert memory.peak == pytest.approx(estimate, rel=0.05)
+    estimate = memory.activation_bytes(config, latent, batch, dtype, prompts=batch)
+    assert found.peak == pytest.approx(estimate, rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------- bad inputs

@@ -10,9 +10,9 @@ import ae
 import dit
 import kernels
 import sample
-from gpu import choose, fp8
+from gpu import choose, fp8, offload
 from training import loop, toy_base
-from wan import models
+from wan import released
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -52,7 +52,7 @@ def test_transformer():
 
 
 def test_the_same_seed_gives_the_same_video_on_both():
-    model = models.load_model("dc")
+    model = released.load_model("dc")
     context = model.text(["a large red circle moving left slowly on a blue background"])
     z = sample.generate(model, context, steps=6)
     model.to("cuda")
@@ -66,7 +66,7 @@ def test_command_line(tmp_path):
 
 @torch.inference_mode()
 def test_prompt_and_times_computed_ahead():
-    """Merged padding goes through the attention kernels that take an offset: in fp32 and bf16, with head width 128."""
+    """In fp32 and bf16, with head width 128."""
     net = dit.WanDiT(dit.Config(dim=256, ffn_dim=512, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=32)).eval().cuda()
     torch.nn.init.normal_(net.head.head.weight, std=0.1)
     x, context, times = torch.randn(2, 4, 3, 16, 16).cuda(), torch.randn(2, 77, 32).cuda(), torch.tensor([900.0, 40.0])
@@ -74,7 +74,6 @@ def test_prompt_and_times_computed_ahead():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         net.cast_weights(dtype)
         prompt = net.prompt(context)
-        assert prompt.blocks[0].text[0].shape[1] == 80
         for t, time in zip(times, net.times(times)):
             plain = net(x, t.expand(2).cuda(), context)
             assert (net(x, time, prompt) - plain).norm() < tolerance * plain.norm()
@@ -90,7 +89,7 @@ def test_streamed_blocks(dtype):
     streamed.load_state_dict(resident.state_dict())
     block = sum(p.nbytes for p in resident.blocks[0].parameters())
     before = torch.cuda.memory_allocated()
-    dit.stream_blocks(streamed, "cuda")
+    offload.stream_blocks(streamed, "cuda")
     assert all(chunk.is_pinned() for chunks in streamed.blocks.host for chunk in chunks)
     rest = sum(p.nbytes for p in streamed.parameters())
     assert torch.cuda.memory_allocated() - before < rest + 2.1 * block
@@ -132,8 +131,9 @@ def error(a, exact):
 @torch.no_grad()
 def test_fused_transformer_equals_the_plain_one(times):
     """fp32: 1e-5. bf16: no further from fp32 than the plain bf16 one."""
-    if kernels.refused():
-        pytest.skip(kernels.refused())
+    line = choose.choose_kernels(torch.device("cuda"))
+    if "plain" in line:
+        pytest.skip(line)
     net, inputs = wide(), (torch.randn(2, 4, 3, 10, 14).cuda(), times.cuda(), torch.randn(2, 40, 32).cuda())
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -163,10 +163,10 @@ def test_gradients_take_the_plain_path():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.blocks.parameters())
 
 
-@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(interval=(0.3, 0.9)), dict(image=torch.zeros(1, 3, 64, 64))], ids=str)
+@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(image=torch.zeros(1, 3, 64, 64))], ids=str)
 def test_a_recorded_step_gives_the_same_bits(more):
     """Whatever the step count, for another prompt, and without a warning that recording failed."""
-    model = models.load_model("dc", device="cuda")
+    model = released.load_model("dc", device="cuda")
     for prompt, steps in (("a large red circle moving left", 2), ("a ring", 7)):
         context = model.text([prompt])
         with warnings.catch_warnings():
@@ -180,7 +180,7 @@ def test_compiled_blocks_equal_eager_ones():
     reason = choose.without_compiler(torch.device("cuda"))
     if reason:
         pytest.skip(reason)
-    model = models.load_model("dc", device="cuda")
+    model = released.load_model("dc", device="cuda")
     context = model.text(["a ring"])
     plain = sample.generate(model, context, steps=4, graph=False)
     for graph in (False, True):
@@ -202,15 +202,14 @@ def test_eight_bit_products_equal_their_emulation():
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient", "flash3"])
 @torch.no_grad()
 def test_every_attention_backend(name):
-    """Self-attention, and cross-attention with an offset, which some backends cannot serve: then another one does."""
     if name == "flash3" and choose.flash3() is None:
         pytest.skip("FlashAttention 3 is not installed")
     choose.set_attention(name)
     q, k, v = torch.randn(3, 1, 200, 4, 128).cuda().bfloat16()
-    offset = dit.shared_weight(400, 40, torch.bfloat16).cuda()
-    for keys, extra in ((200, None), (40, offset)):
-        exact = kernels.attention_plain(q.float(), k[:, :keys].float(), v[:, :keys].float(), None if extra is None else extra.float())
-        assert error(kernels.attention(q, k[:, :keys], v[:, :keys], extra), exact) < 1e-2
+    for keys in (200, 40):  # self- and cross-attention
+        k, v = k[:, :keys], v[:, :keys]
+        exact = kernels.attention_plain(q.float(), k.float(), v.float())
+        assert error(kernels.attention(q, k, v), exact) < 1e-2
 
 
 def test_choices_are_made_and_told():

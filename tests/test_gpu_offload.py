@@ -4,7 +4,6 @@ import dataclasses
 import pytest
 import torch
 
-import dit
 import lora
 from gpu import offload
 from test_files_layouts import TINY, tiny
@@ -23,7 +22,7 @@ def test_streamed_equals_resident(monkeypatch, layers, dtype):
     """Bit for bit, step after step, with the prompt computed ahead or not; blocks in several chunks."""
     monkeypatch.setattr(offload, "CHUNK", 1000)
     net, streamed = (tiny(layers=layers).cast_weights(dtype).eval() for _ in range(2))
-    dit.stream_blocks(streamed, "cpu")
+    offload.stream_blocks(streamed, "cpu")
     x, t, context = inputs(net)
     for step in range(3):
         assert torch.equal(streamed(x, t / (1 + step), context), net(x, t / (1 + step), context))
@@ -35,7 +34,7 @@ def test_only_two_blocks_are_beside_the_host_copy():
     """The blocks given are emptied; what is left on the device is two buffers of one block each."""
     net = tiny(layers=4)
     blocks, size = list(net.blocks), sum(p.nbytes for p in net.blocks[0].parameters())
-    dit.stream_blocks(net, "cpu")
+    offload.stream_blocks(net, "cpu")
     assert all(p.is_meta for block in blocks for p in block.parameters())
     assert not any(name.startswith("blocks") for name, _ in net.named_parameters())
     assert len(net.blocks.buffers) == 2 and all(size <= b.nbytes < 1.1 * size for b in net.blocks.buffers)
@@ -48,7 +47,7 @@ def test_each_block_is_copied_once_a_step(monkeypatch):
     net = tiny(layers=5)
     x, t, context = inputs(net)
     expected = net(x, t, context)
-    dit.stream_blocks(net, "cpu")
+    offload.stream_blocks(net, "cpu")
     copied, transfer = [], offload.StreamedBlocks.transfer
     monkeypatch.setattr(offload.StreamedBlocks, "transfer", lambda self, i, slot: (copied.append(i), transfer(self, i, slot)))
     blocks = iter(net.blocks)
@@ -66,6 +65,6 @@ def test_live_adapters_are_refused():
     """Blocks that are not all alike cannot share a buffer: an adapter on some of them must be merged first."""
     net = lora.wrap(tiny(), rank=2, alpha=2, targets=[r"blocks\.1\.ffn\.0"])
     with pytest.raises(ValueError, match="merge"):
-        dit.stream_blocks(net, "cpu")
+        offload.stream_blocks(net, "cpu")
     merged = lora.merge(lora.wrap(tiny(), rank=2, alpha=2, targets=[r"blocks\.1\.ffn\.0"]))
-    assert len(dit.stream_blocks(merged, "cpu").blocks) == dataclasses.asdict(TINY)["layers"]
+    assert len(offload.stream_blocks(merged, "cpu").blocks) == dataclasses.asdict(TINY)["layers"]

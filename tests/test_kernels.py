@@ -52,16 +52,6 @@ def test_attention(keys, length):
     twins_agree(kernels.attention, kernels.attention_plain, q, k, v)
 
 
-@pytest.mark.parametrize("f", [kernels.attention, kernels.attention_plain])
-@pytest.mark.parametrize("keys", [7, 300])
-def test_an_offset_makes_a_key_count_as_many(f, keys):
-    q, k, v = (torch.randn(2, n, 3, 32) for n in (40, keys, keys))
-    offset = torch.zeros(keys)
-    offset[-1] = torch.tensor(5.0).log()
-    many = (torch.cat([a, a[:, -1:].expand(-1, 4, -1, -1)], 1) for a in (k, v))
-    assert (f(q, k, v, offset) - f(q, *many)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("shape", [(1, 5, 48), (2, 64, 48)])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_linear_and_gelu(slow, shape, dtype):

@@ -3,7 +3,7 @@ files, part by part and as complete pipelines; and what we export they read.
 
     python -m pytest -m peer tests/test_peer.py         needs requirements-dev.txt; without it the tests are skipped
 
-Tiny random models (make_tiny_checkpoints.py), fp32. The two programs round differently: diffusers makes sinusoids and rotary tables in fp32.
+Tiny random models (wan/tiny.py), fp32. The two programs round differently: diffusers makes sinusoids and rotary tables in fp32.
 A transformer agrees to 1e-5 or so, and so does a latent after 20 guided steps; 1e-4 is what is asked for here.
 """
 import numpy as np
@@ -14,8 +14,8 @@ from PIL import Image
 import dit
 import flow
 import sample
-from make_tiny_checkpoints import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
-from wan import models, vae
+from wan.tiny import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
+from wan import released, vae
 from wan.image import WanImage
 from wan.text import WanText
 
@@ -96,7 +96,7 @@ def test_text_encoder_and_tokenizer(tiny_folders):
     ours = WanText(*parts, dtype=torch.float32, text_dim=TEXT_DIM)
     pipe = diffusers.WanPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=torch.float32)
     strictly(transformers.UMT5EncoderModel, folder / "text_encoder")
-    prompts = ["a cat is playing", models.NEGATIVE, "", "very long prompt " * 250, "a 🐱 &amp; a  dog\n", "caf\u00c3\u00a9"]
+    prompts = ["a cat is playing", released.NEGATIVE, "", "very long prompt " * 250, "a 🐱 &amp; a  dog\n", "caf\u00c3\u00a9"]
     with pytest.warns(UserWarning, match="reads the first 511"):
         context = ours(prompts)
     expected, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
@@ -153,7 +153,7 @@ def test_pipelines(tiny_folders, name, pictures):
     kind = diffusers.WanImageToVideoPipeline if pictures else diffusers.WanPipeline
     pipe = kind.from_pretrained(tiny_folders / FOLDERS[name][1][0], dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    model = models.load_model(name, tiny_folders / FOLDERS[name][0][0])
+    model = released.load_model(name, tiny_folders / FOLDERS[name][0][0])
     model.text.dtype = torch.float32
     if model.clip:
         model.clip.rule = "dc"  # diffusers prepares the picture for CLIP as DC-VideoGen does

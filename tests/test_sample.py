@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ae
 import dit
 import flow
-import guided
 import kernels
 import lora
 import sample
@@ -32,14 +31,14 @@ from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
-from wan import models
+from wan import memory, released
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
 
 
 @pytest.fixture(params=["base", "dc"])
 def model(tiny_toy, request):
-    return models.load_model(request.param)
+    return released.load_model(request.param)
 
 
 @pytest.fixture
@@ -163,7 +162,7 @@ def test_nan_stops_the_loop_at_once(model, spy):
 
 def test_the_deep_model_has_a_quarter_of_the_tokens(tiny_toy):
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(m.frames, m.size))
-    assert count(models.load_model("base")) == 128 and count(models.load_model("dc")) == 32
+    assert count(released.load_model("base")) == 128 and count(released.load_model("dc")) == 32
 
 
 # ---------------------------------------------------------------------------------------------------- a step made fast
@@ -179,19 +178,18 @@ def recordings(monkeypatch):
         output = torch.empty_like(function(*inputs))  # recording computes nothing
         return lambda: output.copy_(function(*inputs)), output
 
-    monkeypatch.setattr(guided, "record", record)
+    monkeypatch.setattr(kernels, "record", record)
     return recorded
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(interval=(0.3, 0.9)), dict(image=torch.zeros(1, 3, 32, 32))], ids=str)
+@pytest.mark.parametrize("more", [dict(), dict(cfg_batch=False), dict(image=torch.zeros(1, 3, 32, 32))], ids=str)
 def test_a_recorded_step_gives_what_the_steps_give(model, recordings, steps, more):
     """For every step count and solver that keeps older velocities: each step's own time is read, and no result is overwritten by the next."""
     context = model.text(["a red circle"])
     run = lambda graph: sample.generate(model, context, frames=8, size=(32, 32), steps=steps, graph=graph, **more)
     assert torch.equal(run(True), run(False))
-    kinds = {1: 0, 2: 1, 5: 1}[steps] if "interval" not in more else {1: 0, 2: 0, 5: 2}[steps]
-    assert len(recordings) == kinds  # once for each kind of step that comes twice: guided and not
+    assert len(recordings) == (steps > 1)
 
 
 def test_another_prompt_or_size_needs_no_restart(model, recordings):
@@ -206,7 +204,7 @@ def test_a_driver_that_refuses_graphs(model, monkeypatch):
     def refuse(function, inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(guided, "record", refuse)
+    monkeypatch.setattr(kernels, "record", refuse)
     context = model.text(["a red circle"])
     with pytest.warns(UserWarning, match="could not be recorded as a CUDA graph .operation not permitted when stream is capturing.") as said:
         z = sample.generate(model, context, frames=8, size=(32, 32), steps=4, graph=True)
@@ -217,12 +215,12 @@ def test_blocks_compile_whole_and_once(tiny_toy):
     """One graph for all blocks, no breaks (`fullgraph` raises at one), nothing compiled again at later steps or for another prompt."""
     import torch._dynamo as dynamo
 
-    model = models.load_model("dc")
+    model = released.load_model("dc")
     contexts = [model.text([prompt]) for prompt in ("a red circle", "a blue ring")]
     plain = [sample.generate(model, c, frames=8, size=(32, 32), steps=2) for c in contexts]
     dynamo.reset()
     dynamo.utils.counters.clear()
-    guided.compile_blocks(model.net, backend="eager")  # the graph, without the minute that generating code takes
+    choose.compile_blocks(model.net, backend="eager")  # the graph, without the minute that generating code takes
     found = [sample.generate(model, c, frames=8, size=(32, 32), steps=2, compiled=True) for c in contexts]
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not dynamo.utils.counters["graph_break"]
@@ -240,47 +238,7 @@ def test_slow_path_equals_the_fast_one(tiny_toy, out):
     kernels.use()
 
 
-# ---------------------------------------------------------------------------------------------------- shortcuts: approximate, off by default
-
-
-def test_guidance_in_an_interval(model, spy):
-    """Outside the noise levels a step is one pass of the prompt; an interval that holds all of them changes nothing."""
-    context, run = model.text(["a red circle"]), dict(frames=8, size=(32, 32), steps=6)
-    whole = sample.generate(model, context, cfg_batch=True, **run)
-    assert torch.equal(sample.generate(model, context, cfg_batch=True, interval=(0, 1), **run), whole)
-    spy.clear()
-    part = sample.generate(model, context, cfg_batch=True, interval=(0.5, 0.9), **run)
-    inside = [0.5 <= t / 1000 <= 0.9 for t in flow.schedule(model.solver, 6, model.shift)[1]]
-    assert [len(x) == 2 for x, *_ in spy] == inside and 0 < sum(inside) < 6
-    assert not torch.allclose(part, whole, atol=1e-3)
-    none = sample.generate(model, context, interval=(0, 1e-6), **run)
-    torch.testing.assert_close(none, sample.generate(model, context, guidance=1, **run))
-
-
-def test_velocities_used_again(model, spy):
-    """0 computes every step; a large threshold computes only the steps that the criterion needs, the first two and the last."""
-    context, run = model.text(["a red circle"]), dict(frames=8, size=(32, 32), steps=8, cfg_batch=True)
-    whole = sample.generate(model, context, **run)
-    assert len(spy) == 8
-    spy.clear()
-    coarse = sample.generate(model, context, reuse=1e9, **run)
-    assert len(spy) == 3 and torch.isfinite(coarse).all()
-    spy.clear()
-    fine = sample.generate(model, context, reuse=1e-9, **run)
-    assert len(spy) == 8 and torch.equal(fine, whole)
-
-
-def test_expected_change_of_the_velocity():
-    """v = 3 x changes three times as fast as x. The expected changes add up: 0.03 / 1.03, then 0.06 / 1.03, and the threshold lies between."""
-    reuse, x = guided.Reuse(0.04, 10), torch.ones(4)
-    computed = []
-    for i in range(4):
-        x = torch.full((4,), 1 + 0.01 * i)
-        if not reuse.enough(x):
-            reuse.remember(x, 3 * x)
-            computed.append(i)
-    assert computed == [0, 1] and reuse.expected == pytest.approx(2 * 0.03 / 3.03, rel=1e-4)
-    assert not guided.Reuse(0.019, 10).enough(x)
+# ---------------------------------------------------------------------------------------------------- approximate, off by default
 
 
 def test_eight_bit_products():
@@ -299,7 +257,6 @@ def test_eight_bit_products():
 @torch.no_grad()
 def test_eight_bit_products_are_called_as_a_gpu_wants_them(monkeypatch):
     """Shapes, types and memory order pass the checks of torch's own kernel, on tensors that only pretend to be on a GPU; a wrong scale does not."""
-    monkeypatch.setattr(kernels, "_refused", "not here")
     monkeypatch.setattr(fp8, "hardware", lambda device: True)
     with FakeTensorMode():
         fake = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device="cuda", dtype=dtype)
@@ -317,19 +274,18 @@ def test_a_transformer_in_eight_bits(tiny_toy):
     torch.nn.init.normal_(net.head.head.weight, std=0.1)
     inputs = torch.randn(1, 4, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 7, 32)
     exact = net(*inputs)
-    guided.prepared(net, compiled=False, fp8=True)
+    fp8.convert(net)
     first = net(*inputs)
     assert 1e-3 < (first - exact).norm() / exact.norm() < 0.1
-    assert torch.equal(guided.prepared(net, compiled=False, fp8=True)(*inputs), first)
+    assert torch.equal(fp8.convert(net)(*inputs), first)
     kinds = {name: type(module) for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, fp8.Linear))}
     assert all((kind is fp8.Linear) == (name.startswith("blocks.") and name.split(".", 2)[2] in fp8.LAYERS) for name, kind in kinds.items())
 
 
 def test_eight_bits_from_the_command_line(tiny_toy, out, capsys):
     """On a device that multiplies no fp8 the same numbers are computed in fp32, and the first lines say so."""
-    sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--fp8", "--reuse", "0.2", *QUICK])
+    sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--fp8", *QUICK])
     assert "matrix products: fp8, computed in fp32: cpu multiplies no fp8 (for measuring the quality)" in capsys.readouterr().out
-    assert "tflops_per_second" not in json.loads((out / "a.json").read_text())  # some of the work may have been left out
 
 
 def test_frames_are_made_ahead():
@@ -400,10 +356,10 @@ def test_the_check_of_a_convolution_can_fail(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--slow", "--fp8"], "--slow is the plain path: leave --graph, --compile, --fp8"),
-    (["--reuse", "-1"], "--reuse must not be negative, got -1."),
-    (["--guidance-interval", "0.9,0.1"], "'0.9,0.1' is not LOW,HIGH with 0 <= LOW < HIGH <= 1"),
-    (["--guidance-interval", "high"], "--guidance-interval"),
+    (["--slow", "--fp8"], "--slow is the plain path: leave --compile and --fp8 away"),
+    (["--reuse", "0.1"], "--reuse is gone: fewer --steps come nearer"),
+    (["--guidance-interval", "0.1,0.9"], "--guidance-interval is gone: fewer --steps"),
+    (["--lora-high", "a.safetensors"], "--lora-high is gone: use --lora FILE:STRENGTH:high"),
 ])
 def test_flags_that_do_not_fit(tiny_toy, out, capsys, flags, says):
     assert says in refusal(capsys, "--prompt", "a ring", "--out", out, *flags)
@@ -424,22 +380,21 @@ def test_so_does_a_cpu_without_bf16_but_not_in_a_plan_for_another_machine(tiny_t
 
 
 def test_streamed_blocks_are_neither_compiled_nor_eight_bits():
-    model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
+    model = released.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
     model.offload = "blocks"
     with pytest.raises(UserError, match="--fp8 needs all blocks on the device, but here they are streamed"):
-        guided.check(model, compiled=False, fp8=True)
+        sample.check_streamed(model, sample.Sampling(fp8=True))
 
 
 def test_kernels_say_why_they_are_plain(monkeypatch):
     """No GPU; no Triton on a machine that has one; switched off."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert "for CUDA, not cpu" in kernels.describe(cpu)
-    monkeypatch.setattr(kernels, "_refused", None)
+    assert "for CUDA, not cpu" in choose.choose_kernels(cpu)
     monkeypatch.delattr("gpu.triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "gpu.triton_kernels", None)  # importing it now fails, as without Triton
-    assert re.match(r"plain \(ModuleNotFoundError: ", kernels.describe(cuda))
-    kernels.use(plain=True)
-    assert kernels.describe(cuda) == "plain (switched off)"
+    assert "plain (ModuleNotFoundError: " in choose.choose_kernels(cuda)
+    assert choose.choose_kernels(cuda, plain=True) == "thin operations: plain (switched off)"
+    assert kernels.plain()
     kernels.use()
 
 
@@ -479,19 +434,19 @@ def test_a_text_to_video_model_refuses_a_picture(model):
 @pytest.mark.parametrize("gib, offload, whole", [(200, "none", True), (48, "none", False), (36, "parts", True), (16, "blocks", False)])
 def test_the_plan_moves_as_little_as_fits(gib, offload, whole):
     """DC-VideoGen 14B at 720p, 27 GiB of weights, on GPUs of several sizes: known from shapes alone, before anything is loaded."""
-    model = models.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
+    model = released.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
     model.device = torch.device("cuda")
-    way, tile, report = sample.plan(model, 80, (704, 1280), torch.bfloat16, fold=1, free=gib * 2**30)
+    way, tile, needs = memory.plan(model, 80, (704, 1280), torch.bfloat16, fold=1, free=gib * 2**30)
     assert (way, tile is None) == (offload, whole)
-    assert max(report["gib"]["denoising_peak"], report["gib"]["decode_peak"]) <= 0.9 * gib
-    assert 26 < report["gib"]["transformer"] < 28
+    assert max(needs["denoising_peak"], needs["decode_peak"]) <= 0.9 * gib
+    assert 26 < needs["transformer"] < 28
 
 
 def test_what_cannot_fit_is_refused_before_the_work():
-    model = models.outline("wan2.1-t2v-14b", torch.bfloat16)
+    model = released.outline("wan2.1-t2v-14b", torch.bfloat16)
     model.device = torch.device("cuda")
     with pytest.raises(UserError, match=r"denoising of 81 frames of 720x1280 needs about 10\.. GiB, but cuda has 4.0 GiB free: use a smaller --size"):
-        sample.plan(model, 81, (720, 1280), torch.bfloat16, fold=1, free=4 * 2**30)
+        memory.plan(model, 81, (720, 1280), torch.bfloat16, fold=1, free=4 * 2**30)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -529,7 +484,7 @@ def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsy
     assert report["tokens"] == 2 * 2 * 3 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
     assert report["settings"]["guidance"] == 4 and report["settings"]["seed"] == 3  # also what was not given
     latent, metadata = checkpoint.load_tensors(out / "a.safetensors")
-    model = models.load_model("dc")
+    model = released.load_model("dc")
     again = sample.generate(model, model.text(["a red circle"]), frames=5, size=(50, 70), steps=2, seed=3)
     torch.testing.assert_close(latent["latent"], again)
     assert metadata["settings"] == report["settings"]
@@ -547,10 +502,10 @@ def test_model_image_solver_and_type_from_the_command_line(tiny_toy, out):
 
 def test_a_folder_and_a_lora_file_are_models_too(tiny_toy, tmp_path):
     """What adapt.py writes: the merged transformer with its autoencoder, and the same as a LoRA on the base."""
-    dc = models.load_model("dc")
+    dc = released.load_model("dc")
     dit.save(dc.net, tmp_path / "transformer.safetensors")
     ae.save(dc.ae, tmp_path / "ae.safetensors")
-    made = [sample.videos(models.load_model(name), ["a red circle"], **SMALL)[0]
+    made = [sample.videos(released.load_model(name), ["a red circle"], **SMALL)[0]
             for name in ("dc", str(tmp_path), str(tiny_toy / "toy-dc-lora.safetensors"))]
     torch.testing.assert_close(made[1], made[0])
     assert torch.equal(made[2], made[0])
@@ -593,7 +548,7 @@ def test_a_damaged_picture(tiny_toy, tmp_path, out, capsys, content):
 
 
 def test_a_picture_for_a_text_to_video_model(tiny_toy, tmp_path, out, capsys):
-    model = models.load_model("dc")
+    model = released.load_model("dc")
     dit.save(dit.WanDiT(dataclasses.replace(model.net.config, in_channels=8)), tmp_path / "plain" / "transformer.safetensors")
     ae.save(model.ae, tmp_path / "plain" / "ae.safetensors")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -728,7 +683,7 @@ def test_readme_command(tmp_path):
 def test_videos_show_what_the_prompt_says(name):
     prompts = ["a large red circle moving left slowly on a blue background", "a small yellow triangle moving up quickly on a black background",
                "a large green square moving right quickly on a white background", "a large purple ring moving down slowly on a gray background"]
-    model = models.load_model(name)
+    model = released.load_model(name)
     videos = sample.videos(model, prompts, seed=0)
     fit = toy.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
     assert fit["colour"] >= 0.75 and fit["background"] >= 0.75 and fit["mean"] >= 0.7, fit
@@ -737,6 +692,6 @@ def test_videos_show_what_the_prompt_says(name):
 @embedded
 def test_embedded_weights_are_small_and_deep():
     assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 16 * 2**20
-    base, deep = (models.load_model(name) for name in ("base", "dc"))
+    base, deep = (released.load_model(name) for name in ("base", "dc"))
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(32, (64, 64)))
     assert count(base) >= 4 * count(deep)

@@ -9,16 +9,16 @@ import ae
 import dit
 import lora
 from files.checkpoint import UserError
-from make_tiny_checkpoints import FOLDERS, TEXT_DIM
+from wan.tiny import FOLDERS, TEXT_DIM
 from training import bases
 from training.bases import BASES, Base, Settings
-from wan import models
+from wan import released
 
 WAN = [name for name in BASES if name != "toy"]
 
 
 def deep(name, target="f32t4c32"):
-    return bases.deep_config(dit.PRESETS[models.RELEASED[name].preset], ae.PRESETS[target])
+    return bases.deep_config(dit.PRESETS[released.RELEASED[name].preset], ae.PRESETS[target])
 
 
 def arguments(folders, **more):
@@ -69,7 +69,7 @@ def test_what_is_trained_by_name_and_count(name):
     ("wan2.1-t2v-14b", "f32t4c32", (32, 32), 7800), ("wan2.1-i2v-14b-480p", "f32t4c32", (68, 32), 7800),
     ("wan2.1-t2v-14b", "f64t4c128", (128, 128), 1820), ("wan2.1-i2v-14b-480p", "f64t4c128", (260, 128), 1820)])
 def test_the_deep_transformer_differs_in_its_ends_only(name, target, channels, tokens):
-    base, config = dit.PRESETS[models.RELEASED[name].preset], deep(name, target)
+    base, config = dit.PRESETS[released.RELEASED[name].preset], deep(name, target)
     assert (config.in_channels, config.out_channels) == channels and config.patch == (1, 1, 1)
     assert dataclasses.replace(config, in_channels=base.in_channels, out_channels=base.out_channels, patch=base.patch) == base
     cell = ae.PRESETS[target].spatial_factor

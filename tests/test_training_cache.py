@@ -20,7 +20,7 @@ import toy
 from files import checkpoint, video
 from files.checkpoint import UserError
 from training import cache, captions, entries, loop
-from wan import models, vae
+from wan import memory, models, released, vae
 from wan.text import WanText
 
 FAMILY = "32x48F32MS"  # 32x64, 32x32, 64x32
@@ -228,7 +228,7 @@ def test_a_clip_covers_its_bucket(folder):
 
 def test_80_frames_of_the_student_are_77_of_the_teacher():
     """Then both have 20 latent frames, and in every bucket grids of the same aspect (spec 2.2, 3.1)."""
-    teacher, student = models.outline("wan2.1-t2v-1.3b"), models.outline("dc-wan2.1-t2v-1.3b")
+    teacher, student = released.outline("wan2.1-t2v-1.3b"), released.outline("dc-wan2.1-t2v-1.3b")
     assert cache.frames_alike(student, teacher, 80) == 77
     for size in captions.bucket_sizes("480F32MS").values():
         base, deep = teacher.latent_shape(77, size), student.latent_shape(80, size)
@@ -527,7 +527,7 @@ def test_frames_and_buckets_that_do_not_fit_are_refused_before_anything_is_encod
 def test_the_script_fills_and_checks_a_cache(folder, tiny_folders, tmp_path, capsys, monkeypatch):
     """From checkpoints in the official layouts; prompts from a text cache, in place of an encoder of 11 GB."""
     name = "wan2.1-t2v-1.3b"
-    monkeypatch.setitem(models.RELEASED, name, dataclasses.replace(models.RELEASED[name], negative="blurred"))  # the real one needs ftfy
+    monkeypatch.setitem(released.RELEASED, name, dataclasses.replace(released.RELEASED[name], negative="blurred"))  # the real one needs ftfy
     text = WanText(None, None, cache=tmp_path / "text.safetensors", text_dim=40)
     text.known = {p: torch.randn(3, 40) for p in (RED, BLUE, "a large green ring", "blurred")}
     text.write_cache(list(text.known))

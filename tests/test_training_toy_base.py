@@ -14,7 +14,7 @@ import toy
 from files import checkpoint
 from files.checkpoint import UserError
 from training import toy_base
-from wan import models
+from wan import released
 
 TEXT = toy.ToyText()
 
@@ -55,7 +55,7 @@ def count_encodes(monkeypatch):
 
 
 def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_path):
-    both = [models.load_model(name) for name in ("base", "dc")]
+    both = [released.load_model(name) for name in ("base", "dc")]
     teacher, student = (toy_base.cache_latents(m, 2, tmp_path) for m in both)
     assert teacher.attributes == student.attributes and len(teacher.attributes) == len(teacher.z) == len(student.z) == 16
     assert teacher.z.shape[2] == student.z.shape[2] == 8  # latent frames pair up one to one
@@ -72,7 +72,7 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
 
 
 def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
-    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
+    model, encoded = released.load_model("dc"), count_encodes(monkeypatch)
     clips, scenes = toy.toy_batch(5, 3)
     first, again = (toy_base.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
     assert encoded == [3] and torch.equal(first.z, again.z) and first.attributes == [s.attributes() for s in scenes]
@@ -82,7 +82,7 @@ def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
-    model, encoded, save = models.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
+    model, encoded, save = released.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
 
     def stop_at_the_second(file, tensors):
         if file.name == "seed1-0001.safetensors":
@@ -102,7 +102,7 @@ def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
-    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
+    model, encoded = released.load_model("dc"), count_encodes(monkeypatch)
     first = toy_base.cache_latents(model, 3, tmp_path / "cache")
     file = next((tmp_path / "cache").rglob("seed1-0001.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_another_autoencoder_never_reads_these_latents(tiny_toy, tmp_path, monkeypatch):
-    model, encoded = models.load_model("dc"), count_encodes(monkeypatch)
+    model, encoded = released.load_model("dc"), count_encodes(monkeypatch)
     first = toy_base.cache_latents(model, 1, tmp_path / "cache")
     with torch.no_grad():
         next(model.ae.parameters()).add_(0.1)
@@ -177,7 +177,7 @@ def test_a_pair_is_the_same_clip_in_both_spaces_with_its_image_where_it_has_one(
 def tiny(tiny_toy):
     """A tiny base in its latent space: (net, latents). Latents are correlated within and between cells, as real ones are."""
     z = torch.randn(16, 4, 1, 1, 1) + 0.3 * torch.randn(16, 4, 2, 4, 4)
-    return models.load_model("base").net, latents_of(z, with_image=4)
+    return released.load_model("base").net, latents_of(z, with_image=4)
 
 
 def zero_head(net):

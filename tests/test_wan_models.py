@@ -1,5 +1,5 @@
 """The released models: every published layout through the command line, the files and settings of each, and what is said when something is
-wrong. All on tiny random models in the official layouts (make_tiny_checkpoints.py), through the code that reads the real files.
+wrong. All on tiny random models in the official layouts (wan/tiny.py), through the code that reads the real files.
 
 Prompts come from a text cache, as the packages of the real tokenizer may not be there; where they are, one test goes through tokenizer and
 text encoder too. What other programs make of the same files: test_peer.py.
@@ -30,8 +30,8 @@ from conftest import ROOT, golden
 from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
-from make_tiny_checkpoints import DC_SHIFT, FOLDERS, TEXT_DIM
-from wan import models, vae
+from wan.tiny import DC_SHIFT, FOLDERS, TEXT_DIM
+from wan import models, released, vae
 from wan.image import CLIPVision
 from wan.text import UMT5, WanText, clean_prompt
 
@@ -60,7 +60,7 @@ def load(tiny_folders, text_cache):
     """load(name, layout number) -> Model, each loaded once"""
     @lru_cache
     def load(name, layout=0):
-        return models.load_model(name, [tiny_folders / f for f in FOLDERS[name][layout]], text_cache=text_cache)
+        return released.load_model(name, [tiny_folders / f for f in FOLDERS[name][layout]], text_cache=text_cache)
 
     return load
 
@@ -81,7 +81,7 @@ def run(tiny_folders, text_cache, picture, tmp_path, monkeypatch):
     def run(name, folders, *more, weights=tiny_folders, with_picture=True):
         defaults = {"--prompt": PROMPT, "--negative": NEGATIVE, "--frames": 3, "--size": "24x34", "--steps": 1, "--text-cache": text_cache,
                     "--device": "cpu", "--out": tmp_path / "out", "--name": name}
-        if models.RELEASED[name].task != "t2v" and with_picture:
+        if released.RELEASED[name].task != "t2v" and with_picture:
             defaults["--image"] = picture
         given = [*map(str, more)]
         defaults = [str(part) for pair in defaults.items() if pair[0] not in given for part in pair]
@@ -169,18 +169,18 @@ ROWS = {  # spec wan 1.2 and 9: height, width, frames, fps, steps, shift, guidan
 }
 
 
-@pytest.mark.parametrize("name", models.RELEASED)
+@pytest.mark.parametrize("name", released.RELEASED)
 def test_defaults_are_those_of_the_specification(load, name):
     height, width, *rest = ROWS[name]
-    for given in (models.RELEASED[name], dataclasses.replace(load(name), shift=ROWS[name][5])):  # a folder's own shift: below
+    for given in (released.RELEASED[name], dataclasses.replace(load(name), shift=ROWS[name][5])):  # a folder's own shift: below
         assert given.size == (height, width)
         assert [given.frames, given.fps, given.steps, given.shift, given.guidance, given.solver, given.boundary] == rest
         assert given.task == ("ti2v" if "ti2v" in name else "i2v" if "i2v" in name else "t2v")
 
 
 def test_the_rows_are_all_there_and_name_the_official_repositories():
-    assert models.RELEASED.keys() == ROWS.keys() == FOLDERS.keys()
-    for name, row in models.RELEASED.items():
+    assert released.RELEASED.keys() == ROWS.keys() == FOLDERS.keys()
+    for name, row in released.RELEASED.items():
         if row.repo:
             assert row.repo.split("/")[1] == FOLDERS[name][0][0]
         assert row.preset in dit.PRESETS
@@ -190,7 +190,7 @@ def test_negative_prompts_are_the_published_ones():
     text = (ROOT / "docs" / "spec" / "wan.md").read_text()
     after = lambda heading: re.search(re.escape(heading) + r".*?\n\n    (.*?)\n", text, re.S)[1]
     chinese, english = after("Default negative prompt (Wan):"), after("English negative prompt")
-    for name, row in models.RELEASED.items():
+    for name, row in released.RELEASED.items():
         kind = "dc" if name.startswith("dc-") else "i2v" if "wan2.1-i2v" in name else "other"
         assert row.negative == {"dc": english, "i2v": "镜头晃动，" + chinese, "other": chinese}[kind]
 
@@ -215,7 +215,7 @@ def test_the_boundary_of_a_diffusers_folder_is_its_own(load, copy, text_cache):
     folder = copy("Wan2.2-T2V-A14B-Diffusers")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.5}))
-    assert models.load_model("wan2.2-t2v-a14b", [folder], text_cache=text_cache).boundary == 0.5
+    assert released.load_model("wan2.2-t2v-a14b", [folder], text_cache=text_cache).boundary == 0.5
     assert load("wan2.2-t2v-a14b", 1).boundary == 0.875
 
 
@@ -437,7 +437,7 @@ def test_a_lora_for_one_expert(load, adapter, tiny_folders):
     file = adapter("Wan2.2-T2V-A14B/high_noise_model")["comfyui"]
     plain = [load("wan2.2-t2v-a14b").transformer(t).state_dict()["blocks.0.ffn.0.weight"] for t in (999, 1)]
     for only, changed in ((), (True, True)), (("high",), (True, False)), (("low",), (False, True)):
-        model = models.load_model("wan2.2-t2v-a14b", tiny_folders / "Wan2.2-T2V-A14B", loras=[(file, 1.0, *only)])
+        model = released.load_model("wan2.2-t2v-a14b", tiny_folders / "Wan2.2-T2V-A14B", loras=[(file, 1.0, *only)])
         now = [model.transformer(t).state_dict()["blocks.0.ffn.0.weight"] for t in (999, 1)]
         assert tuple(not torch.equal(a, b) for a, b in zip(now, plain)) == changed
 
@@ -473,7 +473,7 @@ def test_other_ways_to_the_same_latent(load, name):
     """One pass or two, with and without what is kept between steps: equal to rounding, with all that a transformer may see."""
     model, image = load(name), torch.rand(1, 3, 40, 50) * 2 - 1
     context, null = torch.randn(1, 7, TEXT_DIM), torch.randn(1, 3, TEXT_DIM)
-    first, *others = (sample.generate(model, context, image, 6, (24, 34), steps=2, shift=4, null=null, cfg_batch=batch, plain=plain)
+    first, *others = (sample.generate(model, context, image, frames=6, size=(24, 34), steps=2, shift=4, null=null, cfg_batch=batch, plain=plain)
                       for batch, plain in ((False, True), (True, True), (False, False), (True, False)))
     for z in others:
         torch.testing.assert_close(z, first, rtol=0, atol=1e-4)
@@ -488,28 +488,19 @@ def test_bf16(run, monkeypatch):
 
 
 def test_other_ways_to_the_same_video(run):
-    """Whatever leaves the device meanwhile, decoded whole or in tiles."""
+    """Whatever leaves the device meanwhile."""
     way = lambda *more: run("wan2.2-t2v-a14b", ["Wan2.2-T2V-A14B"], *more)
     file, z = way("--offload", "none")
     frames = video.read_clip(f"{file}.mp4")
-    for more in (["--offload", "parts"], ["--offload", "blocks", "--tile", "2x2"]):
+    for more in (["--offload", "parts"], ["--offload", "blocks"]):
         again, other = way(*more)
         torch.testing.assert_close(other, z, rtol=0, atol=1e-4)
         assert (video.read_clip(f"{again}.mp4") - frames).abs().mean() < 2 / 255  # the codec may see another rounding
 
 
-def test_noise_from_a_file(run, tmp_path):
-    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(5))  # 3 frames of 24x34
-    checkpoint.save_tensors(tmp_path / "noise.safetensors", {"noise": noise})
-    make = lambda *more: run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], *more)[1]
-    given = make("--noise", tmp_path / "noise.safetensors")
-    assert torch.equal(given, make("--seed", 5))
-
-
 @pytest.mark.parametrize("more, says", [
     (["--guidance", "3,4"], "has one transformer, no experts: give one number with --guidance."),
-    (["--lora-high", "{cache}"], "has one transformer, no experts: use --lora .* instead of --lora-high."),
-    (["--noise", "{cache}"], "holds no tensor called noise"),
+    (["--lora", "{cache}:1:high"], "has one transformer, no experts: use --lora .*:1 without :high."),
     (["--text-cache", "cache.pt"], "must have a name that ends in .safetensors"),
     (["--memory", "1e-6"], "needs about .* GiB free: use a smaller --size"),
     (["--shift", "0"], "--shift must be above 0"),
@@ -544,14 +535,14 @@ def test_missing_files_are_listed_with_the_command_that_fetches_them(refusal, co
     assert first == f"{name} is not complete in {folder}; missing are"
     assert [line.strip() for line in lines if re.match(r"    \S+( \S+)?( \S+)?: ", line)] == missing
     command = lines[-1].strip()
-    assert command.startswith(f"hf download {models.RELEASED[name].repo} --include ") and command.endswith(f" --local-dir {folder}")
+    assert command.startswith(f"hf download {released.RELEASED[name].repo} --include ") and command.endswith(f" --local-dir {folder}")
     for part in missing:
         assert f'"{part.split(": ")[1].split(" or ")[0]}"' in command
 
 
 def test_a_folder_that_is_not_there(refusal, tmp_path):
     said = refusal("wan2.1-t2v-14b", ["nowhere"], "--text-cache", tmp_path / "new.safetensors", weights=tmp_path)
-    assert len(re.findall(r"\n    \S+( \S+)?: ", said)) == len(models.RELEASED["wan2.1-t2v-14b"].files)
+    assert len(re.findall(r"\n    \S+( \S+)?: ", said)) == len(released.RELEASED["wan2.1-t2v-14b"].files)
     assert "nothing" not in said and "Wan-AI/Wan2.1-T2V-14B" in said
 
 
@@ -559,7 +550,7 @@ def test_a_full_text_cache_needs_no_text_encoder(copy, text_cache):
     folder = copy("Wan2.1-T2V-1.3B")
     shutil.rmtree(folder / "google")
     (folder / "models_t5_umt5-xxl-enc-bf16.pth").unlink()
-    model = models.load_model("wan2.1-t2v-1.3b", folder, text_cache=text_cache)
+    model = released.load_model("wan2.1-t2v-1.3b", folder, text_cache=text_cache)
     assert [len(states[0]) for states in model.contexts([PROMPT], NEGATIVE)] == [4, 4]
     with pytest.raises(UserError, match="'a dog' is not in .*cache.safetensors, and (to|for) encod.* it the text encoder .* must be there"):
         model.contexts(["a dog"], NEGATIVE)
@@ -568,9 +559,9 @@ def test_a_full_text_cache_needs_no_text_encoder(copy, text_cache):
 def test_parts_may_lie_in_several_folders(copy, tiny_folders, text_cache):
     folder, other = copy("Wan2.1-T2V-1.3B"), tiny_folders / "Wan2.1-T2V-14B"
     (folder / "Wan2.1_VAE.pth").unlink()
-    model = models.load_model("wan2.1-t2v-1.3b", [folder, other], text_cache=text_cache)
+    model = released.load_model("wan2.1-t2v-1.3b", [folder, other], text_cache=text_cache)
     assert (model.net.path, model.text.encoder_path.parent) == (folder, folder)
-    assert models.locate("wan2.1-t2v-1.3b", [folder, other])["autoencoder"].parent == other
+    assert released.locate("wan2.1-t2v-1.3b", [folder, other])["autoencoder"].parent == other
 
 
 @pytest.fixture
@@ -587,11 +578,11 @@ def hub(tiny_folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
 
 
-@pytest.mark.parametrize("name", [name for name, row in models.RELEASED.items() if row.repo])
+@pytest.mark.parametrize("name", [name for name, row in released.RELEASED.items() if row.repo])
 def test_download_fetches_all_that_is_needed(hub, tmp_path, name):
     """From the model's own repository, into the folder that was named; of a repository with two models only this one's transformer."""
-    models.download(name, tmp_path / "new")
-    model = models.load_model(name, tmp_path / "new")
+    released.download(name, tmp_path / "new")
+    model = released.load_model(name, tmp_path / "new")
     assert isinstance(model.transformer(), dit.WanDiT) and UMT5.load(model.text.encoder_path)
     assert (Path(model.text.tokenizer_path) / "tokenizer.json").is_file()
     assert model.clip is None or CLIPVision.load(model.clip.encoder_path)
@@ -705,7 +696,7 @@ def test_awkward_prompts_through_the_text_encoder(run, tmp_path, prompt):
     """From tokenizer and text encoder, with the model's own negative prompt, into a cache; the second run needs neither of them."""
     pytest.importorskip("tokenizers")
     pytest.importorskip("ftfy")
-    make = lambda: run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], "--prompt", prompt, "--negative", models.NEGATIVE, "--text-cache",
+    make = lambda: run("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], "--prompt", prompt, "--negative", released.NEGATIVE, "--text-cache",
                        tmp_path / "new.safetensors")[1]
     first = make()
     known, metadata = checkpoint.load_tensors(tmp_path / "new.safetensors")
@@ -726,7 +717,7 @@ def test_awkward_prompts_from_the_cache(run, tmp_path, prompt):
 def test_the_file_is_named_after_the_prompt(tiny_folders, tmp_path, monkeypatch):
     """Also where it is long or has no letters."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(models.WanText, "__call__", lambda self, prompts: torch.zeros(len(prompts), 1, TEXT_DIM))
+    monkeypatch.setattr(released.WanText, "__call__", lambda self, prompts: torch.zeros(len(prompts), 1, TEXT_DIM))
     for prompt in (AWKWARD["5,000 words"], AWKWARD["Chinese"], AWKWARD["only emoji"]):
         sample.main(["--model", "wan2.1-t2v-1.3b", "--weights", str(tiny_folders / "Wan2.1-T2V-1.3B"), "--prompt", prompt, "--frames", "1",
                      "--size", "16x16", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])

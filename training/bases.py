@@ -8,7 +8,7 @@ The stages of `adapt.py` are the same for every video diffusion transformer. Wha
     sources    the training data and the held-out clips: captioned, in both latent spaces (training/cache.py)
     videos     what it renders after each stage, with the same noise
 
-A new base is a row of BASES: a released model (`models.RELEASED`) and what of the published settings changes for it. One that is made of
+A new base is a row of BASES: a released model (`released.RELEASED`) and what of the published settings changes for it. One that is made of
 other parts, as the toy is, overrides the methods in which it differs.
 
     python -m training.bases             every base: its embedder before and after, and what is trained (spec 5.3)
@@ -26,13 +26,12 @@ import flow
 import lora
 import sample
 import toy
-from align import velocity_of
 from files import checkpoint, layouts
 from files.checkpoint import UserError
 from gpu import tiling
 from training import cache, captions, toy_base
 from training.entries import hash_of, hash_tensors
-from wan import models
+from wan import memory, models, released
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,7 +91,7 @@ def target_of(config):
 
 def deep_autoencoder(target, file, folders):
     """The autoencoder to move to: from `file`, or from one of the folders under a published name. UserError where it is another one."""
-    path = Path(file) if file else models.find(TARGETS[target], folders)
+    path = Path(file) if file else released.find(TARGETS[target], folders)
     if path is None:
         raise UserError(f"the deep autoencoder is in none of {', '.join(map(str, folders))}: name its file with --ae, or with --weights the folder that "
                         f"holds {' or '.join(TARGETS[target])}.")
@@ -146,7 +145,7 @@ class Expert(NamedTuple):
 class Base:
     """A released Wan model as a base, and its data: a folder, table or archive of captioned clips."""
 
-    name: str  # of models.RELEASED
+    name: str  # of released.RELEASED
     settings: Settings = Settings()
     guidance: float | tuple = 5.0  # of the adapted model
     validation: int = 32  # held-out samples that a loss is measured on
@@ -156,7 +155,7 @@ class Base:
         """-> (teacher, student), two `models.Model` on args.device whose transformers are not read."""
         folders = [Path(w) for w in args.weights] or [Path("checkpoints") / self.name]
         autoencoder = deep_autoencoder(args.target, args.ae, folders)  # first: the likelier thing to miss
-        teacher = models.load_model(self.name, folders, (), DTYPES[settings.dtype], args.device, args.text_cache)
+        teacher = released.load_model(self.name, folders, (), DTYPES[settings.dtype], args.device, args.text_cache)
         return teacher, self.student(teacher, autoencoder, settings, args.buckets or f"480F{autoencoder.config.spatial_factor}MS")
 
     def student(self, teacher, autoencoder, settings, buckets):
@@ -200,14 +199,11 @@ class Base:
         sigmas, times = flow.schedule("euler", max(steps, 4), model.shift)
         inside = (times >= 1000 * expert.low) & (times < 1000 * expert.high)
         sigmas, times = torch.cat([sigmas[:-1][inside], torch.zeros(1)]), times[inside]
-        guidance = model.guidance[expert.low > 0] if isinstance(model.guidance, tuple) else model.guidance
-        given, without = (velocity_of(model.net, batch._replace(context=context), model.device) for context in (batch.context, null))
-
-        def velocity(x, t):
-            t = t.to(model.device).expand(len(x))
-            v, v_null = given(x, t), without(x, t)
-            return v_null + guidance * (v - v_null)
-
+        here = [None if a is None else a.to(model.device) for a in (batch.context, null, batch.condition, batch.clip_fea)]
+        context, null, condition, clip = here
+        seen = models.ImageCondition(condition, clip=clip)
+        how = sample.Sampling(guidance=model.guidance, cfg_batch=False, plain=True)
+        velocity = sample.Velocity(model, context, null, seen, times, how)
         noise = torch.stack([torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i, z in enumerate(batch.z)])
         z = flow.euler(velocity, flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device), sigmas, times)
         return decoded(model, z)
@@ -216,7 +212,7 @@ class Base:
 @torch.no_grad()
 def decoded(model, z):
     """Latents [n, z, t, h, w] -> list of n videos [3, t, h, w], whole; in tiles where the device has little room."""
-    c, tile = model.ae.config, tiling.choose(model.ae, tuple(z.shape[2:]), 0.8 * sample.free_memory(model.device), model.ae_dtype)
+    c, tile = model.ae.config, tiling.choose(model.ae, tuple(z.shape[2:]), 0.8 * memory.free_memory(model.device), model.ae_dtype)
     frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(s * c.spatial_factor for s in z.shape[3:])
     return [torch.cat([piece[0].float().cpu() for piece in model.decode(x[None], frames, size, tile)], dim=1) for x in z]
 
@@ -229,10 +225,10 @@ class Toy(Base):
     labels: tuple = toy_base.PROMPTS
 
     def models(self, args, settings):
-        teacher = models.load_model("base", device=args.device)
-        net = models.Deferred(models.WEIGHTS / "toy-base-dit.safetensors", dtype=DTYPES[settings.dtype])
+        teacher = released.load_model("base", device=args.device)
+        net = models.Deferred(released.WEIGHTS / "toy-base-dit.safetensors", dtype=DTYPES[settings.dtype])
         teacher = replace(teacher, net=net)
-        autoencoder = ae.load(args.ae or models.WEIGHTS / "toy.safetensors")
+        autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
         deep = models.Deferred(None, config=deep_config(net.config, autoencoder.config))
         return teacher, replace(teacher, name="toy DC-VideoGen", net=deep, ae=autoencoder).to(args.device)
 
@@ -285,7 +281,7 @@ def main():
     argparse.ArgumentParser(description="The bases: numbers per token before and after, and what each stage trains, in f32t4c32.").parse_args()
     print(f"{'base':20s} {'embedder':>14s} {'deep':>14s} {'1a':>9s} {'1b':>11s} {'LoRA layers':>12s} {'LoRA':>13s}")
     for base in BASES.values():
-        preset = "toy-base" if base.name == "toy" else models.RELEASED[base.name].preset
+        preset = "toy-base" if base.name == "toy" else released.RELEASED[base.name].preset
         target = ae.PRESETS["toy" if base.name == "toy" else "f32t4c32"]
         with torch.device("meta"):
             config = deep_config(dit.PRESETS[preset], target)

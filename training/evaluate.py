@@ -16,6 +16,7 @@ from tqdm import tqdm
 import ae
 from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
+from gpu import choose
 from training import clips, metrics
 from wan import vae
 
@@ -220,6 +221,7 @@ def main_reconstruct(argv):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU that torch can use: leave --device off, or install a CUDA build of torch.")
     bf16 = dtype == "bf16" or dtype is None and device.type == "cuda"
+    choose.choose_kernels(device)
     result = reconstruct(load(weights).to(device, torch.bfloat16 if bf16 else torch.float32), **args)
     n = result["frames"]
     print(f"clip    {n} frames of {result['height']}x{result['width']}, {result['fps']:g} per second")

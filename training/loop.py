@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from files import checkpoint, video
 from files.checkpoint import UserError
+from gpu import choose
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,7 @@ def start():
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        choose.choose_kernels(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return device

@@ -49,7 +49,7 @@ import lora
 from files import ROOT, checkpoint, video
 from gpu import tiling
 from training import bases, captions, loop
-from wan import models
+from wan import released
 from wan.image import CLIPVision
 from wan.text import UMT5
 
@@ -142,7 +142,7 @@ def step(net, latent, batch, gradients=False):
     dit.rope_table.cache_clear()  # it is counted too
     with Counter() as counter:
         target, context = empty(batch, c.out_channels, *latent), empty(batch, c.text_len, c.text_dim)
-        image = empty(batch, c.image_positions or 257, c.image_dim) if c.image_dim else None
+        image = empty(batch, 257, c.image_dim) if c.image_dim else None
         v = net(empty(batch, c.in_channels, *latent), empty(batch), context, image)
         forward = counter.flops
         (v - target).square().mean().backward()
@@ -206,7 +206,7 @@ def caches(teacher, student, config, base_config, frames, size):
     base_frames = teacher.config.lead + (kept - 1) * teacher.config.temporal_factor
     image = config.in_channels != config.out_channels
     latent = {"base": (kept, *teacher.latent_shape(base_frames, *size)[1:]), "deep": shape}
-    types = {"base": torch.float32 if hasattr(teacher, "conv1") else torch.bfloat16, "deep": torch.bfloat16}  # as models.ae_type
+    types = {"base": torch.float32 if hasattr(teacher, "conv1") else torch.bfloat16, "deep": torch.bfloat16}  # as released.ae_type
     flops, disk, need = {}, {}, {}
     for name, net, n in (("base", teacher, base_frames), ("deep", student, frames)):
         one, channels = encoding(net, n, size), {"base": base_config, "deep": config}[name].in_channels
@@ -234,7 +234,7 @@ def networks(base, target):
     with torch.device("meta"):
         if base.name == "toy":
             return dit.PRESETS["toy-base"], ae.DCAEV(ae.PRESETS["toy-base"]), ae.DCAEV(ae.PRESETS["toy"])
-        outline = models.outline(base.name)
+        outline = released.outline(base.name)
         return outline.net.config, outline.ae, ae.DCAEV(ae.PRESETS[target])
 
 
@@ -250,7 +250,7 @@ def report(base, settings=None, target="f32t4c32", gpus=8, size=None, frames=Non
     latent = student.latent_shape(frames, *size)
     accumulate, sharded, many = settings.accumulated(gpus), gpus > 1, f"{gpus} GPU{'s' * (gpus > 1)}"
     samples = settings.batch * accumulate * gpus
-    experts = 2 if base.name in models.RELEASED and models.RELEASED[base.name].boundary else 1
+    experts = 2 if base.name in released.RELEASED and released.RELEASED[base.name].boundary else 1
     hours = lambda flops: flops / (efficiency * H100) / 3600
     gib = lambda n: f"{n / 2**30:.1f}" if n else "-"
 

@@ -28,7 +28,7 @@ from files.checkpoint import UserError
 from training import metrics
 from training.cache import Batch
 from training.muon import Muon
-from wan import models
+from wan import models, released
 
 SHARD = 256  # clips per cache file
 WITH_IMAGE = 64  # the first so many of them are cached with an image condition too
@@ -239,7 +239,7 @@ def pretrain(args):
     """Train the toy base transformer from nothing on the base autoencoder's latents -> out/toy-base-dit.safetensors."""
     out = Path(args.out)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
-    base = models.Model("toy base", net, ae.load(models.WEIGHTS / "toy-base.safetensors"), toy.ToyText()).to(args.device)
+    base = models.Model("toy base", net, ae.load(released.WEIGHTS / "toy-base.safetensors"), toy.ToyText()).to(args.device)
     latents, held = split(cache_latents(base, args.shards + 1, out / "cache"))
     opt = Muon(net, args.lr, adam=(r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*", r"time_.*"))
     log = fit(net, Source(latents, base.text, seed=args.seed), opt, args.lr, args.steps, args.batch, out / "pretrain.pt", dict(autoencoder=hash_of(base.ae)), "pretrain toy base", seed=args.seed)
@@ -256,7 +256,7 @@ def score(args):
     clips = torch.stack([video.to_tensor(toy.render(s)) for s in scenes])
     rows = {"chance": {name: toy.chance(name) for name in (*toy.WORLD, "mean")}, "clips": toy.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
-        model = models.load_model(name).to(args.device)
+        model = released.load_model(name).to(args.device)
         with torch.no_grad():
             y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
         rows[f"{name}: reconstruction"] = {**toy.prompt_fit(y, prompts), "psnr": metrics.psnr(y, clips)}
