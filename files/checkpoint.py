@@ -1,21 +1,19 @@
-"""Reading and writing weights safely.
+"""Reading and writing weights safely, and the mistakes that a user can mend.
 
 Every weight file of the project goes through this file, in both directions:
 
-* reading: safetensors, or `torch.load(weights_only=True)`. Nothing is ever unpickled freely, so a file that
-  tries to run code is refused, not run.
-* writing: to a temporary file beside the target, then one atomic rename. A full disk or a `kill -9` leaves
-  either the old file or the new one, never half of one.
-* one tensor at a time, for models that fill the memory of the machine: `open_tensors` says what a file, or a folder of
-  shards, holds (`Stored`: shape, dtype, and how to fetch it); `load_strict` and `save_tensors` fetch, use and forget
-  each. Renaming, converting and merging are functions on that dict, and read nothing yet.
+* reading: safetensors, or `torch.load(weights_only=True)`. Nothing is ever unpickled
+  freely, so a file that tries to run code is refused, not run.
+* writing: to a temporary file beside the target, then one atomic rename. A full disk or a
+  `kill -9` leaves either the old file or the new one, never half of one.
+* one tensor at a time, for models that fill the memory of the machine: `open_tensors` says
+  what a file, or a folder of shards, holds (`Stored`: shape, dtype, and how to fetch it);
+  `load_strict` and `save_tensors` fetch, use and forget each. Renaming, converting and
+  merging are functions on that dict, and read nothing yet.
 
-    tensors, metadata = open_tensors("Wan2.1-T2V-14B")      # 57 GB in six files; a few milliseconds
-    tensors["head.head.weight"].shape                       # (64, 5120)
-    tensors["head.head.weight"].read()                      # now this one is in memory
-
-It also holds `UserError`: a mistake that the user can mend. Its text is one sentence that says what to do; scripts print it
-without a traceback and exit with status 1 (`user_errors`).
+    tensors, metadata = open_tensors("Wan2.1-T2V-14B")   # 57 GB in six files, milliseconds
+    tensors["head.head.weight"].shape                    # (64, 5120)
+    tensors["head.head.weight"].read()                   # now this one is in memory
 """
 import argparse
 import contextlib
@@ -25,6 +23,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -47,35 +46,35 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Wrap a script's `main`: what the user can mend becomes one sentence on stderr and exit status 1.
-
-    Set `DEBUG=1` to see the traceback instead.
-    """
+    """Wrap a script's `main`: what the user can mend becomes one sentence on stderr and exit
+    status 1. Set `DEBUG=1` to see the traceback instead."""
     try:
         yield
-        return
-    except UserError as e:
-        error, message = e, str(e)
-    except torch.cuda.OutOfMemoryError as e:
-        error, message = e, "out of GPU memory: lower --frames, --size or --batch, or use --device cpu."
-    except OSError as e:
-        error = e
-        if e.errno == errno.ENOSPC:
-            message = f"the disk is full while writing {e.filename or 'a file'}: free some space and run it again."
-        elif e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            message = (f"{e.filename} cannot be written or read (permission denied or read-only): "
-                       "choose another folder with --out.")
-        elif isinstance(e, FileNotFoundError):
-            message = f"{e.filename} does not exist: check the path."
-        else:
-            message = str(e)
     except KeyboardInterrupt:
         print("stopped; finished work is kept.", file=sys.stderr)
         raise SystemExit(130)
-    if os.environ.get("DEBUG"):
-        raise error
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
+    except (UserError, torch.cuda.OutOfMemoryError, OSError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def sentence(error):
+    """What the user can do about an error."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of GPU memory: lower --frames, --size or --batch, or use --device cpu."
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno == errno.ENOSPC:
+        file = error.filename or "a file"
+        return f"the disk is full while writing {file}: free some space and run it again."
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return (f"{error.filename} cannot be written or read (permission denied or read-only): "
+                "choose another folder with --out.")
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} does not exist: check the path."
+    return str(error)
 
 
 def refuse_options(parser, gone):
@@ -89,9 +88,13 @@ def refuse_options(parser, gone):
         parser.add_argument(option, nargs="*", action=Gone, help=argparse.SUPPRESS)
 
 
+# ------------------------------------------------------------------------- files of any kind
+
+
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path` (same suffix); on success it replaces `path`, on failure it is removed."""
+    """Yield a temporary path beside `path` (same suffix); on success it replaces `path`, on
+    failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -122,24 +125,26 @@ def read_json(path):
 
 
 def provenance():
-    """Where a measured number comes from: date, commit, hardware, versions. Part of every file in results/."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    return dict(date=datetime.date.today().isoformat(), commit=git.stdout.strip() or "unknown", torch=torch.__version__,
-                python=platform.python_version(), cpu=f"{cpu}, {os.cpu_count()} cores", threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    """Where a measured number comes from: date, commit, hardware, versions. Part of every
+    file in results/."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    cpu = found[1].strip() if found else platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(date=datetime.date.today().isoformat(), commit=commit or "unknown",
+                torch=torch.__version__, python=platform.python_version(),
+                cpu=f"{cpu}, {os.cpu_count()} cores", threads=torch.get_num_threads(), gpu=gpu)
 
 
-def _cpuinfo():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+# -------------------------------------------------------------------------- writing tensors
 
-
-# ------------------------------------------------------------------------------------------------------------- tensors
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,  # safetensors' names
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {  # by safetensors' names
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool}
 
 
 class Stored(NamedTuple):
@@ -155,96 +160,122 @@ def read(tensor):
     return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
-def save_tensors(path, tensors, metadata=None):
-    """Write a flat dict of tensors (or `Stored`) as safetensors, atomically. `metadata`: a JSON-able dict, kept in the header.
+def size_of(tensor):
+    """Bytes of a tensor or `Stored` one."""
+    return prod(tensor.shape) * tensor.dtype.itemsize
 
-    The format is a length, a JSON header, and the bytes of the tensors in a row, so it is written here tensor by tensor:
-    of what is on a GPU, in another file or to be converted, one tensor at a time is in memory.
+
+def save_tensors(path, tensors, metadata=None):
+    """Write a flat dict of tensors (or `Stored`) as safetensors, atomically. `metadata`: a
+    JSON-able dict, kept in the header.
+
+    The format is a length, a JSON header, and the bytes of the tensors in a row, so it is
+    written here tensor by tensor: of what is on a GPU, in another file or to be converted,
+    one tensor at a time is in memory.
     """
-    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))  # wide types first: everything stays aligned
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    # wide types first: everything stays aligned
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
     if metadata:
-        header["__metadata__"] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+        header["__metadata__"] = {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
     for name in order:
-        start, end = end, end + prod(tensors[name].shape) * tensors[name].dtype.itemsize
-        header[name] = dict(dtype=names[tensors[name].dtype], shape=list(tensors[name].shape), data_offsets=[start, end])
+        tensor = tensors[name]
+        start, end = end, end + size_of(tensor)
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[start, end])
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for name in order:
-            f.write(read(tensors[name]).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat = read(tensors[name]).detach().cpu().contiguous().view(-1)
+            f.write(flat.view(torch.uint8).numpy())
 
 
 def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion_pytorch_model"):
-    """Write `tensors` into a folder as the hubs have it: one file, or files of at most `shard_bytes` and an index of them."""
+    """Write `tensors` into a folder as the hubs have it: one file, or files of at most
+    `shard_bytes` and an index of them."""
     folder, shards, room = Path(folder), [], 0
     for name, tensor in tensors.items():
-        size = prod(tensor.shape) * tensor.dtype.itemsize
+        size = size_of(tensor)
         if not shards or size > room:
             shards.append({})
             room = shard_bytes
         shards[-1][name] = tensor
         room -= size
     n = len(shards)
-    files = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    files = [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     index = folder / f"{stem}.safetensors.index.json"
-    there = {f.name for pattern in ("*.safetensors", "*.index.json") for f in folder.glob(pattern)}
-    others = there - {*files, *([index.name] if n > 1 else [])}
-    if others:
-        raise UserError(f"{folder} already holds other weights ({min(others)}), and together they could not be read: "
-                        "choose an empty folder.")
+    ours = {*files, index.name}
+    if n == 1:
+        files = [f"{stem}.safetensors"]
+        ours = set(files)
+    there = {f.name for f in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]}
+    if there - ours:
+        raise UserError(f"{folder} already holds other weights ({min(there - ours)}), and together "
+                        "they could not be read: choose an empty folder.")
+    where = {}
     for file, shard in zip(files, shards):
         save_tensors(folder / file, shard, metadata)
+        where |= dict.fromkeys(shard, file)
     if n > 1:
-        size = sum(prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-        write_json(index, {"metadata": {"total_size": size}, "weight_map": {k: file for file, shard in zip(files, shards) for k in shard}})
+        total = sum(map(size_of, tensors.values()))
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+# -------------------------------------------------------------------------- reading tensors
 
 
 def open_tensors(path):
-    """Look into a weight file, or a folder of them, without reading the tensors -> ({name: Stored}, metadata dict).
+    """Look into a weight file, or a folder of them, without reading the tensors -> ({name:
+    Stored}, metadata dict).
 
-    path: a `.safetensors` file, a torch container (`unwrap`; mapped into memory, so that only what is read is fetched), an
-    index (`*.index.json`) of shards, or a folder with such an index or with one weight file. Metadata: as in
-    `load_tensors`, of the last shard. UserError for whatever is missing, truncated or mixed up.
+    path: a `.safetensors` file, a torch container (`unwrap`; mapped into memory, so that
+    only what is read is fetched), an index (`*.index.json`) of shards, or a folder with such
+    an index or with one weight file. Metadata: as in `load_tensors`, of the last shard.
+    UserError for whatever is missing, truncated or mixed up.
     """
     path = Path(path)
+    index = index_in(path)
+    if index is None:
+        return open_file(only_file(path))
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index} is not an index of shards (it has no weight_map): get this file "
+                        "again.")
     tensors, metadata = {}, {}
-    index = _index_in(path)
-    where = _read_index(index) if index else None
-    for file in sorted({index.parent / name for name in where.values()}) if index else [_only_file(path)]:
-        if index and not file.is_file():
-            raise UserError(f"{file} does not exist, but {index.name} names it: the download is not complete, get this file too.")
-        found, metadata = _open_file(file)
+    for file in sorted({index.parent / name for name in where.values()}):
+        if not file.is_file():
+            raise UserError(f"{file} does not exist, but {index.name} names it: the download is not "
+                            "complete, get this file too.")
+        found, metadata = open_file(file)
         for name in tensors.keys() & found.keys():
-            raise UserError(f"{name} is in both {tensors[name].file} and {file.name} of {file.parent}: these are shards of two "
-                            "models, get them again.")
+            raise UserError(f"{name} is in both {tensors[name].file} and {file.name} of "
+                            f"{file.parent}: these are shards of two models, get them again.")
         tensors |= found
-    for name in sorted(where.keys() ^ tensors.keys()) if index else ():
-        raise UserError(f"{name} is {'only in the shards' if name in tensors else 'in none of the shards'}, against {index}: "
-                        "these are shards of another model, get them again.")
+    for name in sorted(where.keys() ^ tensors.keys()):
+        place = "only in the shards" if name in tensors else "in none of the shards"
+        raise UserError(f"{name} is {place}, against {index}: these are shards of another model, "
+                        "get them again.")
     return tensors, metadata
 
 
-def _index_in(path):
-    """The index of shards that `path` is, or that the folder `path` holds; None without one."""
+def index_in(path):
+    """The index of shards that `path` is, or that the folder `path` holds; None without
+    one."""
     if path.name.endswith(".index.json"):
         return path
     found = sorted(path.glob("*.index.json"))
     if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} indexes ({', '.join(f.name for f in found)}): give one of these files instead.")
+        names = ", ".join(f.name for f in found)
+        raise UserError(f"{path} holds {len(found)} indexes ({names}): give one of these files "
+                        "instead.")
     return found[0] if found else None
 
 
-def _read_index(index):
-    """Index file -> {tensor name: file name}"""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{index} is not an index of shards (it has no weight_map): get this file again.")
-    return where
-
-
-def _only_file(path):
+def only_file(path):
     """The weight file that `path` is, or the only one in the folder `path`."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give the path of a weight file.")
@@ -252,67 +283,84 @@ def _only_file(path):
         return path
     for suffixes in ((".safetensors",), (".pt", ".pth", ".bin")):
         files = [f for f in path.iterdir() if f.suffix in suffixes]
-        files = [f for f in files if f.stem in ("diffusion_pytorch_model", "model")] or files  # a LoRA or text cache may lie beside it
+        usual = [f for f in files if f.stem in ("diffusion_pytorch_model", "model")]
+        files = usual or files  # a LoRA or text cache may lie beside the usual one
         if len(files) == 1:
             return files[0]
         if files:
-            raise UserError(f"{path} holds {len(files)} {'/'.join(suffixes)} files and no index: give the path of the right file.")
+            raise UserError(f"{path} holds {len(files)} {'/'.join(suffixes)} files and no index: "
+                            "give the path of the right file.")
     raise UserError(f"{path} holds no weight file: give the folder or the file with the weights.")
 
 
-def _open_file(file):
+def open_file(file):
     """One weight file -> ({name: Stored}, metadata)"""
-    if file.suffix != ".safetensors":
-        tensors = unwrap(load_pickle(file, mmap=True))
-        return {k: Stored(tuple(v.shape), v.dtype, lambda v=v: v, file.name) for k, v in tensors.items()}, {}
 
-    def fetch(name):  # opened anew for each tensor (0.6 ms): the pages of earlier ones do not stay mapped
-        with _safetensors(file) as f:
+    def stored(name):  # opened anew for each tensor (0.6 ms): no pages stay mapped
+        with open_safetensors(file) as f:
             return f.get_tensor(name)
 
     tensors = {}
-    with _safetensors(file) as f:
+    if file.suffix != ".safetensors":
+        for name, value in unwrap(load_pickle(file, mmap=True)).items():
+            shape = tuple(value.shape)
+            tensors[name] = Stored(shape, value.dtype, lambda value=value: value, file.name)
+        return tensors, {}
+    with open_safetensors(file) as f:
         for name in f.keys():
             entry = f.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
-                raise UserError(f"{name} in {file} has the type {entry.get_dtype()}, which is not supported: "
+            dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+            if dtype not in DTYPES:
+                raise UserError(f"{name} in {file} has the type {dtype}, which is not supported: "
                                 "use bf16, fp16 or fp32 weights.")
-            tensors[name] = Stored(tuple(entry.get_shape()), DTYPES[entry.get_dtype()], lambda name=name: fetch(name), file.name)
-        return tensors, _metadata(f)
+            tensors[name] = Stored(shape, DTYPES[dtype], lambda name=name: stored(name), file.name)
+        return tensors, metadata_of(f)
 
 
 @contextlib.contextmanager
-def _safetensors(path):
+def open_safetensors(path):
     try:
         with safe_open(path, "pt") as f:
             yield f
     except (SafetensorError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} is not a complete safetensors file ({e}): download or copy it again.") from e
+        raise UserError(f"{path} is not a complete safetensors file ({e}): download or copy it "
+                        "again.") from e
 
 
-def _metadata(f):
-    return {k: _parse(v) for k, v in (f.metadata() or {}).items()}
+def metadata_of(f):
+    """The header's metadata; values that are JSON are parsed."""
+    found = {}
+    for key, text in (f.metadata() or {}).items():
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
 
 
 def load_tensors(path):
-    """Read one weight file whole -> (flat dict of CPU tensors in their stored dtype, metadata dict).
+    """Read one weight file whole -> (flat dict of CPU tensors in their stored dtype,
+    metadata dict).
 
-    `.safetensors` by its own reader; anything else as a torch container with `weights_only=True`, unwrapped by
-    `unwrap`. Metadata values that are JSON are parsed. Raises UserError for a missing, truncated or unsafe file.
+    `.safetensors` by its own reader; anything else as a torch container with
+    `weights_only=True`, unwrapped by `unwrap`. Metadata values that are JSON are parsed.
+    Raises UserError for a missing, truncated or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a weight file.")
     if path.suffix == ".safetensors":
-        with _safetensors(path) as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, _metadata(f)
+        with open_safetensors(path) as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, metadata_of(f)
     return unwrap(load_pickle(path)), {}
 
 
 def load_pickle(path, mmap=False):
-    """`torch.load` of tensors and plain containers only; a pickle that would run code is refused with a UserError.
+    """`torch.load` of tensors and plain containers only; a pickle that would run code is
+    refused with a UserError.
 
-    mmap: leave the tensors in the file until they are used (files of before 2020, which are no zip archives, cannot).
+    mmap: leave the tensors in the file until they are used (files of before 2020, which are
+    no zip archives, cannot).
     """
     with open(path, "rb") as f:
         try:
@@ -321,22 +369,25 @@ def load_pickle(path, mmap=False):
             f.seek(0)
             return torch.load(f, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
-            raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could run code, so it "
-                            "was not loaded: get the file again from a source you trust, or as .safetensors.") from e
+            raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could "
+                            "run code, so it was not loaded: get the file again from a source you "
+                            "trust, or as .safetensors.") from e
         except MemoryError:
             raise
-        except Exception as e:                 # damaged files fail in a dozen ways: OSError, IndexError, struct.error
-            raise UserError(f"{path} is not a complete torch checkpoint (truncated?): get the file again.") from e
+        except Exception as e:  # damaged files fail in a dozen ways: OSError, IndexError, ...
+            raise UserError(f"{path} is not a complete torch checkpoint (truncated?): get the file "
+                            "again.") from e
 
 
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
 
 
 def unwrap(container):
-    """Official training container -> bare state dict (spec dc-ae-v 5.2, wan 3.2).
+    """Official training container -> bare state dict.
 
-    `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then `model_state_dict`, then `state_dict`,
-    then the dict itself. The wrappers of distributed training are removed from the names, wherever they stand.
+    `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then
+    `model_state_dict`, then `state_dict`, then the dict itself. The wrappers of distributed
+    training are removed from the names, wherever they stand.
     """
     sd = container
     if not isinstance(sd, dict):
@@ -350,35 +401,31 @@ def unwrap(container):
     tensors = {}
     for name, value in sd.items():
         if isinstance(value, torch.Tensor):
-            tensors[".".join(part for part in str(name).split(".") if part not in WRAPPERS)] = value
+            parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+            tensors[".".join(parts)] = value
     if not tensors:
         raise UserError("this file holds no tensors: give a model's weight file.")
     return tensors
 
 
 def load_strict(net, tensors, what):
-    """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype widens or narrows to the parameter's own.
-    Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names it; nothing is copied then."""
+    """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype widens
+    or narrows to the parameter's own. Strict: a missing, unexpected or wrongly shaped tensor
+    is a UserError that names it; nothing is copied then."""
     own = net.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        parts = [f"{len(m)} {w} (first: {m[0]})" for m, w in ((missing, "missing"), (extra, "unexpected")) if m]
-        raise UserError(f"{what} does not fit this model: {' and '.join(parts)} tensors; "
-                        "use the weights of the same model.")
+    wrong = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys()}
+    parts = [f"{len(names)} {how} (first: {min(names)})" for how, names in wrong.items() if names]
+    if parts:
+        raise UserError(f"{what} does not fit this model: {' and '.join(parts)} tensors; use the "
+                        "weights of the same model.")
     for name, value in own.items():
         given = tensors[name]
         if tuple(given.shape) != tuple(value.shape):
             place = f" in {given.file}" if isinstance(given, Stored) and given.file else ""
-            raise UserError(f"{what} does not fit this model: {name} has shape {list(given.shape)}{place}, "
-                            f"expected {list(value.shape)}; use the weights of the same model.")
+            raise UserError(f"{what} does not fit this model: {name} has shape {list(given.shape)}"
+                            f"{place}, expected {list(value.shape)}; use the weights of the same "
+                            "model.")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(read(tensors[name]))
     return net
-
-
-def _parse(text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
