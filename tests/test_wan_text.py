@@ -16,6 +16,7 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 
 from files.checkpoint import UserError
+from wan import tiny
 from wan.text import position_buckets, Tokenizer, UMT5, WanText, clean_prompt
 
 SENTENCE = "a large red circle moving left slowly on a blue background"
@@ -106,34 +107,26 @@ def test_cleaning_equals_diffusers_on_random_text():
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
-CORPUS = ["a cat sits on a red chair", SENTENCE, "色调艳丽,过曝,静态,细节模糊不清,字幕",
-          "画面,静止,整体发灰,最差质量,低质量", "the quick brown fox jumps over the lazy dog, 123 & more!"] * 20
 PROMPTS = ["", "a cat", SENTENCE, "色调艳丽,过曝,静态", "a cat 😀 sits", "dog, 99!", "word " * 4999 + "word"]
 
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory):
-    """A folder with spiece.model and tokenizer.json of the same tiny vocabulary, made by the packages themselves."""
-    sentencepiece, transformers = pytest.importorskip("sentencepiece"), pytest.importorskip("transformers")
+    """A folder with a tokenizer.json of a tiny vocabulary."""
+    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "spiece"), vocab_size=150, hard_vocab_limit=False, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=2)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
-    transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    tiny.write_tokenizer(folder)
     return folder
 
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore:the prompt")
-def test_both_tokenizer_files_give_the_ids_of_transformers(tiny_tokenizer):
-    """Empty, Chinese, with emoji, of 5,000 words: the same ids by three routes, as the released programs ask for them."""
+def test_the_ids_are_those_of_transformers(tiny_tokenizer):
+    """Empty, Chinese, with emoji, of 5,000 words: the same ids as the released programs ask for."""
     peer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tiny_tokenizer)
     theirs = peer([clean_prompt(p) for p in PROMPTS], padding="longest", max_length=512, truncation=True, return_tensors="pt")
-    for file in ("tokenizer.json", "spiece.model"):
-        ids, mask = Tokenizer(tiny_tokenizer / file)([clean_prompt(p) for p in PROMPTS])
-        assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"])
+    ids, mask = Tokenizer(tiny_tokenizer)([clean_prompt(p) for p in PROMPTS])
+    assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"])
     assert mask.sum(1)[0] == 1 and mask.sum(1)[-1] == 512  # the empty prompt is one EOS; a long one is cut, and still ends in EOS
     assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == 1).all() and not ids[mask == 0].any()
 
@@ -161,36 +154,24 @@ def test_settings_of_the_tokenizer_file_do_not_matter(tiny_tokenizer, tmp_path):
     assert torch.equal(Tokenizer(tmp_path)([SENTENCE])[0], Tokenizer(tiny_tokenizer)([SENTENCE])[0])
 
 
-@pytest.mark.peer
-def test_the_file_is_chosen_by_the_package_that_is_there(tiny_tokenizer, monkeypatch):
-    expected = Tokenizer(tiny_tokenizer)([SENTENCE])[0]
-    for package in ("tokenizers", "sentencepiece"):
-        with monkeypatch.context() as m:
-            m.setitem(sys.modules, package, None)
-            assert torch.equal(Tokenizer(tiny_tokenizer)([SENTENCE])[0], expected)
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
-def test_a_damaged_tokenizer_is_told(tiny_tokenizer, tmp_path, file):
-    content = (tiny_tokenizer / file).read_bytes()
+def test_a_damaged_tokenizer_is_told(tiny_tokenizer, tmp_path):
+    content = (tiny_tokenizer / "tokenizer.json").read_bytes()
     for damaged in (b"", content[: len(content) // 2]):
-        (tmp_path / file).write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{file} cannot be read as a tokenizer"):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="tokenizer.json cannot be read as a tokenizer"):
             Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("file, package", {"tokenizer.json": "tokenizers", "spiece.model": "sentencepiece"}.items())
-def test_a_missing_package_is_named(tmp_path, monkeypatch, file, package):
-    (tmp_path / file).touch()
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"pip install {package}"):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").touch()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
         Tokenizer(tmp_path)
 
 
 def test_a_missing_tokenizer_is_told(tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(UserError, match="holds no tokenizer.json and no spiece.model"):
+        with pytest.raises(UserError, match="holds no tokenizer.json"):
             Tokenizer(path)
 
 
