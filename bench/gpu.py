@@ -27,7 +27,8 @@ from bench import harness
 from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly, relative_error
 from files.checkpoint import UserError
 from gpu import choose, tiling
-from wan import memory, models, vae
+from wan import models, vae
+from wan.memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ def decode(report, space, size, choices, who="ours"):
     part = min(chunks, max(1, int(chunks * LONGEST_DECODE / expected)))
     frames = min(part * c.latent_chunk, shape[0])
     covered = (part * c.latent_chunk, *shape[1:])
-    budget = 0.9 * memory.free_memory(report.device)
+    budget = 0.9 * free_memory(report.device)
     tile = tiling.choose(net, covered, budget, TYPES[low])
     z = torch.randn(1, c.latent_channels, frames, *shape[1:], device=report.device)
     z = z.to(TYPES[low])

@@ -189,9 +189,12 @@ def save_tensors(path, tensors, metadata=None):
     head += b" " * (-len(head) % 8)
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
-        for name in order:
-            flat = read(tensors[name]).detach().cpu().contiguous().view(-1)
-            f.write(flat.view(torch.uint8).numpy())
+        for name in order:  # without a name for it, which would keep it until the next one
+            f.write(bytes_of(read(tensors[name])))
+
+
+def bytes_of(tensor):
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion_pytorch_model"):

@@ -11,7 +11,6 @@ import dit
 import kernels
 from bench import __main__ as bench, cpu, gpu, harness
 from files.checkpoint import UserError
-from wan import models, vae
 
 CPU = torch.device("cpu")
 TINY_AE = ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ae
 import dit
-import flow
 import kernels
 import lora
 import sample

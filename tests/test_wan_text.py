@@ -247,7 +247,7 @@ def test_umt5_in_bf16_on_any_cpu(monkeypatch):
     weights, tensors, _ = reference("umt5_tiny")
     net, error = UMT5.from_state_dict({k: v.bfloat16() for k, v in weights.items()}, dtype=torch.bfloat16), {}
     for units in (True, False):
-        monkeypatch.setattr("wan.text.bf16_units", lambda: units)
+        monkeypatch.setattr("kernels.bf16_units", lambda: units)
         y = net(tensors["in/ids"], tensors["in/mask"])
         assert y.dtype == torch.bfloat16 and {p.dtype for p in net.parameters()} == {torch.bfloat16}
         error[units] = ((y - tensors["out"]).norm() / tensors["out"].norm()).item()
