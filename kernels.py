@@ -21,6 +21,7 @@ import warnings
 from functools import lru_cache, wraps
 from itertools import repeat
 
+import einops
 import torch
 import torch.nn.functional as F
 
@@ -250,7 +251,29 @@ def layout(x):
     return torch.contiguous_format
 
 
+def rearrange(x, pattern, **sizes):
+    """einops.rearrange of a video, "... -> b channels t h w": keeps the memory format."""
+    if layout(x) == torch.contiguous_format:
+        return einops.rearrange(x, pattern, **sizes)
+    before, after = pattern.split(" -> b ")
+    channels, places = after.split(") " if after[0] == "(" else " ", 1)
+    channels += ")" * (after[0] == "(")
+    return einops.rearrange(x, f"{before} -> b {places} {channels}", **sizes).movedim(-1, 1)
+
+
+def too_short_for_bf16(x):
+    """On a CPU, with a kernel of three frames, oneDNN (torch 2.13) computes in bf16 from
+    uninitialised memory: the output of one frame with few channels, and the weight gradient
+    of exactly two. So short a clip costs nothing: it gets fp32."""
+    short = x.device.type == "cpu" and x.ndim == 5 and x.shape[2] <= 2
+    return short and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
+
+
 def convolution_plain(x, weight, bias, padding):
+    if too_short_for_bf16(x):
+        with torch.autocast("cpu", enabled=False):
+            wide = (None if a is None else a.float() for a in (x, weight, bias))
+            return convolution_plain(*wide, padding).to(torch.bfloat16)
     conv = F.conv3d if weight.ndim == 5 else F.conv2d
     return conv(x, weight, bias, padding=padding)
 
@@ -266,7 +289,7 @@ def convolution(x, weight, bias, padding):
     layout (`tensor.to(memory_format=torch.channels_last_3d)`, of x or weight) it reads and
     writes as it is, else both are rearranged before and after.
     """
-    if onednn(x, weight, bias):
+    if onednn(x, weight, bias) and not too_short_for_bf16(x):
         one = (1,) * len(padding)
         return torch.mkldnn_convolution(x, weight, bias, padding, one, one, 1)
     return convolution_plain(x, weight, bias, padding)
