@@ -1,29 +1,31 @@
-"""DC-AE-V: the deep compression video autoencoder (paper, section on DC-AE-V; spec dc-ae-v 2 to 5).
+"""DC-AE-V: the deep compression video autoencoder (paper, section on DC-AE-V).
 
-A deterministic, purely convolutional autoencoder: no attention, no KL term, no quantisation. A video [b, 3, T, H, W] in [-1, 1]
-becomes a latent [b, Z, T/4, H/32, W/32] (H/64 for f64). `fXtYcZ` names spatial factor, temporal factor, latent channels.
+A deterministic, purely convolutional autoencoder: no attention, no KL term, no quantisation.
+A video [b, 3, T, H, W] in [-1, 1] becomes a latent [b, Z, T/4, H/32, W/32] (H/64 for f64).
+`fXtYcZ` names spatial factor, temporal factor and latent channels.
 
-    encoder:  conv + unshuffle(2) | stage | down(2) | stage | ... | down(t=4) | stage | conv
-    decoder:  conv | stage | up(t=4) | stage | ... | up(2) | stage | norm, SiLU, conv + shuffle(2)
+    encoder:  conv + unshuffle(2) | stage | down(2) | ... | down(t=4) | stage | conv
+    decoder:  conv | stage | up(t=4) | ... | up(2) | stage | norm, SiLU, conv + shuffle(2)
 
-A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up blocks have parameter-free shortcuts (channel
-averaging and duplicating, from the image DC-AE): they rearrange space into channels, and the convolution only learns what that misses.
-The temporal resampling is the innermost one. Every convolution is chunk-causal (`chunk_causal.py`): one pass over a clip, or
-chunk after chunk with the state handed on, give the same latent.
+A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up blocks
+have parameter-free shortcuts (channel averaging and duplicating, from the image DC-AE): they
+rearrange space into channels, and the convolution only learns what that misses. The temporal
+resampling is the innermost one. Every convolution is chunk-causal (`chunk_causal.py`): one
+pass over a clip, or chunk after chunk with the state handed on, give the same latent.
 
-    python ae.py reconstruct assets/bunny.mp4          a clip through the toy autoencoder: side-by-side mp4, contact sheet, PSNR, SSIM
-    python ae.py reconstruct CLIP --weights dc-ae-v-1.0-f32t4c32-bf16.pt     the same through official weights
-    python ae.py train --data CLIPS --preset small      trains one on a folder of film (`training/autoencoder.py`); --preset toy: on the toy world
-    python ae.py eval WEIGHTS ... --data CLIPS          PSNR, SSIM, LPIPS, FVD, flicker, grid of any autoencoder (`training/evaluate.py`)
-    python ae.py compare                                chunk-causal against causal and non-causal, on film (`experiments/temporal.py`)
+    python ae.py reconstruct assets/bunny.mp4       a clip through the toy autoencoder: mp4
+                                                    side by side, contact sheet, PSNR, SSIM
+    python ae.py reconstruct CLIP --weights FILE    the same through official weights
+    python ae.py train --data CLIPS --preset small  trains one on a folder of film
+    python ae.py eval FILE ... --data CLIPS         PSNR, SSIM, LPIPS, FVD, flicker, grid
+    python ae.py compare                            chunk-causal against causal, non-causal
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every other process down; must precede torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every process
 
 import argparse
 import dataclasses
-import importlib
 import math
 import re
 import sys
@@ -32,24 +34,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import reduce, repeat
+from einops import reduce
 
 import kernels
-from chunk_causal import ISOLATED, Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, run_layers, split_state
+from chunk_causal import (
+    Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, recut, run_layers, split_state)
 from files import checkpoint
 from files.checkpoint import UserError
-from gpu import tiling
 
 
 @dataclass(frozen=True)
 class Config:
-    """Size of a DC-AE-V (spec 2.1). `widths` and `depths` have one entry per stage; a stage of depth 0 is skipped altogether."""
+    """Size of a DC-AE-V. One width and depth per stage; a stage of depth 0 is skipped."""
 
     widths: tuple
     depths: tuple
     latent_channels: int
-    chunk: int = 40  # frames per chunk at pixel rate; 1: a frame sees itself and the past, at pixel rate as at latent rate
-    scale: float = 1.0  # scaling factor: the diffusion model sees scale * encode(x), about unit RMS
+    chunk: int = 40  # frames per chunk at pixel rate; 1: a frame sees itself and the past
+    scale: float = 1.0  # the diffusion model sees scale * encode(x), about unit RMS
     patch: int = 2  # spatial factor of the outermost unshuffle and shuffle
     temporal_factor: int = 4
     temporal: str = "chunk_causal"  # or "causal", "non_causal": the paper's alternatives
@@ -58,7 +60,8 @@ class Config:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
         if self.chunk != 1 and (self.chunk < 1 or self.chunk % self.temporal_factor):
-            raise ValueError(f"chunk ({self.chunk}) must be 1 or a multiple of temporal_factor ({self.temporal_factor}).")
+            raise ValueError(f"chunk ({self.chunk}) must be 1 or a multiple of temporal_factor "
+                             f"({self.temporal_factor}).")
 
     @property
     def first(self):
@@ -71,7 +74,7 @@ class Config:
 
     @property
     def lead(self):
-        """Pixel frames that the first latent frame stands for: as many as any other here, one in the Wan VAE."""
+        """Frames of the first latent frame: as many as any other here, one in the Wan VAE."""
         return self.temporal_factor
 
     @property
@@ -81,38 +84,39 @@ class Config:
 
     @property
     def piece(self):
-        """Frames that go through at a time: a chunk, or those of one latent frame where chunks are shorter."""
+        """Frames of a call: a chunk, or one latent frame's where chunks are shorter."""
         return self.latent_chunk * self.temporal_factor
 
     def resample(self, i):
-        """(spatial, temporal) factor between stage i and i+1: temporal for the innermost pair, spatial for all others."""
+        """(spatial, temporal) factor between stage i and i+1: time for the innermost pair."""
         return (1, self.temporal_factor) if i == len(self.widths) - 2 else (2, 1)
 
 
 _F32 = dict(widths=(128, 256, 512, 512, 1024, 1024, 1024), depths=(0, 5, 10, 4, 4, 4, 4))
-AT_ONCE = 2**17  # pixels times frames (32 frames of 64x64): smaller chunks of a latent at hand are decoded several at a time
+_F64 = dict(widths=(*_F32["widths"], 1024), depths=(*_F32["depths"], 4))
 
 PRESETS = {
     "f32t4c32": Config(**_F32, latent_channels=32, scale=0.7241),
     "f32t4c64": Config(**_F32, latent_channels=64, scale=0.7614),
     "f32t4c128": Config(**_F32, latent_channels=128, scale=0.4457),
     "f32t4c256": Config(**_F32, latent_channels=256, scale=0.4752),
-    "f64t4c128": Config((128, 256, 512, 512, 1024, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4, 4), 128, scale=0.4752),
-    # Laptop models for the toy world of toy.py: the deep autoencoder, and the moderate one of the toy base model.
+    "f64t4c128": Config(**_F64, latent_channels=128, scale=0.4752),
+    # For the toy world of toy.py: the deep autoencoder, and the moderate one of its base model.
     "toy": Config((0, 16, 32, 32, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=8),
     "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
-    # A laptop model for film, f32t4c32: unshuffles by 4 at once, for full-resolution layers cost everything.
+    # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches of 4.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),
-    # What it is measured by: f8t4c16 of about as many operations, causal, as the Wan VAE is (but for the first frame, which stands alone there).
-    "small-base": Config((0, 48, 64, 64), (0, 1, 1, 6), 16, chunk=8, patch=4, temporal="causal"),
+    # What "small" is measured by: f8t4c16 of about as many operations, causal as the Wan VAE.
+    "small-base": Config(
+        (0, 48, 64, 64), (0, 1, 1, 6), 16, chunk=8, patch=4, temporal="causal"),
 }
 
 
-# ---------------------------------------------------------------------------------------------------- layers (spec 3)
+# ----------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
-    """Normalise over channels at each (b, t, h, w), then scale and shift (spec 3.5)."""
+    """Normalise over channels at each (b, t, h, w), then scale and shift."""
 
     def __init__(self, channels):
         super().__init__()
@@ -124,7 +128,7 @@ class RMSNorm(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """Convolution, then optionally RMSNorm, then optionally SiLU. `shortcut`, where given, is added last."""
+    """Convolution, optionally RMSNorm, optionally SiLU; a `shortcut` is added last."""
 
     def __init__(self, cin, cout, chunk, temporal, bias=True, norm=False, act=False):
         super().__init__()
@@ -141,7 +145,7 @@ class ConvLayer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + RMSNorm(conv(SiLU(conv(x)))), the second convolution without bias (spec 3.6)."""
+    """x + RMSNorm(conv(SiLU(conv(x)))), the second convolution without bias."""
 
     def __init__(self, channels, chunk, temporal):
         super().__init__()
@@ -157,16 +161,17 @@ class ResBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Convolution, then space-time to depth (down) or depth to space-time (`up`), by r in space and t in time (spec 3.4).
+    """Convolution, then space-time to depth (down) or depth to space-time (`up`).
 
-    Down: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r]. Up: [b, cin, T, H, W] -> [b, cout, T*t, H*r, W*r].
+    Down: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r]. Up: -> [b, cout, T*t, H*r, W*r].
     """
 
     def __init__(self, cin, cout, r, t, chunk, temporal, up=False):
         super().__init__()
         self.r, self.t, self.shuffle = r, t, pixel_shuffle if up else pixel_unshuffle
-        self.zoom = r if up else 1 / r  # of the sides; gpu/tiling.py reads it
-        self.conv = ConvLayer(cin, cout * t * r * r if up else cout // (t * r * r), chunk, temporal)
+        self.zoom = r if up else 1 / r  # of the sides, for gpu/tiling.py
+        between = cout * t * r * r if up else cout // (t * r * r)
+        self.conv = ConvLayer(cin, between, chunk, temporal)
 
     def forward(self, x, state=None):
         x, state = self.conv(x, state)
@@ -174,7 +179,7 @@ class Resample(nn.Module):
 
 
 def averaging_shortcut(x, cout, r, t):
-    """Unshuffle, then average consecutive groups of channels down to `cout` (spec 3.4)."""
+    """Unshuffle, then average consecutive groups of channels down to `cout`."""
     return reduce(pixel_unshuffle(x, r, t), "b (o g) t h w -> b o t h w", "mean", o=cout)
 
 
@@ -191,7 +196,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resampling up plus the duplicating shortcut: each channel of x repeated until a shuffle gives `cout` channels, then shuffled (spec 3.4)."""
+    """Resampling up plus the duplicating shortcut: each channel of x repeated until a shuffle
+    gives `cout` channels, then shuffled."""
 
     def __init__(self, cin, cout, r, t, chunk, temporal):
         super().__init__()
@@ -202,48 +208,45 @@ class UpBlock(nn.Module):
         return pixel_shuffle_add(y, x, self.main.r, self.main.t), state
 
 
-class Stage(nn.Module):
-    """A row of streaming blocks at one resolution."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.op_list = nn.ModuleList(blocks)
-
-    def forward(self, x, state=None):
-        return run_layers(self.op_list, x, state)
+def stage(blocks):
+    """A row of blocks at one resolution, named as in the official checkpoints."""
+    return nn.ModuleDict({"op_list": nn.ModuleList(blocks)})
 
 
 class Encoder(nn.Module):
-    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f] (spec 2.2). Module names are those of the official checkpoints."""
+    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f]. Names are those of the official checkpoints."""
 
-    def __init__(self, cfg):
+    def __init__(self, c):
         super().__init__()
-        n, W, s = len(cfg.widths), cfg.widths, cfg.first
-        self.project_in = Resample(3, W[s], cfg.patch, 1, cfg.chunk, cfg.temporal)
+        n, widths = len(c.widths), c.widths
+        self.project_in = Resample(3, widths[c.first], c.patch, 1, c.chunk, c.temporal)
         self.stages = nn.ModuleList()
         for i in range(n):
-            chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
-            blocks = [ResBlock(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
-            if s <= i < n - 1:
-                blocks.append(DownBlock(W[i], W[i + 1], *cfg.resample(i), chunk, cfg.temporal))
-            self.stages.append(Stage(blocks))
-        self.project_out = ConvLayer(W[-1], cfg.latent_channels, cfg.latent_chunk, cfg.temporal)
+            chunk = c.latent_chunk if i == n - 1 else c.chunk
+            blocks = [ResBlock(widths[i], chunk, c.temporal) for _ in range(c.depths[i])]
+            if c.first <= i < n - 1:
+                ends = widths[i], widths[i + 1]
+                blocks.append(DownBlock(*ends, *c.resample(i), chunk, c.temporal))
+            self.stages.append(stage(blocks))
+        self.project_out = ConvLayer(widths[-1], c.latent_channels, c.latent_chunk, c.temporal)
 
     @property
     def layers(self):
-        """All blocks in order, for gpu/tiling.py."""
-        return (self.project_in, *(block for stage in self.stages for block in stage.op_list), self.project_out)
+        """All blocks in order."""
+        blocks = [block for stage in self.stages for block in stage.op_list]
+        return self.project_in, *blocks, self.project_out
 
     def forward(self, x, state=None):
-        return run_layers((self.project_in, *self.stages, self.project_out), x, state)
+        return run_layers(self.layers, x, state)
 
 
 class Head(nn.Module):
-    """RMSNorm, SiLU, conv and shuffle to pixels. In the checkpoints the three are a list, of which SiLU is number 1."""
+    """RMSNorm, SiLU, conv and shuffle to pixels; in the checkpoints a list of three."""
 
-    def __init__(self, width, cfg):
+    def __init__(self, width, c):
         super().__init__()
-        self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), Resample(width, 3, cfg.patch, 1, cfg.chunk, cfg.temporal, up=True)])
+        up = Resample(width, 3, c.patch, 1, c.chunk, c.temporal, up=True)
+        self.op_list = nn.ModuleList([RMSNorm(width), nn.SiLU(), up])
 
     def forward(self, x, state=None):
         norm, _, up = self.op_list
@@ -251,207 +254,171 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped (spec 2.3). Stages are stored 0..n-1 and run from the last to the first."""
+    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped. Runs from the last stage to the
+    first."""
 
-    def __init__(self, cfg):
+    def __init__(self, c):
         super().__init__()
-        n, W, s = len(cfg.widths), cfg.widths, cfg.first
-        self.project_in = ConvLayer(cfg.latent_channels, W[-1], cfg.latent_chunk, cfg.temporal)
+        n, widths = len(c.widths), c.widths
+        self.project_in = ConvLayer(c.latent_channels, widths[-1], c.latent_chunk, c.temporal)
         self.stages = nn.ModuleList()
         for i in range(n):
-            chunk = cfg.latent_chunk if i == n - 1 else cfg.chunk
-            blocks = [ResBlock(W[i], chunk, cfg.temporal) for _ in range(cfg.depths[i])]
-            if s <= i < n - 1:  # the convolution of the temporal up block still runs at the latent rate
-                up_chunk = cfg.latent_chunk if i == n - 2 else cfg.chunk
-                blocks.insert(0, UpBlock(W[i + 1], W[i], *cfg.resample(i), up_chunk, cfg.temporal))
-            self.stages.append(Stage(blocks))
-        self.project_out = Head(W[s], cfg)
+            chunk = c.latent_chunk if i == n - 1 else c.chunk
+            blocks = [ResBlock(widths[i], chunk, c.temporal) for _ in range(c.depths[i])]
+            if c.first <= i < n - 1:  # the temporal up block still convolves at the latent rate
+                up_chunk = c.latent_chunk if i == n - 2 else c.chunk
+                ends = widths[i + 1], widths[i]
+                blocks.insert(0, UpBlock(*ends, *c.resample(i), up_chunk, c.temporal))
+            self.stages.append(stage(blocks))
+        self.project_out = Head(widths[c.first], c)
 
     @property
     def layers(self):
-        """All blocks in order, for gpu/tiling.py."""
-        return (self.project_in, *(block for stage in reversed(self.stages) for block in stage.op_list), self.project_out)
+        """All blocks in order."""
+        blocks = [block for stage in reversed(self.stages) for block in stage.op_list]
+        return self.project_in, *blocks, self.project_out
 
     def forward(self, z, state=None):
-        return run_layers((self.project_in, *reversed(self.stages), self.project_out), z, state)
+        return run_layers(self.layers, z, state)
 
 
-# ---------------------------------------------------------------------------------------------------- the autoencoder
+# -------------------------------------------------------------------------- the autoencoder
 
 
-class DCAEV(nn.Module):
-    """DC-AE-V (spec 2 to 4). Pixels in [-1, 1], layout [b, c, t, h, w]; `encode` returns the raw latent: the diffusion model's
-    latent is `config.scale` times that (spec 6)."""
+class VideoAutoencoder(nn.Module):
+    """Pixels [b, 3, T, H, W] in [-1, 1] <-> latents, of any length and size.
+
+    `encoder` and `decoder` take whole chunks of whole cells. A clip is padded to that by
+    repeating its last frame, row and column, and what comes back is cropped. Chunk after chunk
+    goes through, so memory does not grow with length. (wan/vae.py is another one of these.)
+    """
+
+    def encode(self, x):
+        """[b, 3, T, H, W] -> latent [b, Z, *latent_shape(T, H, W)]."""
+        return torch.cat(list(self.encode_stream([x])), dim=2)
+
+    def decode(self, z, frames=None, size=None):
+        """Latent -> [b, 3, frames, *size], not clamped. Default: everything the latent holds."""
+        x = torch.cat(list(self.decode_stream(z)), dim=2)
+        h, w = size or x.shape[3:]
+        return x[:, :, :frames, :h, :w]
+
+    def forward(self, x):
+        """Reconstruction of a clip: encode, decode, crop."""
+        return self.decode(self.encode(x), x.shape[2], x.shape[3:])
+
+    def encode_stream(self, clips):
+        """Clips of one video in order, cut anywhere -> its latents, chunk by chunk."""
+        state = None
+        for x in self.pixel_chunks(clips):
+            features, state = self.encoder(x, state)
+            yield self.to_latent(features)
+
+    def decode_stream(self, z):
+        """Latents (a tensor, or pieces cut anywhere) -> frames [b, 3, t, H, W], by chunks."""
+        state = None
+        for features, surplus in self.latent_chunks(z):
+            x, state = self.decoder(features, state)
+            yield x[:, :, : x.shape[2] - surplus]
+
+    def pixel_chunks(self, clips):
+        """Clips, cut anywhere -> what the encoder takes, call by call."""
+        c, dtype = self.config, next(self.parameters()).dtype
+        first = c.lead + c.piece - c.temporal_factor
+        for i, x in enumerate(recut(clips, 3, c.piece, first)):
+            t = (c.piece if i else first) - x.shape[2]
+            h, w = (-n % c.spatial_factor for n in x.shape[3:])
+            x = F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
+            yield x.to(dtype)
+
+    def latent_chunks(self, z):
+        """Latents, cut anywhere -> (what the decoder takes, surplus frames), call by call."""
+        c, together = self.config, 1
+        if isinstance(z, torch.Tensor):
+            z, together = [z], self.chunks_at_once(*z.shape[3:])
+        for piece in recut(z, c.latent_channels, c.latent_chunk * together):
+            missing = -piece.shape[2] % c.latent_chunk
+            piece = F.pad(piece, (0, 0, 0, 0, 0, missing), mode="replicate")
+            yield self.from_latent(piece), missing * c.temporal_factor
+
+    def latent_shape(self, frames, height, width):
+        """(t, h, w) of the latent of a clip: whole chunks, whole cells."""
+        c = self.config
+        chunks = math.ceil((frames - c.lead + c.temporal_factor) / c.piece)
+        cells = (math.ceil(n / c.spatial_factor) for n in (height, width))
+        return chunks * c.latent_chunk, *cells
+
+    def to_latent(self, features):
+        """What the encoder gives -> latent."""
+        return features
+
+    def from_latent(self, z):
+        """Latent -> what the decoder takes."""
+        return z
+
+    def chunks_at_once(self, height, width):
+        """Chunks of a latent of so many cells that one call of the decoder takes."""
+        return 1
+
+
+class DCAEV(VideoAutoencoder):
+    """DC-AE-V. The diffusion model's latent is `config.scale` times what `encode` gives."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
-    # ---- any length and size: pad and crop (spec 4.1)
-
-    def latent_shape(self, frames, height, width):
-        """(t, h, w) of the latent of a clip: sizes are padded up to whole cells, frames to whole chunks."""
+    def chunks_at_once(self, height, width):
+        """Several where one is so small that the layers' fixed costs are most of its time: up
+        to 32 frames of 64x64 pixels."""
         c = self.config
-        return (math.ceil(frames / c.piece) * c.latent_chunk, math.ceil(height / c.spatial_factor), math.ceil(width / c.spatial_factor))
-
-    def pad(self, x, whole_chunks=True):
-        """Repeat the last row and column up to a whole latent cell, and the last frame up to a whole chunk."""
-        f = self.config.spatial_factor
-        t, h, w = -x.shape[2] % self.config.piece * whole_chunks, -x.shape[3] % f, -x.shape[4] % f
-        return F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
-
-    def encode(self, x, tile=None, compat=False):
-        """[b, 3, T, H, W] in [-1, 1] -> raw latent [b, Z, t, h, w] with (t, h, w) = latent_shape(T, H, W).
-
-        Any T >= 1 and any size: the clip is padded by repeating its edge. `compat=True` instead does what the released inference
-        code does: sizes must fit, T must be a multiple of 4, and a tail shorter than a chunk is encoded as a clip of its
-        own that sees nothing of the past (spec 4.2.5; visible, so not the default). Raises UserError for other input.
-        tile: (rows, columns) in latent cells, for less memory and the same result (gpu/tiling.py); None for whole frames.
-        """
-        return torch.cat(list(self.encode_stream([x], tile, compat)), dim=2)
-
-    def decode(self, z, frames=None, size=None, tile=None, compat=False):
-        """Raw latent [b, Z, t, h, w] -> [b, 3, frames, *size], not clamped. Default: everything the latent holds.
-
-        A latent that ends inside a chunk is padded by repeating its last frame and the result is cropped, unless `compat` (see `encode`).
-        tile: see `encode`.
-        """
-        x = torch.cat(list(self.decode_stream(z, tile, compat)), dim=2)
-        h, w = size or x.shape[3:]
-        return x[:, :, :frames, :h, :w]
-
-    def forward(self, x):
-        """Reconstruction of a clip of any length and size: encode, decode, crop."""
-        return self.decode(self.encode(x), x.shape[2], x.shape[3:])
-
-    # ---- single images (spec 4.1)
-
-    def encode_image(self, x):
-        """[b, 3, H, W] -> latent [b, Z, 1, h, w]: the image repeated for one latent frame, as a clip that stands alone."""
-        clip = repeat(x, "b c h w -> b c t h w", t=self.config.temporal_factor)
-        return self.encoder(self.pad(clip, whole_chunks=False), ISOLATED)[0]
-
-    def decode_image(self, z, size=None):
-        """Latent [b, Z, 1, h, w] -> image [b, 3, *size]: the first of the frames it decodes to."""
-        x = self.decoder(z, ISOLATED)[0][:, :, 0]
-        h, w = size or x.shape[2:]
-        return x[:, :, :h, :w]
-
-    # ---- streams: memory does not grow with length (spec 4.2)
-
-    def encode_stream(self, clips, tile=None, compat=False):
-        """An iterable of clips [b, 3, any T, H, W] in order -> raw latents, one chunk at a time.
-
-        The pieces are parts of one video, cut anywhere. Only the video's end is padded. Joined along time, this is `encode`.
-        """
-        chunks, state = self._rechunk(clips, 3, self.config.piece), None
-        if not compat:
-            yield from tiling.stream(self, "encoder", map(self.pad, chunks), tile)
-            return
-        for x in self._whole(chunks, tile):
-            z, state = self.encode_chunk(x, state, compat)
-            yield z
-
-    def decode_stream(self, z, tile=None, compat=False):
-        """Raw latents (a tensor, or an iterable of pieces cut anywhere) -> frames [b, 3, t, H, W], one chunk at a time."""
-        c, state, lengths, whole = self.config, None, [], isinstance(z, torch.Tensor)
-        together = self.chunks_at_once(*z.shape[3:]) if whole and not compat and tile is None else 1
-        chunks = self._rechunk([z] if whole else z, c.latent_channels, c.latent_chunk * together)
-
-        def padded():
-            for z in chunks:
-                lengths.append(z.shape[2])
-                yield F.pad(z, (0, 0, 0, 0, 0, -z.shape[2] % c.latent_chunk), mode="replicate")
-
-        if not compat:
-            for x in tiling.stream(self, "decoder", padded(), tile):
-                yield x[:, :, : lengths.pop(0) * c.temporal_factor]
-            return
-        for z in self._whole(chunks, tile):
-            x, state = self.decode_chunk(z, state, compat)
-            yield x
-
-    def chunks_at_once(self, h, w):
-        """Chunks of a latent of h x w cells that one call of the decoder takes: several, where one is so small that the layers' fixed costs
-        are most of its time."""
-        return max(1, AT_ONCE // (self.config.piece * h * w * self.config.spatial_factor**2))
-
-    def decode_peak(self, shape, tile=None, dtype=torch.float32):
-        """Estimated peak bytes of activations while `decode_stream` runs on a latent of shape (t, h, w), batch 1."""
-        return tiling.peak(self, "decoder", shape, tile, dtype)
-
-    @staticmethod
-    def _whole(chunks, tile):
-        if tile is not None:
-            raise UserError("compat works on whole frames only: leave the tile or compat away.")
-        return chunks
-
-    def encode_chunk(self, x, state=None, compat=False):
-        """One chunk of a video, or its shorter end -> (raw latent, state for the next chunk)."""
-        c, (frames, h, w) = self.config, x.shape[2:]
-        if not compat:
-            x = self.pad(x)
-        elif frames % c.temporal_factor or h % c.spatial_factor or w % c.spatial_factor:
-            raise UserError(f"compat needs frames in multiples of {c.temporal_factor} and sides in multiples of {c.spatial_factor}, "
-                            f"but {frames} frames of {h}x{w} are left: leave --compat off to pad and crop.")
-        return self.encoder(x, state if x.shape[2] == c.piece else ISOLATED)
-
-    def decode_chunk(self, z, state=None, compat=False):
-        """One chunk of a latent, or its shorter end -> (frames [b, 3, 4 t, H, W], state for the next chunk)."""
-        c, t = self.config, z.shape[2]
-        if not compat:
-            z = F.pad(z, (0, 0, 0, 0, 0, c.latent_chunk - t), mode="replicate")
-        x, state = self.decoder(z, state if z.shape[2] == c.latent_chunk else ISOLATED)
-        return x[:, :, : t * c.temporal_factor], state
-
-    @staticmethod
-    def _rechunk(pieces, channels, size):
-        """Re-cut pieces of a video into pieces of `size` frames; the last one may be shorter."""
-        held, count = [], 0
-        for piece in pieces:
-            if piece.ndim != 5 or piece.shape[1] != channels or 0 in piece.shape:
-                raise UserError(f"the layout is [batch, {channels}, frames, height, width], got the shape {list(piece.shape)}.")
-            while piece.shape[2]:
-                part, piece = piece[:, :, : size - count], piece[:, :, size - count :]
-                held.append(part)
-                count += part.shape[2]
-                if count == size:
-                    yield torch.cat(held, dim=2)
-                    held, count = [], 0
-        if held:
-            yield torch.cat(held, dim=2)
-
-    # ---- weights (spec 5)
+        return max(1, 2**17 // (c.piece * height * width * c.spatial_factor**2))
 
     def load_official(self, state_dict):
-        """Copy an official state dict (bare, or in its training container), any float dtype, strictly -> self in eval mode."""
-        return checkpoint.load_strict(self, checkpoint.unwrap(state_dict), "the autoencoder weights").eval()
+        """Copy an official state dict, bare or in its training container -> self, in eval."""
+        tensors = checkpoint.unwrap(state_dict)
+        return checkpoint.load_strict(self, tensors, "the autoencoder weights").eval()
+
+
+# ----------------------------------------------------------------------------- weight files
 
 
 def infer_config(tensors, name=""):
-    """Config from the shapes of official weights (spec 5.3). What shapes do not show (chunk, scale) is that of the preset with as many stages
-    and latent channels; if several have, of the one with these widths and depths, else of the first. UserError if none has."""
-    convs = [(int(m[1]), m[2], tensors[m[0]].shape[1])
-             for m in (re.fullmatch(r"encoder\.stages\.(\d+)\.op_list\.\d+\.main\.(conv1?)\.conv\.weight", k) for k in tensors) if m]
-    stages = [[(kind, width) for i, kind, width in convs if i == stage] for stage in range(1 + max((i for i, *_ in convs), default=-1))]
-    widths = tuple(s[0][1] if s else 0 for s in stages)
-    depths = tuple([kind for kind, _ in s].count("conv1") for s in stages)  # the other convolution is the resampling's
-    z = tensors.get("encoder.project_out.conv.weight")
-    alike = [c for c in PRESETS.values() if any(depths) and z is not None and len(c.depths) == len(depths) and not any(depths[: c.first])
-             and depths[c.first] and c.latent_channels == len(z)]
+    """Config from the shapes of official weights. UserError if no preset is like them.
+
+    What shapes do not show (chunk, scale) is that of the preset with as many stages and latent
+    channels; if several have, of the one with these widths and depths, else of the first.
+    """
+    block = re.compile(r"encoder\.stages\.(\d+)\.op_list\.\d+\.main\.(conv1?)\.conv\.weight")
+    found = [match for match in map(block.fullmatch, tensors) if match]
+    n = 1 + max((int(match[1]) for match in found), default=-1)
+    widths, depths = [0] * n, [0] * n
+    for match in found:
+        stage = int(match[1])
+        widths[stage] = tensors[match[0]].shape[1]
+        depths[stage] += match[2] == "conv1"  # the other convolution is the resampling's
+    alike = []
+    if any(depths) and "encoder.project_out.conv.weight" in tensors:
+        latent_channels = len(tensors["encoder.project_out.conv.weight"])
+        shape = Config(widths, depths, latent_channels)
+        for c in PRESETS.values():
+            if (len(c.depths), c.first, c.latent_channels) == (n, shape.first, latent_channels):
+                alike.append(c)
     if not alike:
-        raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset ({', '.join(PRESETS)}): give another file, or in Python "
-                        "its Config.")
-    same = [c for c in alike if c.depths == depths and c.widths[c.first :] == widths[c.first :]]
-    return same[0] if same else dataclasses.replace(alike[0], widths=widths, depths=depths)
+        raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset "
+                        f"({', '.join(PRESETS)}): give another file, or in Python its Config.")
+    for c in alike:
+        if c.depths == shape.depths and c.widths[c.first :] == shape.widths[c.first :]:
+            return c
+    return dataclasses.replace(alike[0], widths=widths, depths=depths)
 
 
 def load(path, config=None):
     """Weights of a DC-AE-V -> DCAEV in eval mode, fp32 (bf16 files are widened).
 
-    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`), or our own .safetensors, which carries
-    its config. The preset is inferred from the shapes where no config is given.
+    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`),
+    whose preset is inferred from the shapes, or our own .safetensors, which carries its config.
     """
     tensors, metadata = checkpoint.load_tensors(path)
     if config is None:
@@ -461,27 +428,40 @@ def load(path, config=None):
     with torch.device("meta"):
         net = DCAEV(config)
     net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
-    return net.to(memory_format=torch.channels_last_3d)  # as convolutions want it (kernels.py); activations follow
+    return net.to(memory_format=torch.channels_last_3d)  # as convolutions want it (kernels.py)
 
 
 def save(net, path, dtype=torch.float32, **metadata):
     """Write weights and config as safetensors, atomically; official key names."""
     tensors = {k: v.to(dtype) for k, v in net.state_dict().items()}
-    checkpoint.save_tensors(path, tensors, {"config": dataclasses.asdict(net.config), **metadata})
+    metadata = {"config": dataclasses.asdict(net.config), **metadata}
+    checkpoint.save_tensors(path, tensors, metadata)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------- command line
 
 
 def main(argv=None):
-    """Each command lives in a file above this one, which is imported only when asked for."""
+    """Each command lives in a file above this one, imported only when asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    files = {"reconstruct": "training.evaluate", "train": "training.autoencoder", "eval": "training.evaluate", "compare": "experiments.temporal"}
-    p = argparse.ArgumentParser(description="DC-AE-V, the deep compression video autoencoder.", usage="ae.py COMMAND ... (COMMAND --help says more)")
-    p.add_argument("command", choices=files, help="reconstruct: a video file through the autoencoder; train: on the toy world or on a folder of "
-                   "clips; eval: table of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal against causal and non-causal")
+    commands = ("reconstruct", "train", "eval", "compare")
+    p = argparse.ArgumentParser(
+        description="DC-AE-V, the deep compression video autoencoder.",
+        usage="ae.py COMMAND ... (COMMAND --help says more)")
+    p.add_argument("command", choices=commands, help="reconstruct: a video file through the "
+                   "autoencoder; train: on the toy world or on a folder of clips; eval: table "
+                   "of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal against "
+                   "causal and non-causal")
     command = p.parse_args(argv[:1]).command
-    getattr(importlib.import_module(files[command]), f"main_{command}")(argv[1:])
+    if command == "reconstruct":
+        from training.evaluate import main_reconstruct as run
+    elif command == "train":
+        from training.autoencoder import main_train as run
+    elif command == "eval":
+        from training.evaluate import main_eval as run
+    else:
+        from experiments.temporal import main_compare as run
+    run(argv[1:])
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def decode(report, space, size, choices, who="ours"):
     z = z.to(TYPES[low])
 
     def task():
-        for _ in net.decode_stream(z, tile):
+        for _ in tiling.decode_stream(net, z, tile):
             pass
 
     task = plainly(task) if who == "plain" else task

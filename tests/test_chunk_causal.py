@@ -131,14 +131,23 @@ def test_a_non_causal_network_cannot_stream():
 
 
 def test_state_is_explicit():
-    """Layers remember nothing. The state of a row of layers is the tuple of theirs; `None` starts a stream anywhere."""
+    """Layers remember nothing. The state of a row of layers is the list of theirs; `None` starts a stream anywhere."""
     layers, x = [Conv3d(3, 3, CHUNK) for _ in range(2)], clip(CHUNK)
     y, state = run_layers(layers, x)
     assert torch.equal(run_layers(layers, x)[0], y)
     assert torch.equal(state[0], x[:, :, -1:]) and torch.equal(state[1], layers[0](x)[0][:, :, -1:])
-    assert split_state(None, 2) == (None, None)
+    assert split_state(None, 2) == [None, None]
     x.zero_()
     assert state[0].any()  # a copy: the caller may reuse its buffers
+
+
+def test_old_and_new_state_do_not_pile_up():
+    """A row of layers replaces the states in the list that it was given, one by one."""
+    layers, x = [Conv3d(3, 3, CHUNK) for _ in range(2)], clip(CHUNK)
+    _, state = run_layers(layers, x)
+    old = list(state)
+    _, new = run_layers(layers, x + 1, state)
+    assert new is state and not any(torch.equal(a, b) for a, b in zip(old, new))
 
 
 def test_two_streams_do_not_meet():
@@ -157,7 +166,7 @@ def test_isolated_clips():
         zeros = (0, 0, 0, 0, 2, 0) if temporal == "causal" else (0, 0, 0, 0, 1, 1)  # a causal network stays causal
         expected = F.conv3d(F.pad(x, zeros), conv.weight, conv.bias, padding=(0, 1, 1))
         assert torch.allclose(y, expected, atol=1e-6) and state is ISOLATED
-    assert split_state(ISOLATED, 3) == (ISOLATED,) * 3
+    assert split_state(ISOLATED, 3) == [ISOLATED] * 3
 
 
 @pytest.mark.parametrize("frames", [1, 3, 5, 6])

@@ -1,17 +1,11 @@
 """Tiling is exact: a tile and its halo decode to the same pixels as the whole frame, for every autoencoder, cut, tile and length."""
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import ae
-from conftest import ROOT
-from files.checkpoint import UserError
 from gpu import tiling
 from wan import vae
 
@@ -42,6 +36,14 @@ def latent(net, t=5, h=5, w=7, batch=1):
     return torch.randn(batch, net.config.latent_channels, t, h, w)
 
 
+def decode(net, z, tile):
+    return torch.cat(list(tiling.decode_stream(net, z, tile)), dim=2)
+
+
+def encode(net, x, tile):
+    return torch.cat(list(tiling.encode_stream(net, [x], tile)), dim=2)
+
+
 def same(a, b):
     assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), (a.shape, (a - b).abs().max(), b.abs().max())
 
@@ -49,7 +51,7 @@ def same(a, b):
 def places(net, side):
     """Every layer at which the network can be cut at all: what is tiled must not see the whole frame."""
     layers = tiling.costs(type(net), net.config, side, torch.float32)
-    return [at for at in range(len(layers) + 1) if not any(layer.whole for layer in layers[slice(*tiling.swept(layers, side, at))])]
+    return [at for at in range(len(layers) + 1) if not any(layer.whole for layer in layers[slice(*tiling.shallow_layers(layers, side, at))])]
 
 
 # ---------------------------------------------------------------------------------------------------- exact
@@ -59,7 +61,7 @@ def places(net, side):
 def test_tiled_decode_is_the_untiled_one(net, tile):
     """Tiles that do not divide the frame, tiles wider than it, one tile for all; five latent frames, several calls of the layers."""
     z = latent(net)
-    same(net.decode(z, tile=tile), net.decode(z))
+    same(decode(net, z, tile), net.decode(z))
 
 
 @pytest.mark.parametrize("tile", [(2, 2), (3, 4)])
@@ -67,7 +69,7 @@ def test_tiled_encode_is_the_untiled_one(net, tile):
     """For pictures and clips that are too large to encode whole; sizes that are no multiple of a cell."""
     f = net.config.spatial_factor
     x = torch.rand(1, 3, 9, 4 * f - 3, 6 * f - 5) * 2 - 1
-    same(net.encode(x, tile=tile), net.encode(x))
+    same(encode(net, x, tile), net.encode(x))
 
 
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
@@ -75,7 +77,7 @@ def test_every_cut_gives_the_same(net, side, monkeypatch):
     """Wherever the network is parted into deep and tiled layers."""
     f, z = net.config.spatial_factor, latent(net, 3, 4, 5)
     x = torch.rand(1, 3, 9, 4 * f, 5 * f) * 2 - 1
-    code = lambda tile: net.decode(z, tile=tile) if side == "decoder" else net.encode(x, tile=tile)
+    code = lambda tile: decode(net, z, tile) if side == "decoder" else encode(net, x, tile)
     whole, tried = code(None), places(net, side)
     assert len(tried) > 3
     for at in tried:
@@ -87,28 +89,21 @@ def test_streams_batches_and_crops(net):
     """Latents that come in pieces, two videos at once, and the size and number of frames that were asked for."""
     z, c = latent(net, 3, batch=2), net.config
     whole = net.decode(z)
-    same(torch.cat(list(net.decode_stream(z.split([2, 1], dim=2), tile=(3, 4))), dim=2), whole)
+    same(torch.cat(list(tiling.decode_stream(net, z.split([2, 1], dim=2), (3, 4))), dim=2), whole)
     h, w = 5 * c.spatial_factor - 5, 7 * c.spatial_factor - 2
-    same(net.decode(z, 7, (h, w), tile=(3, 4)), whole[:, :, :7, :h, :w])
+    same(decode(net, z, (3, 4))[:, :, :7, :h, :w], net.decode(z, 7, (h, w)))
 
 
 def test_longer_videos_hand_the_states_of_all_tiles_on(net, monkeypatch):
     """Groups of two latent frames in place of 32; for the autoencoders with chunks that is one chunk."""
     monkeypatch.setattr(tiling, "GROUP", 2)
     z = latent(net, 7, 3, 4)
-    same(net.decode(z, tile=(2, 3)), net.decode(z))
+    same(decode(net, z, (2, 3)), net.decode(z))
     pieces = [z[:, :, i : i + 1] for i in range(7)]
     read = []
-    stream = net.decode_stream((read.append(1) or piece for piece in pieces), tile=(2, 3))
+    stream = tiling.decode_stream(net, (read.append(1) or piece for piece in pieces), (2, 3))
     next(stream)
     assert len(read) < 7  # the end of the video is not waited for
-
-
-def test_compat_and_tiles_exclude_each_other():
-    net = MAKE["dc-ae-v"]()
-    for code, x in ((net.decode, latent(net)), (net.encode, torch.rand(1, 3, 8, 16, 16))):
-        with pytest.raises(UserError, match="leave the tile or compat away"):
-            code(x, tile=(4, 4), compat=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the halo
@@ -123,14 +118,14 @@ def test_compat_and_tiles_exclude_each_other():
     ([(3, 2, 0)], (4, 8), (8, 18)),  # halved, zeros at the end only: rows 8 to 16, and 17 to keep pairs whole
 ])
 def test_rows_that_a_layer_needs(layer, rows, expected):
-    assert tiling.needed(tuple(layer), *rows, 20) == expected
+    assert tiling.needed_rows(tuple(layer), *rows, 20) == expected
 
 
 def test_the_halo_of_the_published_decoder():
     """f32t4c32: the 11 convolutions at half the pixel rate, then 20 blocks of convolutions at a quarter, ... down to the latent."""
     with torch.device("meta"):
-        layers = tiling.path(ae.DCAEV(ae.PRESETS["f32t4c32"]).decoder.layers)
-    found = tiling.spans(layers, 1000, 16000, 16032)[0]  # the pixels of latent cell 500
+        layers = tiling.layer_ops(ae.DCAEV(ae.PRESETS["f32t4c32"]).decoder.layers)
+    found = tiling.row_spans(layers, 1000, 16000, 16032)[0]  # the pixels of latent cell 500
     halo, convolutions = 0, [("1/2", 1 + 10), ("1/4", 1 + 20), ("1/8", 1 + 8), ("1/16", 1 + 8), ("1/32", 1 + 8 + 1 + 8 + 1)]
     for i, (_, n) in enumerate(convolutions):
         halo = (math.ceil(halo / 2) if i else 0) + n
@@ -143,11 +138,11 @@ def test_the_halo_is_what_reaches_the_tile_and_no_more(net):
         layers, f = net.decoder.layers[places(net, "decoder")[0] :], 1
     else:
         layers, f = net.decoder.layers, 1
-    path = tiling.path(layers)
+    ops = tiling.layer_ops(layers)
     size, at = 60, 30
-    z = tiling.zoom(*path)
-    a, b = round(at * z), round((at + 1) * z)
-    lo, hi = tiling.spans(path, size, a, b)[0]
+    scale = tiling.scales(ops, size)[-1] / size
+    a, b = round(at * scale), round((at + 1) * scale)
+    lo, hi = tiling.row_spans(ops, size, a, b)[0]
     assert 0 < lo < at and at + 1 < hi < size
     channels = [m for m in layers[0].modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))][0].in_channels
     frames = 2 if isinstance(net, ae.DCAEV) and len(layers) == len(net.decoder.layers) else 1
@@ -167,7 +162,7 @@ def test_the_estimate_is_what_a_run_creates(net, side, tile):
     x = torch.rand(1, 3, c.lead + 5 * c.temporal_factor, 5 * c.spatial_factor, 7 * c.spatial_factor)
     estimate = tiling.peak(net, side, tuple(z.shape[2:]), tile)
     with tiling.Meter() as meter:
-        for _ in net.decode_stream(z, tile) if side == "decoder" else net.encode_stream([x], tile):
+        for _ in tiling.decode_stream(net, z, tile) if side == "decoder" else tiling.encode_stream(net, [x], tile):
             pass
     assert estimate == pytest.approx(meter.peak, rel=0.06)
 
@@ -186,44 +181,11 @@ def test_choose_takes_the_largest_tile_that_fits(name):
     make, config, shape = PUBLISHED[name]
     with torch.device("meta"):
         net = make(config)
-    need = lambda tile: net.decode_peak(shape, tile, torch.bfloat16)
+    need = lambda tile: tiling.peak(net, "decoder", shape, tile, torch.bfloat16)
     assert tiling.choose(net, shape, 1e15, torch.bfloat16) is None
     budget = 0.4 * need(None)
     tile = tiling.choose(net, shape, budget, torch.bfloat16)
     wider = (tile[0] * 2, tile[1]) if tile[0] < tile[1] else (tile[0], tile[1] * 2)
-    assert need(tile) <= budget < need(wider) < need(None) < net.decode_peak(shape, None, torch.float32)
+    assert need(tile) <= budget < need(wider) < need(None) < tiling.peak(net, "decoder", shape, None, torch.float32)
     least = tiling.choose(net, shape, 0, torch.bfloat16)  # nothing fits: the caller says so, with a number
     assert 0 < need(least) < need(tile)
-
-
-def test_the_measured_peaks():
-    """`python -m gpu.tiling` compares the estimate with the resident memory of real runs, one process each: right within 20 %."""
-    runs = json.loads((ROOT / "results" / "tiling.json").read_text())["runs"]
-    assert {r["case"] for r in runs} == set(tiling.cases()) and all(0.8 < r["ratio"] < 1.2 for r in runs)
-    for case in tiling.cases():
-        measured = [r["measured_mib"] for r in runs if r["case"] == case]
-        assert measured == sorted(measured, reverse=True)  # from the whole frame to the smallest tile
-
-
-@pytest.mark.slow
-def test_the_script_measures_again():
-    """One of these measurements; half a minute."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "gpu.tiling", "--one", "wan2.2", "1"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert 0.8 < json.loads(done.stdout)["ratio"] < 1.2
-
-
-@pytest.mark.parametrize("side", ["decoder", "encoder"])
-def test_extra_work_is_what_a_tiled_run_multiplies(side):
-    """Counted while it runs, with and without tiles that do not divide the frame evenly."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    net = ae.DCAEV(ae.Config((0, 8, 8, 8, 8), (0, 1, 1, 1, 1), 4, chunk=8)).to("meta")  # where all operations are counted
-    shape, counted = (2, 5, 7), []
-    x = torch.empty(1, *((4, *shape) if side == "decoder" else (3, 8, 40, 56)), device="meta")
-    for tile in (None, (2, 3)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net.decode(x, tile=tile) if side == "decoder" else net.encode(x, tile=tile)
-        counted.append(counter.get_total_flops())
-    assert counted[1] > 1.2 * counted[0] and tiling.extra_work(net, side, shape, (2, 3)) == pytest.approx(counted[1] / counted[0], rel=1e-6)
-    assert tiling.extra_work(net, side, shape, None) == 1

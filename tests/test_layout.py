@@ -21,8 +21,6 @@ ROOMS = [
     ["adapt", "experiments", "bench"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
-#: arrows that still point to the right; none may be added
-EXCEPTIONS = {("ae", "gpu"), ("gpu", "wan")}
 
 
 class Imports(ast.NodeVisitor):
@@ -45,14 +43,13 @@ class Imports(ast.NodeVisitor):
 
 
 def arrows():
-    """{file: files that it imports}, both as module names, less the exceptions."""
+    """{file: files that it imports}, both as module names."""
     files = {}
     rooms = [path for name in HEIGHT for path in (ROOT / name).glob("*.py")]
     for path in (*ROOT.glob("*.py"), *rooms):
         if path.stem != "__init__":
             files[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    wanted = {name: Imports(path).found & files.keys() for name, path in files.items()}
-    return {a: {b for b in below if (room(a), room(b)) not in EXCEPTIONS} for a, below in wanted.items()}
+    return {name: Imports(path).found & files.keys() for name, path in files.items()}
 
 
 def room(module):

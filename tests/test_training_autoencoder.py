@@ -171,7 +171,7 @@ def test_the_adversary_pulls_the_decoder_and_not_itself():
 
 def test_recomputed_stages_give_the_same_gradients():
     net, again, x = tiny(), tiny(), torch.rand(1, 3, 16, 32, 32) * 2 - 1
-    autoencoder.recompute_stages(again)
+    autoencoder.recompute_blocks(again)
     for n in (net, again):
         step(n, PLAIN, x)[0][1].backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), again.parameters()))
@@ -301,7 +301,6 @@ def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
         latent = net.encode(clip)
         assert torch.allclose(latent, z[:, :, None].expand_as(latent), atol=1e-5)
         assert torch.allclose(net.decode(latent), y[:, :, None].expand(-1, -1, 16, -1, -1), atol=1e-4)
-        assert torch.allclose(net.decode_image(net.encode_image(x)), y, atol=1e-4)
 
 
 def test_what_an_image_model_has_nothing_for_can_still_learn():

@@ -287,7 +287,12 @@ def stub_autoencoder(mix, scale, factor=32, lead=4):
     """The autoencoder of the golden pipeline: the latent is `mix` times the mean colour of each block of 4 x 32 x 32 pixels."""
     config = types.SimpleNamespace(latent_channels=len(mix), spatial_factor=factor, temporal_factor=4, lead=lead, scale=scale)
     stub = types.SimpleNamespace(config=config)
-    stub.encode = lambda x, tile=None: torch.einsum("zc,bcthw->bzthw", mix, torch.nn.functional.avg_pool3d(x, (4, 32, 32)))
+    def encode_stream(clips):
+        for x in clips:
+            mean = torch.nn.functional.avg_pool3d(x, (4, 32, 32))
+            yield torch.einsum("zc,bcthw->bzthw", mix, mean)
+
+    stub.encode_stream = encode_stream
     stub.to = lambda *_: stub
     return stub
 

@@ -86,7 +86,7 @@ class Phase:
 
 
 #: For the published sizes on 8 H100. None of these has been run: times follow from the operations of spec 9 (forward, once more for
-#: `recompute_stages`, twice for the backward pass) at 40 % of the peak.
+#: `recompute_blocks`, twice for the backward pass) at 40 % of the peak.
 FULL = {
     "image": Phase("space", (256, 256), 1, 64, 50_000, 1e-4, "0.9 s per step, 13 hours", images=0.0, perceptual_frames=1),
     "low": Phase("all", (256, 256), 80, 2, 200_000, 1e-4, "7 s per step, 16 days; the released model has 31.1 dB (spec 8.3)"),
@@ -134,20 +134,21 @@ def optimiser(which, module, lr):
 
 
 def prepare(net, device, compiled=False):
-    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want, and `recompute_stages`."""
+    """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels want, and `recompute_blocks`."""
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last_3d)
-        recompute_stages(net)
+        recompute_blocks(net)
     if compiled:
         net.encoder.compile(), net.decoder.compile()
     return net
 
 
-def recompute_stages(net):
-    """Activation checkpointing: a stage keeps only its input and is computed once more in the backward pass. Same numbers, less memory."""
-    for stage in (*net.encoder.stages, *net.decoder.stages):
-        stage.forward = functools.partial(recompute, stage.forward, use_reentrant=False)
+def recompute_blocks(net):
+    """Activation checkpointing: a block keeps only its input and is computed once more in the
+    backward pass. Same numbers, less memory."""
+    for block in (*net.encoder.layers, *net.decoder.layers):
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 
 
 def add_latent_noise(z, noise, seed):

@@ -1,9 +1,12 @@
-"""What an autoencoder does to video, and what that costs: a film side by side with its reconstruction, the table of the published evaluation
-(spec dc-ae-v 8) for any autoencoder, and the memory of a stream that does not end.
+"""What an autoencoder does to video, and what that costs: a film beside its reconstruction, the
+table of the published evaluation, and the memory of a stream that does not end. For DC-AE-V and
+Wan VAE files alike.
 
-    python ae.py reconstruct assets/bunny.mp4                              side-by-side mp4, contact sheet, PSNR, SSIM
-    python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS            a line for each: DC-AE-V and Wan VAE files, in one table; with --results also pictures
-    python ae.py eval weights/toy.safetensors --stream 2000                2,000 frames in the memory of one chunk -> results/streaming.json
+    python ae.py reconstruct assets/bunny.mp4          mp4 side by side, contact sheet, PSNR, SSIM
+    python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS
+                                                       a line for each; --results: pictures too
+    python ae.py eval weights/toy.safetensors --stream 2000
+                                                       2,000 frames in the memory of one chunk
 """
 import argparse
 import itertools
@@ -14,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import ae
+from chunk_causal import recut
 from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
@@ -22,7 +26,7 @@ from wan import vae
 
 
 def load(path):
-    """Weights of a DC-AE-V or of a Wan VAE (a file, or a diffusers folder) -> that autoencoder, in eval mode."""
+    """Weights of a DC-AE-V or of a Wan VAE (a file, or a diffusers folder), in eval mode."""
     try:
         return ae.load(path)
     except UserError as no_dc_ae_v:
@@ -32,68 +36,81 @@ def load(path):
             raise no_dc_ae_v from None
 
 
-# ---------------------------------------------------------------------------------------------------- one film
+# --------------------------------------------------------------------------------- one film
 
 
 @torch.no_grad()
-def reconstruct(net, clip, out, frames=None, size=None, compat=False):
-    """A video file through the autoencoder, chunk by chunk, so that length costs no memory -> dict of the results.
+def reconstruct(net, clip, out, frames=None, size=None):
+    """A video file through the autoencoder, chunk by chunk -> dict of the results.
 
-    Writes OUT/<clip>_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames of both), .json (the results; PSNR
-    and SSIM as in spec 8.2).
+    Writes OUT/CLIP_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames
+    of both) and .json (the results; PSNR and SSIM as published).
     """
     c, like, info = net.config, next(net.parameters()), video.clip_info(clip)
-    psnr, ssim, shown, latent, seconds = [], [], [], [], dict(encode=0.0, decode=0.0)
-    step = max(1, (frames or int(info.seconds * info.fps) or 8 * c.piece) // 8)  # between the frames of the contact sheet
-
-    def now():
-        if like.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    expected = frames or int(info.seconds * info.fps)
+    step = max(1, (expected or 8 * c.piece) // 8)  # between the frames of the contact sheet
+    psnr, ssim, shown, spent = [], [], [], dict(read=0.0, encode=0.0, decode=0.0)
 
     def side_by_side():
-        encoder_state = decoder_state = None
-        bar = tqdm(total=frames or int(info.seconds * info.fps) or None, desc="reconstruct", unit="frame", leave=False)
-        for x in video.iter_clip(clip, frames, size, piece=c.piece):
-            x, start = x[None], now()
-            z, encoder_state = net.encode_chunk(x.to(like), encoder_state, compat)
-            middle = now()
-            y, decoder_state = net.decode_chunk(z, decoder_state, compat)
-            seconds["encode"] += middle - start
-            seconds["decode"] += now() - middle
+        pieces = (x[None] for x in video.iter_clip(clip, frames, size, piece=c.piece))
+        originals = recut(pieces, 3, c.piece, c.lead + c.piece - c.temporal_factor)
+        originals, copies = itertools.tee(timed(originals, "read", spent))
+        latents = timed(net.encode_stream(x.to(like) for x in originals), "encode", spent)
+        decoded = timed(net.decode_stream(latents), "decode", spent)
+        bar = tqdm(total=expected or None, desc="reconstruct", unit="frame", leave=False)
+        for y, x in zip(decoded, copies):
             y = y[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x)
             if -len(psnr) % step < x.shape[2]:
                 shown.append(torch.cat([x, y])[:, :, -len(psnr) % step :: step].clone())
             psnr.extend(metrics.psnr_frames(y, x)[0].tolist())
             ssim.extend(metrics.ssim_frames(y, x)[0].tolist())
-            latent.append(z.shape[2])
             bar.update(x.shape[2])
             yield torch.cat([x, y], dim=4)[0]
         bar.close()
 
     h, w = size or (info.height, info.width)
-    path = f"{Path(out) / Path(clip).stem}_reconstruction"
+    path, labels = f"{Path(out) / Path(clip).stem}_reconstruction", ["original", "reconstruction"]
     video.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
-    video.contact_sheet(f"{path}.png", torch.cat(shown, dim=2), labels=["original", "reconstruction"], scale=min(2, 200 / h))
+    shown = torch.cat(shown, dim=2)
+    video.contact_sheet(f"{path}.png", shown, labels=labels, scale=min(2, 200 / h))
+    cell = 3 * c.spatial_factor**2 * c.temporal_factor
     result = dict(
         clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps,
-        psnr=round(metrics.finite_mean(torch.tensor(psnr)), 3), ssim=round(sum(ssim) / len(ssim), 4),
-        latent=[c.latent_channels, sum(latent), *net.latent_shape(1, h, w)[1:]],
-        compression=3 * c.spatial_factor**2 * c.temporal_factor / c.latent_channels, chunk=c.chunk, compat=compat,
-        seconds={k: round(v, 3) for k, v in seconds.items()},
-        dtype=str(like.dtype), device=str(like.device), threads=torch.get_num_threads(), torch=torch.__version__)
+        psnr=round(metrics.finite_mean(torch.tensor(psnr)), 3),
+        ssim=round(sum(ssim) / len(ssim), 4),
+        latent=[c.latent_channels, *net.latent_shape(len(psnr), h, w)],
+        compression=cell / c.latent_channels,
+        seconds={"encode": round(spent["encode"] - spent["read"], 3),
+                 "decode": round(spent["decode"] - spent["encode"], 3)},
+        dtype=str(like.dtype), device=str(like.device),
+        threads=torch.get_num_threads(), torch=torch.__version__)
     checkpoint.write_json(f"{path}.json", result)
     return result
 
 
-# ---------------------------------------------------------------------------------------------------- many films: the table
+def timed(pieces, name, spent):
+    """Pass pieces on, and add the seconds that they take to come to spent[name]."""
+    pieces = iter(pieces)
+    while True:
+        started = time.perf_counter()
+        piece = next(pieces, None)
+        if piece is not None and piece.is_cuda:
+            torch.cuda.synchronize()
+        spent[name] += time.perf_counter() - started
+        if piece is None:
+            return
+        yield piece
+
+
+# --------------------------------------------------------------------------- many clips: the table
 
 
 def evaluate(net, held_out):
-    """`metrics.evaluate` for an autoencoder of either kind, and the statistics of its raw latents. held_out: list of (name, x [3, t, h, w])."""
+    """`metrics.evaluate` for either kind of autoencoder, and the statistics of its raw latents.
+    held_out: list of (name, x [3, t, h, w])."""
     c, like, latents = net.config, next(net.parameters()), []
 
-    def reconstruct(x):
+    def reconstruction(x):
         z = net.encode(x.to(like))
         latents.append(z.float().cpu())
         return net.decode(z, x.shape[2], x.shape[3:])
@@ -101,24 +118,23 @@ def evaluate(net, held_out):
     borders = {"latent frame": (c.temporal_factor, c.lead % c.temporal_factor)}
     if hasattr(c, "chunk"):
         borders["chunk"] = (c.chunk, 0)
-    result = metrics.evaluate(reconstruct, held_out, borders, c.spatial_factor)
+    result = metrics.evaluate(reconstruction, held_out, borders, c.spatial_factor)
     return dict(**result, latent=metrics.latent_statistics(latents[: len(held_out)]))
 
 
 @torch.no_grad()
 def show(path, nets, held_out, frames=4):
-    """A contact sheet: clip by clip, the original and what each of {name: autoencoder} makes of it."""
+    """A contact sheet: clip by clip, the original and what each of {name: autoencoder} makes."""
     rows, labels = [], []
     for _, x in held_out:
-        rows, labels = rows + [x.cpu()], labels + ["original"]
-        for name, net in nets.items():
-            like = next(net.parameters())
-            rows.append(net.decode(net.encode(x[None].to(like)), x.shape[1], x.shape[2:])[0].float().cpu())
-            labels.append(name)
+        rows, labels = [*rows, x.cpu()], [*labels, "original", *nets]
+        for net in nets.values():
+            y = net(x[None].to(next(net.parameters())))
+            rows.append(y[0].float().cpu())
     video.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
 
 
-# ---------------------------------------------------------------------------------------------------- a film without end
+# ------------------------------------------------------------------------- a film without end
 
 
 def resident():
@@ -128,13 +144,15 @@ def resident():
 
 @torch.no_grad()
 def stream(net, clip, frames, size, check=80):
-    """Encode and decode `frames` frames of `clip`, played over and over, as one stream -> dict with the memory over frame index.
+    """Encode and decode `frames` frames of `clip`, played over and over, as one stream -> dict
+    with the memory over frame index.
 
-    Nothing is kept but the state. The first `check` frames are also done in one call over all of them: `error` is the largest difference.
+    Nothing is kept but the state. The first `check` frames are also done in one call over all
+    of them: `error` is the largest difference.
     """
-    c = net.config
-    film = itertools.chain.from_iterable(video.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
-    first, seen, rows, started = [], 0, [], time.perf_counter()
+    c, first, kept, seen, memory = net.config, [], [], 0, []
+    plays = (video.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
+    film = itertools.chain.from_iterable(plays)
 
     def source():
         sent = 0
@@ -145,88 +163,109 @@ def stream(net, clip, frames, size, check=80):
                 first.append(piece)
             yield piece
 
-    kept = []
-    for y in tqdm(net.decode_stream(net.encode_stream(source())), "stream", -(-frames // c.piece), unit="chunk", mininterval=5):
+    decoded, started = net.decode_stream(net.encode_stream(source())), time.perf_counter()
+    for y in tqdm(decoded, "stream", -(-frames // c.piece), unit="chunk", mininterval=5):
         seen += y.shape[2]
         if seen <= check:
             kept.append(y)
-        rows.append((min(seen, frames), round(resident() / 2**20, 2)))
+        memory.append((min(seen, frames), round(resident() / 2**20, 2)))
     seconds = time.perf_counter() - started
-    x = torch.cat(first, dim=2)[:, :, : len(kept) * c.piece]
-    z = net.encoder(x)[0]
-    whole = net.decoder(z)[0]
-    memory = [m for _, m in rows]
-    quarter = len(memory) // 4
-    return dict(clip=Path(clip).name, frames=seen, size=list(size), config=repr(c),
-                seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1),
-                error=(torch.cat(kept, dim=2) - whole).abs().max().item(), error_frames=x.shape[2],
-                whole_clip_mib=round(3 * 4 * frames * size[0] * size[1] / 2**20, 1),  # the pixels alone, which are never held
-                growth_mib=round(max(memory[-quarter:]) - max(memory[quarter : 2 * quarter]), 2), rss_mib=rows)
+    kept = torch.cat(kept, dim=2)
+    x = torch.cat(first, dim=2)[:, :, : kept.shape[2]]
+    features = net.encoder(x)[0]
+    whole = net.decoder(net.from_latent(net.to_latent(features)))[0]
+    rss, quarter = [mib for _, mib in memory], len(memory) // 4
+    growth = max(rss[-quarter:]) - max(rss[quarter : 2 * quarter])
+    pixels = 3 * 4 * frames * size[0] * size[1]  # bytes, which are never held
+    return dict(
+        clip=Path(clip).name, frames=seen, size=list(size), config=repr(c),
+        seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1),
+        error=(kept - whole).abs().max().item(), error_frames=x.shape[2],
+        whole_clip_mib=round(pixels / 2**20, 1), growth_mib=round(growth, 2), rss_mib=memory)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------- command line
 
 
 def main_eval(argv):
-    p = argparse.ArgumentParser(prog="ae.py eval", description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
     p.add_argument("weights", nargs="+", help="DC-AE-V or Wan VAE files")
-    p.add_argument("--data", default="out/clips", metavar="FOLDER", help="clips; judged is what `training/clips.py` holds out of them")
+    p.add_argument("--data", default="out/clips", metavar="FOLDER",
+                   help="clips; judged is what training/clips.py holds out of them")
     p.add_argument("--clips", type=int, default=16, help="how many")
-    p.add_argument("--frames", type=int, default=80, help="per clip, as published; fewer where the clips are short")
-    p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW", help="as published")
-    p.add_argument("--stream", type=int, metavar="N", help="instead: the memory while N frames go through, on the film --data")
-    p.add_argument("--results", metavar="FILE", help="JSON to write; beside it a contact sheet of three clips")
+    p.add_argument("--frames", type=int, default=80,
+                   help="per clip, as published; fewer where the clips are short")
+    p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW",
+                   help="as published")
+    p.add_argument("--stream", type=int, metavar="N",
+                   help="instead: the memory while N frames go through, on the film --data")
+    p.add_argument("--results", metavar="FILE",
+                   help="JSON to write; beside it a contact sheet of three clips")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = p.parse_args(argv)
-    nets = {Path(w).stem: load(w).to(a.device) for w in a.weights}
-    if a.stream:
-        film = a.data if Path(a.data).is_file() else ROOT / "assets" / "bunny.mp4"
-        results = {name: stream(net, film, a.stream, a.size) for name, net in nets.items()}
+    args = p.parse_args(argv)
+    nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
+    settings = dict(frames=args.stream or args.frames, size=args.size, data=str(args.data))
+    if args.stream:
+        film = args.data if Path(args.data).is_file() else ROOT / "assets" / "bunny.mp4"
+        args.results = args.results or "out/streaming.json"
+        settings["data"] = Path(film).name
+        results = {name: stream(net, film, args.stream, args.size) for name, net in nets.items()}
         for name, r in results.items():
-            print(f"{name}: {r['frames']} frames of {a.size[0]}x{a.size[1]}, {r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB "
-                  f"resident at the end, {r['growth_mib']:+} MiB from the second quarter to the last; {r['error']:.1e} from the whole clip "
-                  f"({r['error_frames']} frames)")
+            print(f"{name}: {r['frames']} frames of {args.size[0]}x{args.size[1]}, "
+                  f"{r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB resident at the "
+                  f"end, {r['growth_mib']:+} MiB from the second quarter to the last; "
+                  f"{r['error']:.1e} from the whole clip ({r['error_frames']} frames)")
     else:
-        held_out = [(f"clip {i}", x.to(a.device)) for i, x in enumerate(clips.validation(a.data, a.frames, a.size, a.clips))]
+        dataset = clips.validation(args.data, args.frames, args.size, args.clips)
+        held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
         results = {name: evaluate(net, held_out) for name, net in nets.items()}
         print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
         for name, r in results.items():
             print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
         for column, reason in next(iter(results.values()))["left_out"].items():
             print(f"{column} is left out: {reason}")
-        if a.results:
-            show(Path(a.results).with_suffix(".png"), nets, held_out[:3])
-    if a.results or a.stream:
-        path = a.results or "results/streaming.json"
-        judged = Path(film).name if a.stream else str(a.data)
-        checkpoint.write_json(path, dict(**checkpoint.provenance(), frames=a.stream or a.frames, size=a.size, data=judged, results=results))
-        print("wrote", path)
+        if args.results:
+            show(Path(args.results).with_suffix(".png"), nets, held_out[:3])
+    if args.results:
+        document = dict(**checkpoint.provenance(), **settings, results=results)
+        checkpoint.write_json(args.results, document)
+        print("wrote", args.results)
 
 
 def main_reconstruct(argv):
-    r = argparse.ArgumentParser(prog="ae.py reconstruct", description="A video file through the autoencoder: side-by-side mp4, contact "
-                                "sheet, PSNR, SSIM.")
-    r.add_argument("clip", help="video file")
-    toy = ROOT / "weights" / "toy.safetensors"
-    r.add_argument("--weights", default=toy, help="official .pt, or .safetensors (default: the toy's)")
-    r.add_argument("--out", default="out/reconstruct", help="folder for the results (default: %(default)s)")
-    r.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
-    r.add_argument("--size", type=video.size_arg, metavar="HxW", help="scale and crop; 180x320 gives 180 rows (default: as it is)")
-    r.add_argument("--compat", action="store_true", help="treat the end of the clip as the released code does: no padding")
-    r.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    r.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on the CPU")
-    args = vars(r.parse_args(argv))
-    device, dtype, weights = torch.device(args.pop("device")), args.pop("dtype"), args.pop("weights")
+    p = argparse.ArgumentParser(
+        prog="ae.py reconstruct", description="A video file through the autoencoder: "
+        "side-by-side mp4, contact sheet, PSNR, SSIM.")
+    p.add_argument("clip", help="video file")
+    p.add_argument("--weights", default=ROOT / "weights" / "toy.safetensors",
+                   help="official .pt, or .safetensors (default: the toy's)")
+    p.add_argument("--out", default="out/reconstruct",
+                   help="folder for the results (default: %(default)s)")
+    p.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
+    p.add_argument("--size", type=video.size_arg, metavar="HxW",
+                   help="scale and crop; 180x320 gives 180 rows (default: as it is)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="default: %(default)s")
+    p.add_argument("--dtype", choices=("fp32", "bf16"),
+                   help="default: bf16 on a GPU, fp32 on the CPU")
+    checkpoint.refuse_options(p, {"--compat": "a clip's end is padded and cropped; what the "
+                                  "released code did with it, tests/test_ae.py holds"})
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU that torch can use: leave --device off, or install a CUDA build of torch.")
-    bf16 = dtype == "bf16" or dtype is None and device.type == "cuda"
+        raise UserError("there is no GPU that torch can use: leave --device off, or install a "
+                        "CUDA build of torch.")
     choose.choose_kernels(device)
-    result = reconstruct(load(weights).to(device, torch.bfloat16 if bf16 else torch.float32), **args)
-    n = result["frames"]
-    print(f"clip    {n} frames of {result['height']}x{result['width']}, {result['fps']:g} per second")
-    print(f"latent  {' x '.join(map(str, result['latent']))}, compression {result['compression']:g}x")
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    net = load(args.weights).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    result = reconstruct(net, args.clip, args.out, args.frames, args.size)
+    n, size = result["frames"], f"{result['height']}x{result['width']}"
+    print(f"clip    {n} frames of {size}, {result['fps']:g} per second")
+    latent = " x ".join(map(str, result["latent"]))
+    print(f"latent  {latent}, compression {result['compression']:g}x")
     print(f"PSNR    {result['psnr']:.2f} dB    SSIM {result['ssim']:.4f}")
-    for what, s in result["seconds"].items():
-        print(f"{what}  {s:.2f} s, {n / s:.1f} frames per second")
+    for what, seconds in result["seconds"].items():
+        print(f"{what}  {seconds:.2f} s, {n / seconds:.1f} frames per second")
     print(f"wrote   {result['written']}.mp4, .png, .json")

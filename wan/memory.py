@@ -53,7 +53,7 @@ def plan(model, frames, size, dtype, fold=1, offload=None, free=None):
         denoise = on_device[way] + step
         base = on_device["none"] if way == "none" else autoencoder
         tile = tiling.choose(model.ae, shape, budget - base, model.ae_dtype)
-        decode = base + model.ae.decode_peak(shape, tile, model.ae_dtype)
+        decode = base + tiling.peak(model.ae, "decoder", shape, tile, model.ae_dtype)
         if max(denoise, decode) <= budget:
             break
     if model.task != "t2v":

@@ -30,6 +30,7 @@ import lora
 import toy
 from files import video
 from files.checkpoint import UserError
+from gpu import tiling
 from gpu.offload import stream_blocks
 from wan import vae
 from wan.text import WanText
@@ -262,14 +263,14 @@ class Model:
         """Pixels [b, 3, t, h, w] -> the latent the transformer sees (scaled, about unit RMS),
         fp32."""
         x = x.to(self.device, self.ae_dtype)
-        z = self.autoencoder().encode(x, tile=self.encode_tile)
-        return z.float() * self.ae.config.scale
+        pieces = tiling.encode_stream(self.autoencoder(), [x], self.encode_tile)
+        return torch.cat(list(pieces), dim=2).float() * self.ae.config.scale
 
     def decode(self, z, frames, size, tile=None):
         """The transformer's latent -> pieces [b, 3, t, *size] of a video of `frames` frames,
         chunk by chunk."""
         z = (z / self.ae.config.scale).to(self.device, self.ae_dtype)
-        for x in self.autoencoder().decode_stream(z, tile=tile):
+        for x in tiling.decode_stream(self.autoencoder(), z, tile):
             x = x[:, :, :frames, : size[0], : size[1]]
             frames -= x.shape[2]
             if x.shape[2]:

@@ -30,10 +30,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
+from ae import VideoAutoencoder
 from chunk_causal import Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
 from files import checkpoint
 from files.checkpoint import UserError
-from gpu import tiling
 from kernels import attention
 
 
@@ -67,6 +67,11 @@ class Config:
     @property
     def temporal_factor(self):
         return 2 ** sum(self.temporal)
+
+    @property
+    def piece(self):
+        """Frames that go through at a time, after the first."""
+        return self.latent_chunk * self.temporal_factor
 
 
 _WAN21 = dict(
@@ -338,8 +343,8 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------- the autoencoder
 
 
-class WanVAE(nn.Module):
-    """Pixels [b, 3, T, H, W] in [-1, 1] <-> normalised latents [b, Z, t, h, w] with t = 1 + ceil((T - 1) / 4).
+class WanVAE(VideoAutoencoder):
+    """Pixels [b, 3, T, H, W] in [-1, 1] <-> normalised latents, t = 1 + ceil((T - 1) / 4).
 
     Inputs of any float dtype are computed in that of the weights, which is also the results'.
     """
@@ -348,77 +353,21 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)  # after the encoder
-        self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)  # before the decoder
+        z = config.latent_channels
+        self.conv1 = nn.Conv3d(2 * z, 2 * z, 1)  # after the encoder
+        self.conv2 = nn.Conv3d(z, z, 1)  # before the decoder
 
-    def latent_shape(self, frames, height, width):
-        """(t, h, w) of the latent of a clip: the first frame alone, the others by four; sizes up to whole cells."""
-        c = self.config
-        return (1 + math.ceil((frames - 1) / c.temporal_factor), math.ceil(height / c.spatial_factor), math.ceil(width / c.spatial_factor))
+    def to_latent(self, features):
+        mean = self.conv1(features).chunk(2, dim=1)[0]
+        return (mean - self._constant("mean", mean)) / self._constant("std", mean)
 
-    def encode(self, x, tile=None):
-        """[b, 3, T, H, W] in [-1, 1] -> mean of the posterior, normalised, [b, Z, *latent_shape(T, H, W)].
-
-        Any T >= 1 and any size: the clip is padded by repeating its last frame, row and column. tile: see gpu/tiling.py.
-        """
-        return torch.cat(list(self.encode_stream([x], tile)), dim=2)
-
-    def decode(self, z, frames=None, size=None, tile=None):
-        """Normalised latent [b, Z, t, h, w] -> [b, 3, frames, *size], not clamped. Default: everything the latent holds, 1 + 4 (t - 1) frames.
-
-        tile: (rows, columns) in latent cells, for less memory and the same result (gpu/tiling.py); None for whole frames.
-        """
-        x = torch.cat(list(self.decode_stream(z, tile)), dim=2)
-        h, w = size or x.shape[3:]
-        return x[:, :, :frames, :h, :w]
-
-    def forward(self, x):
-        """Reconstruction of a clip of any length and size: encode, decode, crop."""
-        return self.decode(self.encode(x), x.shape[2], x.shape[3:])
-
-    def encode_stream(self, clips, tile=None):
-        """An iterable of clips [b, 3, any T, H, W] in order, cut anywhere -> normalised latents, one latent frame at a time."""
-        pieces = (self._pad(x, first=i == 0) for i, x in enumerate(self._recut(clips, 3, self.config.temporal_factor)))
-        for y in tiling.stream(self, "encoder", pieces, tile):
-            mean = self.conv1(y).chunk(2, dim=1)[0]
-            yield (mean - self._constant("mean", mean)) / self._constant("std", mean)
-
-    def decode_stream(self, z, tile=None):
-        """Normalised latents (a tensor, or an iterable of pieces cut anywhere) -> frames [b, 3, t, H, W]: 1, then 4 at a time."""
-        latents = self._recut([z] if isinstance(z, torch.Tensor) else z, self.config.latent_channels, 1)
-        raw = (z * self._constant("std", z) + self._constant("mean", z) for z in latents)
-        yield from tiling.stream(self, "decoder", (self.conv2(z.to(self.conv2.weight.dtype)) for z in raw), tile)
-
-    def decode_peak(self, shape, tile=None, dtype=torch.float32):
-        """Estimated peak bytes of activations while `decode_stream` runs on a latent of shape (t, h, w), batch 1."""
-        return tiling.peak(self, "decoder", shape, tile, dtype)
+    def from_latent(self, z):
+        raw = z * self._constant("std", z) + self._constant("mean", z)
+        return self.conv2(raw.to(self.conv2.weight.dtype))
 
     def _constant(self, name, like):
-        return torch.tensor(getattr(self.config, name), dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
-
-    def _pad(self, x, first):
-        """Repeat the last row and column up to a whole cell, and the last frame up to a whole latent frame."""
-        c = self.config
-        t, h, w = 0 if first else -x.shape[2] % c.temporal_factor, -x.shape[3] % c.spatial_factor, -x.shape[4] % c.spatial_factor
-        x = F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
-        return x.to(self.conv1.weight.dtype)
-
-    @staticmethod
-    def _recut(pieces, channels, size):
-        """Re-cut pieces of a video into its first frame and then pieces of `size` frames; the last one may be shorter."""
-        held, count, wanted = [], 0, 1
-        for piece in pieces:
-            if piece.ndim != 5 or piece.shape[1] != channels or 0 in piece.shape:
-                raise UserError(f"the layout is [batch, {channels}, frames, height, width], got the shape {list(piece.shape)}.")
-            while piece.shape[2]:
-                part, piece = piece[:, :, : wanted - count], piece[:, :, wanted - count :]
-                held.append(part)
-                count += part.shape[2]
-                if count == wanted:
-                    yield torch.cat(held, dim=2)
-                    held, count, wanted = [], 0, size
-        if held:
-            yield torch.cat(held, dim=2)
+        values = getattr(self.config, name)
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- weights (spec 5.6)
