@@ -510,12 +510,28 @@ def infer_config(sd, heads=None):
     return Config(**layouts.sizes(sd, heads))
 
 
+ENDS = ("patch_embedding", "head")  # the modules that touch the latent
+
+
+@torch.no_grad()
+def fresh_embedder(config, seed=None):
+    """What a patch embedder starts from: Xavier, with a small random bias
+    -> (weight [d, c * prod(patch)], bias [d]), fp32. With a seed the same everywhere."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    weight = torch.empty(config.dim, config.in_channels * prod(config.patch))
+    bias = torch.empty(config.dim)
+    bound = (config.out_channels * prod(config.patch)) ** -0.5
+    nn.init.xavier_uniform_(weight, generator=generator)
+    nn.init.uniform_(bias, -bound, bound, generator=generator)
+    return weight, bias
+
+
 @torch.no_grad()
 def inherit(base, config, share=False):
     """A transformer for another latent space with everything it can take from `base`: all
     tensors but patch embedder and head matrix (paper: AE-Adapt-V). The head matrix is zero,
-    so it predicts exactly 0; the patch embedder is Xavier with a small random bias. Both
-    are fp32, whatever the base is stored in.
+    so it predicts exactly 0; the patch embedder is a fresh one. Both are fp32, whatever the
+    base is stored in.
 
     share: the inherited tensors are the base's own, not copies, so both transformers need
         the memory of one; neither may then be changed in place (adapters are fine:
@@ -523,12 +539,12 @@ def inherit(base, config, share=False):
     """
     with torch.device("meta"):  # every tensor comes from the base or is made below
         net = WanDiT(config)
-    device, ends = base.head.head.weight.device, ("patch_embedding.", "head.head.")
-    fresh = {k: torch.zeros(v.shape, device=device)
-             for k, v in net.state_dict().items() if k.startswith(ends)}
-    bound = (config.out_channels * prod(config.patch)) ** -0.5
-    nn.init.xavier_uniform_(fresh["patch_embedding.weight"].flatten(1))  # a view
-    nn.init.uniform_(fresh["patch_embedding.bias"], -bound, bound)
+    device, own = base.head.head.weight.device, net.state_dict()
+    fresh = {k: torch.zeros(own[k].shape, device=device)
+             for k in own if k.startswith(("patch_embedding.", "head.head."))}
+    weight, bias = fresh_embedder(config)
+    fresh["patch_embedding.weight"].copy_(weight.view_as(fresh["patch_embedding.weight"]))
+    fresh["patch_embedding.bias"].copy_(bias)
     taken = {k: v if share else v.clone() for k, v in base.state_dict().items()}
     tensors = {**taken, **fresh}
     load_strict(net, tensors, "the base transformer")  # only looks: there is nothing to fill

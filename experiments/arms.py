@@ -19,8 +19,10 @@ and OPTIONS: E with one thing changed each (other alignments, time samplings, nu
 import copy
 import math
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,10 +35,10 @@ import kernels
 import lora
 import sample
 import toy
-from training import toy_base
+from dit import ENDS
+from training import journal, loop, toy_base
 from wan import models, released
 
-ENDS = ("patch_embedding", "head")
 HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
 GROUPS = ("inside", "combination", "word")
 
@@ -51,7 +53,7 @@ class Arm:
     head: str = "zero"  # or closed_form
     head_steps: float = 0.0
     lora: bool = True
-    sampling: tuple = ("shifted", toy_base.SHIFT)
+    times: flow.Times = toy_base.TIMES
     null: str = "empty"
     stretch: tuple = (1, 1)  # steps and batch, as multiples of the preset's
     like: str = "E"  # of an option: the arm whose learning rate it takes
@@ -73,8 +75,8 @@ OPTIONS = {
     "a3": replace(ARMS["E"], title="regressed head", head="closed_form"),
     "b": replace(ARMS["E"], title="noise-aware", align="noise_aware"),
     "ab": replace(ARMS["E"], title="noise-aware, regressed head", align="noise_aware", head="closed_form"),
-    "c1": replace(ARMS["E"], title="released times, S 8", sampling=("released", 8.0)),
-    "c2": replace(ARMS["E"], title="shifted times, S 8", sampling=("shifted", 8.0)),
+    "c1": replace(ARMS["E"], title="released times, S 8", times=flow.Times("released", 8.0)),
+    "c2": replace(ARMS["E"], title="shifted times, S 8", times=flow.Times("shifted", 8.0)),
     "d": replace(ARMS["E"], title="null is a word", null="word"),
 }
 #: some arms with eight times the samples
@@ -173,13 +175,10 @@ class World:
         self.base.to(device)
         self.prompts = {g: [s.attributes() for s in scenes_of(g, n, (99, i))] for i, (g, n) in enumerate(zip(GROUPS, preset.prompts))}
         sets = {"train": scenes_of("inside", preset.clips, 1), **{g: scenes_of(g, preset.held, (2, i)) for i, g in enumerate(GROUPS)}}
-        self.clips = {k: toy_base.encode_scenes(self.deep, s, out / "cache", k) for k, s in sets.items()}
-        self.teacher = {k: toy_base.encode_scenes(self.base, sets[k], out / "cache", f"{k}, base") for k in ("train", "inside", "combination")}
-        self.patches = self.base.net.config.patch, self.deep.net.config.patch
-        self.noisy = [n.config.out_channels * math.prod(n.config.patch) for n in (self.base.net, self.deep.net)]
-        tokens = [math.prod(c.z.shape[-2:]) / p[1] / p[2] for c, p in zip((self.teacher["train"], self.clips["train"]), self.patches)]
-        self.s = round((tokens[0] / tokens[1]) ** 0.5)
+        self.clips = {k: toy_base.encode_scenes(self.deep, s, out / "cache") for k, s in sets.items()}
+        self.teacher = {k: toy_base.encode_scenes(self.base, sets[k], out / "cache") for k in ("train", "inside", "combination")}
         self.pairs = toy_base.Source(self.clips["train"], self.base.text, self.teacher["train"])
+        self.tokens = align.Tokens.of((self.base.net.config, self.deep.net.config), self.pairs.pair(0))
         self.seconds = {}  # of the one pass over each set of clips that the closed forms need
         self.moments = {k: self.pass_over(k) for k in self.teacher}
         self.kept = {}  # alignments, and states after stage 1b, that several trials share
@@ -187,7 +186,7 @@ class World:
     def pass_over(self, k):
         began, index = time.perf_counter(), torch.arange(len(self.teacher[k].z))
         pairs = ((self.teacher[k].inputs(i), self.clips[k].inputs(i)) for i in index.split(64))
-        moments = align.Moments.of(pairs, self.patches)
+        moments = align.Moments.of(pairs, self.tokens.patches)
         self.seconds[k] = round(time.perf_counter() - began, 3)
         return moments
 
@@ -199,12 +198,15 @@ class World:
 
     def embedder(self, method, net, seed):
         """Stage 1a by one of the methods -> (weight, bias)."""
-        E_T, fresh = self.base.net.patch_embedding, net.patch_embedding
-        m, (steps, clips, lr) = self.moments["train"], self.preset.sgd
-        sgd = lambda *how: align.sgd_embedding(self.pairs.pair, len(self.pairs), self.patches, E_T, fresh.weight, fresh.bias, *how, seed=seed)
-        return {None: lambda: (fresh.weight, fresh.bias), "sgd": lambda: sgd(steps, clips, lr), "sgd_published": lambda: sgd(*self.preset.sgd_published),
-                "closed_form": lambda: align.solve_embedding(m, E_T), "ridge_to_init": lambda: align.solve_embedding(m, E_T, 3e-2, fresh.weight),
-                "noise_aware": lambda: align.solve_noised(m, E_T, self.s, self.noisy, shift=toy_base.SHIFT)}[method]()
+        fresh = net.patch_embedding
+        problem = align.Problem(self.base.net.patch_embedding, (fresh.weight, fresh.bias), self.pairs.pair, len(self.pairs), self.tokens, toy_base.TIMES)
+        problem.moments = self.moments["train"]
+        if method not in ("sgd", "sgd_published"):
+            return align.fit(method or "random", problem)
+        steps, clips, lr = getattr(self.preset, method)
+        plan = loop.Plan(steps, warmup=0, decay="constant", clip=0.0, save_every=steps, log_every=steps, keep=1)
+        with tempfile.TemporaryDirectory() as folder:
+            return align.sgd(problem, partial(loop.Run, folder, {}, plan=plan), clips, lr, seed)
 
     def source(self, arm, seed):
         return toy_base.Source(self.clips["train"], NullWord() if arm.null == "word" else self.base.text, seed=seed, image=0.0)
@@ -220,7 +222,7 @@ class World:
                 net.patch_embedding.weight.copy_(weight.view_as(net.patch_embedding.weight))
                 net.patch_embedding.bias.copy_(bias)
         if arm.head == "closed_form":
-            align.solve_head(net, self.source(arm, seed), self.preset.head_batches, 32, mode=arm.sampling[0], shift=arm.sampling[1])
+            align.solve_head(net, self.source(arm, seed), arm.times, self.preset.head_batches, 32)
         return net
 
     @torch.no_grad()
@@ -229,9 +231,8 @@ class World:
         out, training = {}, net.training
         net.eval()
         for group in GROUPS:
-            source, generator = toy_base.Source(self.clips[group], self.base.text, null=0, drop=0, image=0.0), torch.Generator().manual_seed(0)
-            steps = max(1, self.preset.held // 32)
-            out[group] = sum(toy_base.flow_loss(net, source.batch(i, range(min(32, self.preset.held))), generator)[0].item() for i in range(steps)) / steps
+            source = toy_base.Source(self.clips[group], self.base.text, null=0, drop=0, image=0.0)
+            out[group] = journal.validation_loss(net, source, toy_base.TIMES, self.preset.held)
         net.train(training)
         return out
 
@@ -240,7 +241,7 @@ class World:
         n = min(32, self.preset.held)
         teacher, student = (c["inside"].inputs(range(n)) for c in (self.teacher, self.clips))
         context = self.base.text.encode(self.clips["inside"].attributes[:n])
-        return {str(k): v[1] for k, v in align.depth_curve(self.base.net, net, teacher, student, (context,)).items()}
+        return {str(k): v[1] for k, v in journal.depth_curve(self.base.net, net, teacher, student, (context,)).items()}
 
     def score(self, model, null="empty"):
         """Videos of all prompts, read back -> ({group: prompt_fit, and "held"}, the first two videos of each group as three frames)."""
@@ -283,10 +284,10 @@ def run(world, key, lr, seed):
         for i in range(steps):
             for group in opt.param_groups:
                 group["lr"] = lr * min((i + 1) / p.warmup, 1 - i / steps)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + first + i)
             batch = source.batch(first + i, range(batch_size))
+            drawn = flow.draw(batch.z.shape[1:], arm.times, seed, first + i, range(batch_size))
             with kernels.autocast(world.device, world.device.type == "cuda"):  # no gain on the CPU at these sizes
-                loss, *_ = flow.loss(align.velocity_of(net, batch, world.device), batch.z.to(world.device), *arm.sampling, generator)
+                loss, _ = flow.loss(align.velocity_of(net, batch, world.device), batch.z, drawn)
             opt.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -298,7 +299,7 @@ def run(world, key, lr, seed):
                 stop(net, first + i + 1)
         return sum(q.numel() for q in params)
 
-    shared = (arm.base, arm.align, arm.head, head_steps, arm.sampling, arm.null, batch_size, seed)
+    shared = (arm.base, arm.align, arm.head, head_steps, arm.times, arm.null, batch_size, seed)
     if shared in world.kept:
         state, done = world.kept[shared]
         net = world.fresh(seed, arm.base)
@@ -325,7 +326,7 @@ def run(world, key, lr, seed):
     row["trained"] = train(net, head_steps, total - head_steps, lr)
     stop(net, total)
     inside = toy_base.Source(world.clips["inside"], world.base.text, null=0, drop=0, image=0.0)
-    row["sigma"] = align.loss_by_sigma(net.eval(), inside, 4, p.held, shift=toy_base.SHIFT)
+    row["sigma"] = journal.loss_by_sigma(net.eval(), inside, 4, p.held, toy_base.TIMES.shift)
     row["seconds"] = round(time.perf_counter() - began + row.pop("seconds_before"), 1)
     return row
 

@@ -38,7 +38,8 @@ from experiments import claims
 from experiments.arms import ALL, ARMS, GROUPS, HELD, OPTIONS, PRESETS, World, run, weights_file
 from files import checkpoint, video
 from files.checkpoint import UserError
-from training import metrics, toy_base
+from training import metrics
+from training.entries import hash_tensors
 
 # ---------------------------------------------------------------------------------------------------- before any arm
 
@@ -73,7 +74,7 @@ def alignments(world):
         row = rows[method or "random"] = dict(seconds=round(time.perf_counter() - began, 4))
         for group in ("inside", "combination"):
             row[f"r2 {group}"], row[f"mse {group}"] = align.r_squared(world.moments[group], world.base.net.patch_embedding, weight, bias)
-        row["norm_ratio"] = align.norm_ratio(weight, world.base.net.patch_embedding, world.s, world.noisy)
+        row["norm_ratio"] = align.norm_ratio(weight, world.base.net.patch_embedding, world.tokens)
     return rows
 
 
@@ -222,7 +223,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     preset = PRESETS[args.preset] if args.steps is None else replace(PRESETS[args.preset], steps=args.steps)
     world = World(preset, Path(args.out), args.base_weights, args.device)
-    settings = dict(preset=asdict(world.preset), base=toy_base.hash_of(world.base.net), autoencoder=toy_base.hash_of(world.deep.ae), held=HELD)
+    settings = dict(preset=asdict(world.preset), base=hash_tensors(world.base.net.state_dict()), autoencoder=hash_tensors(world.deep.ae.state_dict()), held=HELD)
     compare(world, Ledger(world.out, settings), args.arms, args.seeds or world.preset.seeds, Path(args.results))
 
 

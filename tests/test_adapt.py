@@ -15,6 +15,7 @@ import adapt
 import ae
 import align
 import dit
+import flow
 import lora
 import sample
 import toy
@@ -23,7 +24,6 @@ from files import checkpoint, video
 from files.checkpoint import UserError
 from wan.tiny import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
-from training.journal import Journal
 from wan import released
 from wan.text import WanText
 
@@ -126,7 +126,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(bases.BASES, "toy", dataclasses.replace(bases.BASES["toy"], validation=4, labels=toy_base.PROMPTS))
 
 
-TINY_RUN = ["--base", "toy", "--shards", "2", "--align-shards", "1", "--steps-head", "4", "--steps", "4", "--batch", "4", "--accumulate", "1", "--prompts", "2",
+TINY_RUN = ["--base", "toy", "--shards", "2", "--steps-head", "4", "--steps", "4", "--batch", "4", "--accumulate", "1", "--prompts", "2",
             "--rank", "2", "--steps-align", "20", "--device", "cpu"]
 
 
@@ -235,8 +235,8 @@ def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp
 
 def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache, tmp_path):
     """--continue-from: stage 2 alone, on the exported model, in larger buckets. Nothing of the base's latent space is made or read."""
-    first = wan("wan2.1", "--align", "closed_form", "--no-samples", out=tmp_path / "first")
-    out = wan("wan2.1", "--continue-from", str(first), "--buckets", "96x128F32MS", "--no-samples", out=tmp_path / "second")
+    first = wan("wan2.1", "--align", "closed_form", "--sample-steps", "0", out=tmp_path / "first")
+    out = wan("wan2.1", "--continue-from", str(first), "--buckets", "96x128F32MS", "--sample-steps", "0", out=tmp_path / "second")
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
     assert list(rows) == ["before", "2, LoRA"] and rows["before"]["validation_loss"] > 0 and not {"r2", "depth"} & rows["2, LoRA"].keys()
     assert {p.name for p in out.iterdir()} >= {"2", "transformer.safetensors", "lora.safetensors"} and not {"1a", "1b"} & {p.name for p in out.iterdir()}
@@ -256,7 +256,7 @@ def test_into_f64t4c128(wan, tiny_folders, text_cache, tmp_path):
     """--target f64t4c128: a deep token covers 4 x 4 of the base's; 128 latent channels; buckets that 64 divides."""
     torch.manual_seed(0)
     ae.save(ae.DCAEV(ae.Config((0, *[16] * 7), (0, *[1] * 7), 128, chunk=8)), tmp_path / "f64.safetensors")
-    out = wan("wan2.1", "--target", "f64t4c128", "--ae", str(tmp_path / "f64.safetensors"), "--buckets", "128x192F64MS", "--align", "closed_form", "--no-samples")
+    out = wan("wan2.1", "--target", "f64t4c128", "--ae", str(tmp_path / "f64.safetensors"), "--buckets", "128x192F64MS", "--align", "closed_form", "--sample-steps", "0")
     net = dit.load(out / "transformer.safetensors")
     assert (net.config.in_channels, net.config.out_channels, net.config.patch) == (128, 128, (1, 1, 1))
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
@@ -275,7 +275,7 @@ def test_a_continuation_takes_a_share_of_the_steps(monkeypatch):
 
 def test_image_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp_path):
     """From diffusers' layout to diffusers' layout, by regression. The exported model has mask and condition channels and the image branch."""
-    out = wan("wan2.1-i2v-14b-480p", "--align", "closed_form", "--no-samples", "--format", "diffusers", layout=1)
+    out = wan("wan2.1-i2v-14b-480p", "--align", "closed_form", "--sample-steps", "0", "--format", "diffusers", layout=1)
     assert json.loads((out / "transformer" / "config.json").read_text())["in_channels"] == 32 + 4 + 32
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
     assert rows["1a, assembled"]["r2"] == rows["1a closed_form"]["r2"] and not (out / "stages.png").exists()
@@ -290,15 +290,15 @@ def test_image_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tm
 @pytest.mark.slow
 def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_cache, tmp_path, monkeypatch):
     """Two transformers, adapted one after the other; the exported folder samples with both, which take turns at the base's boundary."""
-    told, objective = {"high": [], "low": []}, adapt.objective
-    fit = adapt.fit
+    told, loss, train = {"high": [], "low": []}, flow.loss, adapt.train
 
     def spied(job, expert, *rest):
-        monkeypatch.setattr(adapt, "objective", lambda net, batch, sigma, t, *more: told[expert.name].extend(t.tolist()) or objective(net, batch, sigma, t, *more))
-        return fit(job, expert, *rest)
+        with monkeypatch.context() as patch:
+            patch.setattr(flow, "loss", lambda velocity, z, drawn: told[expert.name].extend(drawn.t.tolist()) or loss(velocity, z, drawn))
+            return train(job, expert, *rest)
 
-    monkeypatch.setattr(adapt, "fit", spied)
-    out = wan("wan2.2-t2v-a14b", "--align", "noise_aware", "--head", "closed_form", "--no-samples")
+    monkeypatch.setattr(adapt, "train", spied)
+    out = wan("wan2.2-t2v-a14b", "--align", "noise_aware", "--head", "closed_form", "--sample-steps", "0")
     assert min(told["high"]) >= 875 > max(told["low"]) and len(told["high"]) == len(told["low"]) > 10
     assert {f"{e}-{stage}" for e in ("high", "low") for stage in ("1a", "1b", "2")} <= {p.name for p in out.iterdir()}
     one, two = (dit.load(out / f"transformer{n}.safetensors").state_dict() for n in ("", "_2"))
@@ -327,13 +327,12 @@ def job(tiny_toy, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(toy_base, "cache_latents", random_latents)
 
     def make(*more, out=tmp_path / "run"):
-        args, given = adapt.arguments([*TINY_RUN, "--dtype", "fp32", "--no-samples", "--save-every", "1", "--out", str(out), *more])
+        args, given = adapt.arguments([*TINY_RUN, "--dtype", "fp32", "--sample-steps", "0", "--save-every", "1", "--out", str(out), *more])
         base = bases.find("toy")
         settings = dataclasses.replace(base.settings, **given)
-        teacher, student = base.models(args, settings)
-        job = adapt.Job(base, settings, args, args.device, teacher, student, *base.sources(teacher, student, args, settings), Journal(out), 0.0)
-        job.expert = base.experts(teacher)[0]
-        adapt.align_ends(job, job.expert)
+        job = adapt.prepare(base, settings, args)
+        job.expert = job.experts[0]
+        adapt.align_once(job, job.expert)
         return job
 
     return make
@@ -346,11 +345,12 @@ def losses(folder):
 def test_a_batch_of_two_is_the_mean_of_two_of_one(job):
     """The loss and its gradient; every sample with its own clip, prompt, time and noise, by its position."""
     job = job()
-    net = adapt.build(job, job.expert, adapt.result(job.folder(job.expert, "1a") / "ends.safetensors"), adapters=True)[1]
+    net = adapt.build(job, job.expert, job.result(job.expert, "1a"), rank=2)[1]
 
     def step(positions):
         batch = job.source.batch(3, positions)
-        loss, _ = adapt.objective(net, batch, *adapt.draw(batch.z.shape[1:], job.settings, job.expert, 0, 3, positions))
+        drawn = flow.draw(batch.z.shape[1:], job.times(job.expert), 0, 3, positions)
+        loss, _ = flow.loss(align.velocity_of(net, batch, "cpu"), batch.z, drawn)
         return loss, torch.autograd.grad(loss, list(loop.trained(net).values()))
 
     (both, g), (one, g1), (two, g2) = step(range(2)), step(range(1)), step(range(1, 2))
@@ -380,21 +380,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(job, tmp_path, monkeypatch):
         for run in (adapt.train_head, adapt.train_lora):
             run(whole, whole.expert)
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                calls, objective = [], adapt.objective
+                calls, loss = [], flow.loss
 
-                def dies(net, *rest):
+                def dies(*args):
                     calls.append(torch.is_grad_enabled())
                     if sum(calls) == 3:
                         raise KeyboardInterrupt
-                    return objective(net, *rest)
+                    return loss(*args)
 
-                patch.setattr(adapt, "objective", dies)
+                patch.setattr(flow, "loss", dies)
                 run(broken, broken.expert)
             run(broken, broken.expert)
     finally:
         torch.set_num_threads(threads)
     for stage in ("1b", "2"):
-        a, b = (adapt.result(tmp_path / name / stage / "trained.safetensors") for name in "ab")
+        a, b = (run.result(run.expert, stage) for run in (whole, broken))
         assert losses(tmp_path / "a" / stage) == losses(tmp_path / "b" / stage)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -405,7 +405,7 @@ def test_other_settings_are_refused_with_the_difference(job, tiny_toy):
     for more, difference in ((["--align", "closed_form"], "align noise_aware -> closed_form"), (["--seed", "1"], "data .*, seed 0 -> 1")):
         with pytest.raises(UserError, match=f"run/1a was made with other settings .{difference}.: use the same ones, or another --out"):
             job(*more)
-    with pytest.raises(UserError, match="run/1b was made with other settings .lr_head 0.008 -> 0.5.: use"):
+    with pytest.raises(UserError, match="run/1b was made with other settings .lr 0.008 -> 0.5.: use"):
         adapt.train_head(again := job("--lr-head", "0.5"), again.expert)
     base = dit.load(tiny_toy / "toy-base-dit.safetensors")
     nn.init.normal_(base.blocks[0].norm3.bias)
@@ -417,10 +417,8 @@ def test_other_settings_are_refused_with_the_difference(job, tiny_toy):
 def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
     """As stage 1b left it and as stage 2 finds it, both in training. (For sampling without adapters the CPU has faster, differently rounded products.)"""
     job = job("--rank", "4")
-    ends = adapt.result(job.folder(job.expert, "1a") / "ends.safetensors")
-    plain, wrapped = (adapt.build(job, job.expert, ends, adapters=adapters)[1] for adapters in (False, True))
-    for part in adapt.ENDS:
-        plain.get_submodule(part).requires_grad_(True)
+    ends = job.result(job.expert, "1a")
+    plain, wrapped = (adapt.build(job, job.expert, ends, rank)[1] for rank in (0, 4))
     batch = job.held.batch(0, range(2))
     before, after = (net(torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context) for net in (plain, wrapped))
     assert before.any() and torch.equal(before, after)
@@ -429,24 +427,29 @@ def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
 @torch.no_grad()
 def test_the_exported_model_is_the_trained_one(job, tmp_path):
     """Merged and written, with the run's own rank and alpha, it predicts what it predicted with live adapters."""
-    job = job("--alpha", "3")
+    job = job("--rank", "3")
     with torch.enable_grad():
         adapt.train_head(job, job.expert), adapt.train_lora(job, job.expert)
     adapt.export(job)
-    live = adapt.build(job, job.expert, adapt.result(job.folder(job.expert, "2") / "trained.safetensors"), adapters=True)[1]
+    live = adapt.build(job, job.expert, job.result(job.expert, "2"), rank=3)[1]
     batch = job.held.batch(0, range(2))
     args = torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context
     merged, start = dit.load(tmp_path / "run" / "transformer.safetensors")(*args), adapt.build(job, job.expert, {})[0]
     assert (merged - live(*args)).abs().max() < 1e-4
     for _, adapter in lora.adapters(live):
-        adapter.up.zero_()
+        nn.init.zeros_(adapter.up)
     assert (merged - live(*args)).abs().max() > 1e-3  # the adapters do something
 
 
 def test_a_nan_loss_stops_with_the_last_good_checkpoint(job, monkeypatch):
-    job, objective = job(), adapt.objective
-    monkeypatch.setattr(adapt, "objective", lambda net, *rest: (lambda loss, mse: (loss * (float("nan") if torch.is_grad_enabled() and len(losses(job.folder(
-        job.expert, "1b"))) == 2 else 1), mse))(*objective(net, *rest)))
+    job, loss = job(), flow.loss
+
+    def nan_at_the_third_step(*args):
+        value, mse = loss(*args)
+        trained = len(losses(job.folder(job.expert, "1b")))
+        return value * (float("nan") if torch.is_grad_enabled() and trained == 2 else 1), mse
+
+    monkeypatch.setattr(flow, "loss", nan_at_the_third_step)
     with pytest.raises(UserError, match="loss of 'net' is nan at step 2, .*: lower the learning rate, or look at the data; the last good checkpoint is .*1b/checkpoint-0000002"):
         adapt.train_head(job, job.expert)
 
@@ -465,6 +468,21 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsy
     assert "the disk is full while writing" in capsys.readouterr().err
     adapt.train_head(job, job.expert)
     assert len(losses(job.folder(job.expert, "1b"))) == 4
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("argv, says", [
+    (["--no-samples"], "--no-samples is gone: use --sample-steps 0"),
+    (["--alpha", "8"], "--alpha is gone: it is twice --rank"),
+    (["--clip", "1.0"], "--clip is gone: other values are a row of BASES in training/bases.py"),
+    (["--data", "clips"], "--data says nothing to --base toy: leave it out"),
+    (["--base", "wan2.1", "--shards", "2"], "--shards says nothing to --base wan2.1"),
+    (["--score", "--rank", "2"], "--rank says nothing to --score"),
+    (["--gpus", "2"], "--gpus says nothing to a run .torchrun"),
+    (["--shards", "0"], "--shards must be at least 1, got 0")])
+def test_an_option_that_went_or_would_be_ignored_is_refused(tiny_toy, argv, says):
+    with pytest.raises(UserError, match=says):
+        adapt.main([*argv, "--device", "cpu"])
 
 
 def test_bad_input_is_one_sentence(wan, tmp_path, tiny_folders):
@@ -490,7 +508,7 @@ def test_bad_input_is_one_sentence(wan, tmp_path, tiny_folders):
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(wan, tiny_folders, clips, text_cache, tmp_path):
     """torchrun with gloo, weights sharded, blocks recomputed, all three stages: each process one clip per batch, against one process with two."""
-    more = ["--save-every", "1", "--dtype", "fp32", "--no-samples", "--cache", str(tmp_path / "cache")]
+    more = ["--save-every", "1", "--dtype", "fp32", "--sample-steps", "0", "--cache", str(tmp_path / "cache")]
     one = wan("wan2.1", *more, "--batch", "2", "--accumulate", "1", "--stage", "lora", out=tmp_path / "one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,5 @@
 """Alignment of embedder and head: pooling, the closed forms and their published SGD twin, noise, and the diagnostics."""
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ from torch import nn
 import align
 import dit
 import flow
-from align import Moments
+from align import Moments, Tokens
 from files.checkpoint import UserError
+from training import loop
 
 PATCHES = (1, 2, 2), (1, 1, 1)
-NOISY = 4 * 4, 6  # latent entries of a base patch and of a deep one, in the pairs below
+TOKENS = Tokens(PATCHES, latent=(4 * 4, 6), s=2)  # of the pairs below
 
 
 # ---------------------------------------------------------------------------------------------------- pooling
@@ -89,6 +91,13 @@ def rows(pairs):
     return (torch.cat(side).double() for side in zip(*(align.pair_tokens(x[None], u[None], PATCHES) for x, u in pairs)))
 
 
+def by_sgd(pairs, embedder, start, steps, folder):
+    """Stage 1a as published, on a training loop."""
+    problem = align.Problem(embedder, start, pairs.__getitem__, len(pairs), TOKENS, flow.Times())
+    plan = loop.Plan(steps, warmup=0, decay="constant", clip=0.0, save_every=steps)
+    return align.sgd(problem, partial(loop.Run, folder, {}, plan=plan), lr=1e-2)
+
+
 def same(a, b, tolerance=1e-9):
     for mine, other in zip(vars(a).values(), vars(b).values()):
         torch.testing.assert_close(torch.as_tensor(mine).double(), torch.as_tensor(other).double(), rtol=tolerance, atol=tolerance)
@@ -110,31 +119,33 @@ def test_moments_of_parts_add_up_to_those_of_the_whole():
         Moments().centred()
 
 
-def test_a_teacher_that_is_linear_in_the_student_is_matched(embedder):
+def test_a_teacher_that_is_linear_in_the_student_is_matched(embedder, tmp_path):
     pairs = linear_pairs()
     moments = Moments.of(pairs, PATCHES)
     r2, mse = align.r_squared(moments, embedder, *align.solve_embedding(moments, embedder, ridge=1e-7))
     assert mse < 1e-10 and r2 > 1 - 1e-9
     start = torch.randn(16, 16) / 4, torch.zeros(16)
-    r2, _ = align.r_squared(moments, embedder, *align.sgd_embedding(pairs.__getitem__, 24, PATCHES, embedder, *start, steps=1500, lr=1e-2, progress=False))
+    r2, _ = align.r_squared(moments, embedder, *by_sgd(pairs, embedder, start, 1500, tmp_path))
     assert r2 > 1 - 1e-3  # MSE below a thousandth of the variance
     assert align.r_squared(moments, embedder, *start)[0] < 0
 
 
-def test_downsampling_the_target_and_nearest_upsampling_of_the_student_have_the_same_solution(embedder):
-    pairs = linear_pairs(noise=0.5)
-    down, near, smooth = (align.solve_embedding(Moments.of(pairs, PATCHES, mode), embedder) for mode in ("downsample", "nearest", "bilinear"))
-    for a, b in zip(down, near):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert not torch.allclose(down[0], smooth[0], atol=1e-3)
-    with pytest.raises(UserError, match="use downsample, nearest or bilinear"):
-        Moments.of(pairs, PATCHES, "bicubic")
+def test_each_way_to_align_by_name(embedder):
+    pairs, start = linear_pairs(noise=0.5), (torch.randn(16, 16) / 4, torch.zeros(16))
+    problem = align.Problem(embedder, start, pairs.__getitem__, 24, TOKENS, flow.Times(shift=3.0))
+    found = {way: align.fit(way, problem) for way in align.CLOSED_FORMS}
+    assert found["random"] is start
+    r2 = {way: align.r_squared(problem.moments, embedder, *found[way])[0] for way in found}
+    assert r2["closed_form"] == max(r2.values()) > r2["ridge_to_init"] > r2["random"]
+    with pytest.raises(UserError, match='"svd" is no way to align: use sgd, random, closed_form'):
+        align.fit("svd", problem)
 
 
-def test_closed_form_is_the_optimum_that_sgd_approaches(embedder):
+@pytest.mark.core
+def test_closed_form_is_the_optimum_that_sgd_approaches(embedder, tmp_path):
     pairs = linear_pairs(60, noise=0.5)
     seen, held = Moments.of(pairs[:50], PATCHES), Moments.of(pairs[50:], PATCHES)
-    trained = align.sgd_embedding(pairs[:50].__getitem__, 50, PATCHES, embedder, torch.zeros(16, 16), torch.zeros(16), steps=600, lr=1e-2, progress=False)
+    trained = by_sgd(pairs[:50], embedder, (torch.zeros(16, 16), torch.zeros(16)), 600, tmp_path)
     solved = align.solve_embedding(seen, embedder)
     assert align.r_squared(seen, embedder, *solved)[1] <= align.r_squared(seen, embedder, *trained)[1]
     assert align.r_squared(held, embedder, *solved)[1] <= 1.01 * align.r_squared(held, embedder, *trained)[1]
@@ -146,7 +157,7 @@ def test_the_mask_channels_are_equal_and_the_ridge_shares_them_out(embedder):
     """Image conditions make the covariance singular (spec 3.4)."""
     moments = Moments.of(linear_pairs(with_image=10), PATCHES)
     assert torch.linalg.matrix_rank(moments.centred()[4]) < 16
-    for weight, bias in (align.solve_embedding(moments, embedder), align.solve_noised(moments, embedder, 2, NOISY)):
+    for weight, bias in (align.solve_embedding(moments, embedder), align.solve_noised(moments, embedder, TOKENS, flow.Times())):
         assert torch.isfinite(weight).all() and weight.abs().max() < 10
         torch.testing.assert_close(weight[:, 6:10], weight[:, 6:7].expand(-1, 4), rtol=0, atol=1e-4)
 
@@ -173,7 +184,7 @@ def test_ridge_to_init_goes_from_the_plain_solution_to_the_initialisation(embedd
 def test_the_coupled_noise_of_the_base_is_white_with_the_variance_of_a_mean(embedder):
     """C C' = I / s^2 where deep patches hold as many numbers; where they hold fewer, as here, C' C is: all of the student's noise arrives."""
     moments = Moments.of(linear_pairs(noise=0.5), PATCHES)
-    lift = align.coupling(moments, embedder, 2, NOISY)
+    lift = align.coupling(moments, embedder, TOKENS)
     torch.testing.assert_close(lift.T @ lift, torch.eye(6, dtype=torch.float64) / 4)
     W, _ = align.matrix(embedder)
     response = W[:, :16] @ lift  # the base's answer to noise: of all couplings, the closest to its answer to data
@@ -189,9 +200,9 @@ def test_moments_with_noise_are_those_of_noised_pairs(mode):
     torch.manual_seed(3)
     x, u = rows(linear_pairs(4, with_image=2))
     lift = torch.linalg.qr(torch.randn(16, 6).double())[0] / 2
-    expected = align.noised(Moments().add(x, u), lift, 2, NOISY, mode, 3.0)
+    expected = align.noised(Moments().add(x, u), lift, TOKENS, flow.Times(mode, 3.0))
     drawn, weights, generator = Moments(), 0.0, torch.Generator().manual_seed(1)
-    noises, levels = torch.randn(500, len(u), 6, generator=generator).double(), flow.sample_times(500, mode, 3.0, generator)
+    noises, levels = torch.randn(500, len(u), 6, generator=generator).double(), flow.sample_times(500, flow.Times(mode, 3.0), generator)
     for e, sigma, weight in zip(noises, *(levels[i].double() for i in (0, 2))):
         rest = torch.eye(16).double() / 4 - lift @ lift.T  # what the student's noise leaves open, so that the base's is white
         more = torch.randn(len(u), 16, generator=generator).double() @ torch.linalg.cholesky(rest + 1e-9 * torch.eye(16)).T
@@ -210,19 +221,19 @@ def test_noise_awareness_is_a_ridge_towards_the_coupled_embedder(embedder):
     x, u = x - x.mean(0), u - u.mean(0)
     moments = Moments().add(x[:, :16], u[:, :6])
     t2v = SimpleNamespace(weight=embedder.weight[:, :4], bias=embedder.bias)
-    sigma = flow.sample_times(100_000, "shifted", 3.0, torch.Generator().manual_seed(0))[0].double()
+    sigma = flow.sample_times(100_000, flow.Times(shift=3.0), torch.Generator().manual_seed(0))[0].double()
     l = sigma.square().mean() / (1 - sigma).square().mean()
     assert l == pytest.approx(3, rel=0.01)  # the shift
-    W, C, (*_, xu, uu) = align.matrix(t2v)[0], align.coupling(moments, t2v, 2, NOISY), moments.centred()
+    W, C, (*_, xu, uu) = align.matrix(t2v)[0], align.coupling(moments, t2v, TOKENS), moments.centred()
     expected = torch.linalg.solve(uu + l * torch.eye(6), (W @ xu + l * W @ C).T).T
-    torch.testing.assert_close(align.solve_noised(moments, t2v, 2, NOISY, shift=3.0, ridge=1e-9)[0], expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(align.solve_noised(moments, t2v, TOKENS, flow.Times(shift=3.0), ridge=1e-9)[0], expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_noise_aware_alignment_answers_to_noise_as_the_base_does(embedder):
     """A deep channel that clean latents never use: the plain solve closes it, the noise-aware one leaves it as open as the others."""
     pairs = [(x, torch.cat([u[:5], 0 * u[5:6], u[6:]])) for x, u in linear_pairs(60, noise=0.5)]
     moments = Moments.of(pairs, PATCHES)
-    plain, aware = align.solve_embedding(moments, embedder)[0], align.solve_noised(moments, embedder, 2, NOISY)[0]
+    plain, aware = align.solve_embedding(moments, embedder)[0], align.solve_noised(moments, embedder, TOKENS, flow.Times())[0]
     assert plain[:, 5].norm() < 1e-3 < 0.1 < aware[:, 5].norm()
     assert align.r_squared(moments, embedder, aware, torch.zeros(16))[1] > 0
 
@@ -244,11 +255,11 @@ def test_r_squared_is_1_for_a_perfect_and_0_for_a_constant_embedder_and_equals_t
 
 def test_norm_ratio_is_1_where_noise_arrives_as_loudly_as_in_the_base():
     """A deep latent that only rearranges the base's: its ideal embedder averages the four it replaces, and noise with them."""
-    base = dit.PatchEmbedder(3, 8, (1, 1, 1))
+    base, tokens = dit.PatchEmbedder(3, 8, (1, 1, 1)), Tokens(((1, 1, 1),) * 2, (3, 12), s=2)
     weight = (base.weight.flatten(1)[:, :, None] / 4).expand(-1, -1, 4).flatten(1)
-    assert align.norm_ratio(weight, base, 2, (3, 12)) == pytest.approx(1)
-    assert align.norm_ratio(0.1 * weight, base, 2, (3, 12)) == pytest.approx(0.01)
-    assert align.norm_ratio(F.pad(weight, (0, 5), value=9.0), base, 2, (3, 12)) == pytest.approx(1)  # mask and condition see no noise
+    assert align.norm_ratio(weight, base, tokens) == pytest.approx(1)
+    assert align.norm_ratio(0.1 * weight, base, tokens) == pytest.approx(0.01)
+    assert align.norm_ratio(F.pad(weight, (0, 5), value=9.0), base, tokens) == pytest.approx(1)  # mask and condition see no noise
 
 
 # ---------------------------------------------------------------------------------------------------- transformers
@@ -285,13 +296,15 @@ def zero_head(net):
 @torch.no_grad()
 def mean_loss(net, source):
     clips = source.batch(0, range(32))
-    return flow.loss(align.velocity_of(net, clips, "cpu"), clips.z, "shifted", 5.0, torch.Generator().manual_seed(99))[0].item()
+    drawn = flow.draw(clips.z.shape[1:], flow.Times(), 99, 0, range(32))
+    return flow.loss(align.velocity_of(net, clips, "cpu"), clips.z, drawn)[0].item()
 
 
+@pytest.mark.core
 def test_a_regressed_head_starts_below_a_zero_head(net):
     source = Clips()
     before = mean_loss(zero_head(net), source)
-    align.solve_head(net, source, batches=4, batch=32)
+    align.solve_head(net, source, flow.Times(), batches=4, batch=32)
     assert mean_loss(net, source) < 0.8 * before
 
 
@@ -299,13 +312,14 @@ def test_a_regressed_head_starts_below_a_zero_head(net):
 @pytest.mark.parametrize("mode", ["shifted", "released"])
 def test_the_regressed_head_is_the_weighted_least_squares_solution(net, monkeypatch, mode):
     """No other linear map from the features that enter the head fits the weighted velocities of these batches better."""
-    features, targets, weights, target, times = [], [], [], flow.velocity_target, flow.sample_times
+    features, drawn, draw, source = [], [], flow.draw, Clips()
     net.head.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
-    monkeypatch.setattr(flow, "velocity_target", lambda z, noise: targets.append(target(z, noise)) or targets[-1])
-    monkeypatch.setattr(flow, "sample_times", lambda *a, **more: (drawn := times(*a, **more), weights.append(drawn[2]))[0])
-    align.solve_head(net, Clips(), batches=3, batch=16, ridge=1e-9, mode=mode)
+    monkeypatch.setattr(flow, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    align.solve_head(net, source, flow.Times(mode), batches=3, batch=16, ridge=1e-9)
 
-    u, v, w = torch.cat(features), torch.cat(targets), torch.cat(weights)[:, None, None]
+    z = [source.batch(step, range(16)).z for step in range(3)]
+    u, w = torch.cat(features), torch.cat([d.weight for d in drawn])[:, None, None]
+    v = torch.cat([flow.velocity_target(z, d.noise) for z, d in zip(z, drawn)])
     v = rearrange(v, "b c f (h p) (w q) -> b (f h w) (p q c)", p=2, q=2)
     error = lambda y: (w * (y - v).square()).mean()
     ours = error(net.head.head(u))
@@ -314,49 +328,3 @@ def test_the_regressed_head_is_the_weighted_least_squares_solution(net, monkeypa
     assert ours == pytest.approx(error(u @ best[:-1] + best[-1]).item(), rel=1e-4)
     for _ in range(3):
         assert error(F.linear(u, net.head.head.weight + 0.01 * torch.randn_like(net.head.head.weight), net.head.head.bias)) > ours
-
-
-@torch.no_grad()
-def test_the_depth_curve_is_zero_for_the_same_model_and_grows_with_the_embedders_error(net):
-    """The base against itself; then against itself with a disturbed patch embedder."""
-    x, context = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 8, 32)
-    curve = align.depth_curve(net, net, x, x, (context,), t=300.0)
-    assert list(curve) == ["embedding", 0, 1] and all(v == (0, 0) for v in curve.values())
-    other = dit.WanDiT(net.config).eval()
-    other.load_state_dict(net.state_dict())
-    other.patch_embedding.weight.add_(0.02 * torch.randn_like(other.patch_embedding.weight))
-    near = align.depth_curve(net, other, x, x, (context,))
-    other.patch_embedding.weight.add_(0.2 * torch.randn_like(other.patch_embedding.weight))
-    far = align.depth_curve(net, other, x, x, (context,), blocks=[1])
-    assert list(far) == ["embedding", 1] and all(0 < near[k][0] < far[k][0] for k in far)
-
-
-@torch.no_grad()
-def test_the_depth_curve_pools_the_base_to_the_deep_grid(net):
-    """A deep model that sees one token where the base sees four."""
-    deep = dit.inherit(net, dit.Config(**SIZE, in_channels=5, out_channels=5, patch=(1, 1, 1)))
-    x, u = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 5, 2, 1, 1)
-    mse, relative = align.depth_curve(net, deep, x, u, (torch.zeros(3, 8, 32),))["embedding"]
-    y = net.embed_patches(x).mean(dim=(2, 3), keepdim=True)
-    assert mse == pytest.approx((y - deep.embed_patches(u)).square().mean().item(), rel=1e-4) and relative > mse / y.square().mean()
-
-
-def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches():
-    """Gaussian latents: E[v | x] is linear in x. At sigma 1 only the latent's own variance is left, at sigma 0 that of the noise."""
-    spectrum = torch.tensor([0.5, 2.0]).double()
-    z, e = torch.randn(2, 200_000).double() * spectrum.sqrt()[:, None], torch.randn(2, 200_000).double()
-    for s in (0.1, 0.5, 0.9):
-        x, v = (1 - s) * z + s * e, e - z
-        slope = (x * v).mean(1, keepdim=True) / x.square().mean(1, keepdim=True)
-        assert align.linear_bound(spectrum, torch.tensor(s)).item() == pytest.approx((v - slope * x).square().mean().item(), rel=0.02)
-    assert align.linear_bound(spectrum, torch.tensor([0.0, 1.0])).tolist() == [1.0, 1.25]
-
-
-def test_loss_by_sigma_stands_beside_its_bound(net):
-    """A regressed head on correlated latents beats what a cell alone tells, a zero head does not."""
-    source = Clips()
-    zero = align.loss_by_sigma(zero_head(net), source, batches=4)
-    assert [row["sigma"] for row in zero] == [(i / 5, (i + 1) / 5) for i in range(5)]
-    assert all(row["ratio"] > 1 for row in zero if row["loss"] == row["loss"])
-    align.solve_head(net, source, batches=8)
-    assert sum(row["loss"] for row in align.loss_by_sigma(net, source, batches=4)[2:]) < 0.9 * sum(row["loss"] for row in zero[2:])

@@ -10,8 +10,10 @@ import dit
 import flow
 from conftest import golden
 from files.checkpoint import UserError
+from flow import Times
 
 TRACES = json.loads(golden("unipc_trace.json").read_text())
+RUNS = [run for run in TRACES["runs"] if run["solver"] in flow.SOLVERS]
 
 
 def toy_velocity(x, t):
@@ -21,7 +23,8 @@ def toy_velocity(x, t):
 
 # ---------------------------------------------------------------------------------------------------------- solvers
 
-@pytest.mark.parametrize("run", TRACES["runs"], ids=lambda r: f"{r['solver']}-{r['steps']}-shift{r['shift']:g}")
+@pytest.mark.core
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r['solver']}-{r['steps']}-shift{r['shift']:g}")
 def test_solver_follows_the_reference_step_by_step(run):
     steps = []
     x = flow.solve(toy_velocity, torch.tensor(TRACES["x0"]), run["steps"], run["shift"], run["solver"],
@@ -31,7 +34,7 @@ def test_solver_follows_the_reference_step_by_step(run):
 
 
 TABLES = {tuple(k.rsplit("_", 2)): v for k, v in TRACES["schedule_tables"].items()}
-TABLES |= {(r["solver"], r["steps"], r["shift"]): r for r in TRACES["runs"]}
+TABLES |= {(r["solver"], r["steps"], r["shift"]): r for r in RUNS}
 
 
 @pytest.mark.parametrize("key", TABLES, ids=str)
@@ -95,13 +98,6 @@ def test_impossible_requests_are_one_sentence(solver, steps, shift, says):
         flow.solve(toy_velocity, torch.zeros(3), steps, shift, solver)
 
 
-def test_guidance_formula():
-    net = lambda x, t, context: context * torch.ones_like(x)
-    x = torch.zeros(2, 3)
-    assert flow.guided(net, 3.0, 1.0, 5.0)(x, 0)[0, 0] == 1 + 5 * (3 - 1)
-    assert flow.guided(net, 3.0, None, 1)(x, 0)[0, 0] == 3            # scale 1: the null prompt is not even evaluated
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 def test_line_and_target():
@@ -134,7 +130,7 @@ def test_released_time_sampling_is_what_it_is(shift, smallest, share, mean, weig
 
 
 def test_released_samples_lie_on_the_grid_and_t_is_the_integer():
-    sigma, t, weight = flow.sample_times(5000, "released", 8.0, torch.Generator().manual_seed(0))
+    sigma, t, weight = flow.sample_times(5000, Times("released", 8.0), torch.Generator().manual_seed(0))
     grid, w = flow.released_grid(8.0)
     k = (1000 * grid[None] - t[:, None]).abs().argmin(1)
     assert torch.equal(sigma, grid[k].float()) and torch.equal(weight, w[k].float())
@@ -145,7 +141,7 @@ def test_released_samples_lie_on_the_grid_and_t_is_the_integer():
 
 @pytest.mark.parametrize("shift, mean", [(8.0, 0.80), (5.0, 0.75)])
 def test_shifted_samples_tell_the_network_what_it_sees(shift, mean):
-    sigma, t, weight = flow.sample_times(20000, "shifted", shift, torch.Generator().manual_seed(0))
+    sigma, t, weight = flow.sample_times(20000, Times("shifted", shift), torch.Generator().manual_seed(0))
     torch.testing.assert_close(t, 1000 * sigma)
     assert (weight == 1).all() and abs(sigma.mean() - mean) < 0.01
 
@@ -153,10 +149,10 @@ def test_shifted_samples_tell_the_network_what_it_sees(shift, mean):
 @pytest.mark.parametrize("mode", ["released", "shifted"])
 def test_times_of_one_expert_are_those_of_all_within_its_range(mode):
     """Same distribution as throwing away what lies outside; the weights go with their times."""
-    draw = lambda **more: flow.sample_times(40_000, mode, 5.0, torch.Generator().manual_seed(0), **more)
-    sigma, t, weight = draw()
+    sigma, t, weight = flow.sample_times(40_000, Times(mode), torch.Generator().manual_seed(0))
     keep = (t >= 300) & (t < 875)
-    mine = draw(inside=(0.3, 0.875))
+    inside = Times(mode, low=0.3, high=0.875)
+    mine = flow.sample_times(40_000, inside, torch.Generator().manual_seed(0))
     assert mine[1].min() >= 300 and mine[1].max() < 875 and len(mine[1]) == 40_000
     for a, b in zip((sigma, t, weight), mine):
         assert b[keep].equal(a[keep]) and b.mean().item() == pytest.approx(a[keep].mean().item(), rel=0.01)
@@ -164,32 +160,43 @@ def test_times_of_one_expert_are_those_of_all_within_its_range(mode):
 
 def test_unknown_time_sampling_is_refused():
     with pytest.raises(UserError, match="released"):
-        flow.sample_times(1, "logit-normal")
+        flow.sample_times(1, Times("logit-normal"))
 
 
+def test_a_sample_depends_on_seed_step_and_position_only():
+    """So it does not matter how a batch is divided; each sample has its own time and noise."""
+    draw = lambda *where: flow.draw((3, 2, 2, 2), Times("shifted", 8.0), *where)
+    whole, parts = draw(1, 7, range(4)), [draw(1, 7, range(2)), draw(1, 7, range(2, 4))]
+    assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole, *parts))
+    assert len(set(whole.sigma.tolist())) == 4 and whole.noise.shape == (4, 3, 2, 2, 2)
+    for other in (draw(2, 7, range(4)), draw(1, 8, range(4))):
+        assert not torch.equal(other.sigma, whole.sigma)
+        assert not torch.equal(other.noise, whole.noise)
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["shifted", "released"])
 def test_loss(mode):
-    """Zero for the true velocity; for a network that answers zero, the weighted mean square of (noise - z)."""
+    """Zero for the true velocity; for a network that answers zero, the weighted mean square of
+    (noise - z)."""
     z = torch.randn(4, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
-    sigma, _, weight = flow.sample_times(4, mode, 8.0, torch.Generator().manual_seed(2))
+    drawn = flow.draw(z.shape[1:], Times(mode, 8.0), 2, 0, range(4))
 
-    def perfect(x, t):                                     # solves x = (1 - sigma) z + sigma noise for noise
-        s = sigma.view(4, 1, 1, 1, 1)
-        return (x - z) / s
-    value, mse, s = flow.loss(perfect, z, mode, 8.0, torch.Generator().manual_seed(2))
-    assert value < 1e-10 and torch.equal(s, sigma) and mse.shape == (4,)
+    def perfect(x, t):  # solves x = (1 - sigma) z + sigma noise for noise
+        assert torch.equal(t, drawn.t)
+        return (x - z) / drawn.sigma.view(4, 1, 1, 1, 1)
 
-    value, mse, _ = flow.loss(lambda x, t: torch.zeros_like(x), z, mode, 8.0, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(value, (weight * mse).mean())
-    generator = torch.Generator().manual_seed(2)
-    flow.sample_times(4, mode, 8.0, generator)
-    noise = torch.randn(z.shape, generator=generator)
-    torch.testing.assert_close(mse, (noise - z).pow(2).mean((1, 2, 3, 4)))
+    value, mse = flow.loss(perfect, z, drawn)
+    assert value < 1e-10 and mse.shape == (4,)
+    value, mse = flow.loss(lambda x, t: torch.zeros_like(x), z, drawn)
+    torch.testing.assert_close(mse, (drawn.noise - z).pow(2).mean((1, 2, 3, 4)))
+    torch.testing.assert_close(value, (drawn.weight * mse).mean())
 
 
 def test_loss_has_a_gradient_and_bf16_networks_are_compared_in_fp32():
-    scale = torch.ones((), requires_grad=True)
-    value, mse, sigma = flow.loss(lambda x, t: (scale * x).bfloat16(), torch.randn(3, 2, 1, 2, 2))
+    scale, z = torch.ones((), requires_grad=True), torch.randn(3, 2, 1, 2, 2)
+    drawn = flow.draw(z.shape[1:], Times(), 0, 0, range(3))
+    value, mse = flow.loss(lambda x, t: (scale * x).bfloat16(), z, drawn)
     value.backward()
     assert value.dtype == torch.float32 and scale.grad is not None and not mse.requires_grad
 
@@ -200,6 +207,15 @@ def test_by_sigma():
 
 
 # ------------------------------------------------------------------- complete guided loops of the published pipelines
+
+def guided(net, context, null, scale):
+    """Classifier-free guidance by definition, two passes."""
+    def velocity(x, t):
+        v_text, v_null = net(x, t, context).float(), net(x, t, null).float()
+        return v_null + scale * (v_text - v_null)
+
+    return velocity
+
 
 def tiny_transformer(case):
     prefix = f"{case}/weights/"
@@ -217,7 +233,7 @@ def pipeline():
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_text_to_video_loop(pipeline, solver):
     net = tiny_transformer("t2v")
-    velocity = flow.guided(net, pipeline["text"], pipeline["null"], 3.0)
+    velocity = guided(net, pipeline["text"], pipeline["null"], 3.0)
     x = flow.solve(velocity, pipeline["t2v/noise"][None], 6, 5.0, solver)
     torch.testing.assert_close(x[0], pipeline[f"t2v/latents_{solver}"], rtol=0, atol=2e-4)
 
@@ -229,6 +245,6 @@ def test_dc_videogen_image_to_video_loop(pipeline):
 
     def conditioned(x, t, context):
         return net(torch.cat([x, condition], dim=1), t, context, clip)
-    velocity = flow.guided(conditioned, pipeline["text"], pipeline["null"], 3.0)
+    velocity = guided(conditioned, pipeline["text"], pipeline["null"], 3.0)
     x = flow.solve(velocity, pipeline["dc_i2v/noise"], 6, 5.0, "unipc_diffusers")
     torch.testing.assert_close(x, pipeline["dc_i2v/latents_unipc_diffusers"], rtol=0, atol=2e-4)

@@ -22,7 +22,8 @@ def deep(name, target="f32t4c32"):
 
 
 def arguments(folders, **more):
-    return types.SimpleNamespace(weights=folders, target="f32t4c32", ae=None, device="cpu", text_cache=None, buckets=None, continue_from=None, **more)
+    return types.SimpleNamespace(weights=folders, target="f32t4c32", ae=None, device="cpu", text_cache=None, buckets=None, continue_from=None,
+                                 stage="export", **more)
 
 
 @pytest.mark.parametrize("name, steps, shift, guidance", [

@@ -6,6 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+import align
+import dit
+import flow
+from test_align import SIZE, Clips, net, zero_head
 from training import journal
 
 GOOD = dict(r2=0.8, norm_ratio=0.7, depth={"embedding": 0.2, "0": 0.3, "24": 0.6}, latent_rms=0.96,
@@ -50,3 +54,64 @@ def test_the_record_goes_on_after_an_interruption(tmp_path, capsys):
     assert Image.open(tmp_path / "stages.png").size == (2 * 6 * 10, 2 * 2 * 10 + 16)  # two prompts; two stages of three frames, with a margin
     said = capsys.readouterr().out
     assert "r2 0.8000" in said and "0.0-0.2: 0.500 (0.900)" in said and "! the latents have an RMS of 9.00" in said
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@torch.no_grad()
+def test_the_validation_loss_is_the_mean_over_fixed_samples(net):
+    """Three batches of 4, 4 and 2: each counts by its samples, and it is the same each time."""
+    source, times, means = Clips(), flow.Times("released", 8.0), []
+    for step, n in enumerate((4, 4, 2)):
+        batch = source.batch(step, range(n))
+        drawn = flow.draw(batch.z.shape[1:], times, 10_000_019, step, range(n))
+        means.append(flow.loss(align.velocity_of(net, batch, "cpu"), batch.z, drawn)[0] * n)
+    found = [journal.validation_loss(net, source, times, 10, batch=4) for _ in range(2)]
+    assert found[0] == found[1] == pytest.approx(sum(means).item() / 10)
+
+
+@torch.no_grad()
+def test_the_depth_curve_is_zero_for_the_same_model_and_grows_with_the_embedders_error(net):
+    """The base against itself; then against itself with a disturbed patch embedder."""
+    x, context = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 8, 32)
+    curve = journal.depth_curve(net, net, x, x, (context,), t=300.0)
+    assert list(curve) == ["embedding", 0, 1] and all(v == (0, 0) for v in curve.values())
+    other = dit.WanDiT(net.config).eval()
+    other.load_state_dict(net.state_dict())
+    other.patch_embedding.weight.add_(0.02 * torch.randn_like(other.patch_embedding.weight))
+    near = journal.depth_curve(net, other, x, x, (context,))
+    other.patch_embedding.weight.add_(0.2 * torch.randn_like(other.patch_embedding.weight))
+    far = journal.depth_curve(net, other, x, x, (context,), blocks=[1])
+    assert list(far) == ["embedding", 1] and all(0 < near[k][0] < far[k][0] for k in far)
+
+
+@torch.no_grad()
+def test_the_depth_curve_pools_the_base_to_the_deep_grid(net):
+    """A deep model that sees one token where the base sees four."""
+    deep = dit.inherit(net, dit.Config(**SIZE, in_channels=5, out_channels=5, patch=(1, 1, 1)))
+    x, u = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 5, 2, 1, 1)
+    mse, relative = journal.depth_curve(net, deep, x, u, (torch.zeros(3, 8, 32),))["embedding"]
+    y = net.embed_patches(x).mean(dim=(2, 3), keepdim=True)
+    assert mse == pytest.approx((y - deep.embed_patches(u)).square().mean().item(), rel=1e-4) and relative > mse / y.square().mean()
+
+
+def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches():
+    """Gaussian latents: E[v | x] is linear in x. At sigma 1 only the latent's own variance is left, at sigma 0 that of the noise."""
+    spectrum = torch.tensor([0.5, 2.0]).double()
+    z, e = torch.randn(2, 200_000).double() * spectrum.sqrt()[:, None], torch.randn(2, 200_000).double()
+    for s in (0.1, 0.5, 0.9):
+        x, v = (1 - s) * z + s * e, e - z
+        slope = (x * v).mean(1, keepdim=True) / x.square().mean(1, keepdim=True)
+        assert journal.linear_bound(spectrum, torch.tensor(s)).item() == pytest.approx((v - slope * x).square().mean().item(), rel=0.02)
+    assert journal.linear_bound(spectrum, torch.tensor([0.0, 1.0])).tolist() == [1.0, 1.25]
+
+
+def test_loss_by_sigma_stands_beside_its_bound(net):
+    """A regressed head on correlated latents beats what a cell alone tells, a zero head does not."""
+    source = Clips()
+    zero = journal.loss_by_sigma(zero_head(net), source, 4, shift=5.0)
+    assert [row["sigma"] for row in zero] == [(i / 5, (i + 1) / 5) for i in range(5)]
+    assert all(row["ratio"] > 1 for row in zero if row["loss"] == row["loss"])
+    align.solve_head(net, source, flow.Times(), batches=8)
+    assert sum(row["loss"] for row in journal.loss_by_sigma(net, source, 4, shift=5.0)[2:]) < 0.9 * sum(row["loss"] for row in zero[2:])

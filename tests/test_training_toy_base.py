@@ -1,7 +1,6 @@
 """The toy as a base: caches in both spaces, batches that depend on their place only, exact resuming, pre-training and score."""
 import json
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -10,10 +9,12 @@ import torch
 import adapt
 import ae
 import dit
+import flow
+import sample
 import toy
-from files import checkpoint
 from files.checkpoint import UserError
-from training import toy_base
+from training import loop, toy_base
+from training.entries import Entries
 from wan import released
 
 TEXT = toy.ToyText()
@@ -73,41 +74,42 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
 
 def test_given_scenes_are_encoded_once(tiny_toy, tmp_path, monkeypatch):
     model, encoded = released.load_model("dc"), count_encodes(monkeypatch)
-    clips, scenes = toy.toy_batch(5, 3)
-    first, again = (toy_base.encode_scenes(model, scenes, tmp_path, "scenes") for _ in range(2))
-    assert encoded == [3] and torch.equal(first.z, again.z) and first.attributes == [s.attributes() for s in scenes]
+    _, scenes = toy.toy_batch(5, 3)
+    first, again = (toy_base.encode_scenes(model, scenes, tmp_path) for _ in range(2))
+    assert encoded == [3] and torch.equal(first.z, again.z)
+    assert first.attributes == [s.attributes() for s in scenes]
     assert not first.condition.any() and not len(first.with_image)
-    toy_base.encode_scenes(model, scenes[:2], tmp_path, "others")
+    toy_base.encode_scenes(model, scenes[:2], tmp_path)
     assert encoded == [3, 2]
 
 
 def test_a_cache_goes_on_where_it_stopped(tiny_toy, tmp_path, monkeypatch):
-    model, encoded, save = released.load_model("dc"), count_encodes(monkeypatch), checkpoint.save_tensors
+    model, encoded, put = released.load_model("dc"), count_encodes(monkeypatch), Entries.put
 
-    def stop_at_the_second(file, tensors):
-        if file.name == "seed1-0001.safetensors":
+    def stop_at_the_second(self, key, tensors):
+        if key == "1-0001":
             raise KeyboardInterrupt
-        save(file, tensors)
+        put(self, key, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        toy_base.cache_latents(model, 3, tmp_path / "cache")
-    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Entries, "put", stop_at_the_second)
+        toy_base.cache_latents(model, 3, tmp_path)
     encoded.clear()
-    first = toy_base.cache_latents(model, 3, tmp_path / "cache")
+    first = toy_base.cache_latents(model, 3, tmp_path)
     assert sum(encoded) == 2 * (8 + 4)  # shards 1 and 2, clips and images
     encoded.clear()
-    again = toy_base.cache_latents(model, 3, tmp_path / "cache")
-    assert not encoded and torch.equal(first.z, again.z) and torch.equal(first.condition, again.condition)
+    again = toy_base.cache_latents(model, 3, tmp_path)
+    assert not encoded
+    assert torch.equal(first.z, again.z) and torch.equal(first.condition, again.condition)
 
 
 def test_a_damaged_shard_is_made_again(tiny_toy, tmp_path, monkeypatch):
     model, encoded = released.load_model("dc"), count_encodes(monkeypatch)
-    first = toy_base.cache_latents(model, 3, tmp_path / "cache")
-    file = next((tmp_path / "cache").rglob("seed1-0001.safetensors"))
+    first = toy_base.cache_latents(model, 3, tmp_path)
+    file = next(tmp_path.rglob("1-0001.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     encoded.clear()
-    again = toy_base.cache_latents(model, 3, tmp_path / "cache")
+    again = toy_base.cache_latents(model, 3, tmp_path)
     assert sum(encoded) == 8 + 4 and torch.equal(first.z, again.z)
 
 
@@ -122,12 +124,13 @@ def test_another_autoencoder_never_reads_these_latents(tiny_toy, tmp_path, monke
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_last_shard_is_held_out():
-    latents = latents_of(torch.arange(24.0).view(24, 1, 1, 1, 1).expand(-1, 2, 2, 2, 2), with_image=24)
+def test_a_part_has_its_own_clips_captions_and_images():
+    z = torch.arange(24.0).view(24, 1, 1, 1, 1).expand(-1, 2, 2, 2, 2)
+    latents = latents_of(z, with_image=24)
     latents.with_image = torch.tensor([0, 1, 8, 16, 19])
-    train, held = toy_base.split(latents)
-    assert len(train.z) == len(train.attributes) == 16 and train.with_image.tolist() == [0, 1, 8]
-    assert len(held.z) == len(held.attributes) == 8 and held.with_image.tolist() == [0, 3]
+    train, held = latents.part(0, 16), latents.part(16, 24)
+    assert len(train.z) == 16 and train.with_image.tolist() == [0, 1, 8]
+    assert len(held.z) == 8 and held.with_image.tolist() == [0, 3]
     assert torch.equal(held.inputs(held.with_image), latents.inputs(torch.tensor([16, 19])))
     assert train.attributes + held.attributes == latents.attributes
 
@@ -173,111 +176,45 @@ def test_a_pair_is_the_same_clip_in_both_spaces_with_its_image_where_it_has_one(
         assert x[3:].any() == u[2:].any() == (i == 0)
 
 
-@pytest.fixture
-def tiny(tiny_toy):
-    """A tiny base in its latent space: (net, latents). Latents are correlated within and between cells, as real ones are."""
-    z = torch.randn(16, 4, 1, 1, 1) + 0.3 * torch.randn(16, 4, 2, 4, 4)
-    return released.load_model("base").net, latents_of(z, with_image=4)
+# ---------------------------------------------------------------- pre-training, score
 
 
-def zero_head(net):
-    with torch.no_grad():
-        for p in net.head.head.parameters():
-            p.zero_()
-    return net
+def pretrain(out, *more):
+    adapt.main(["--pretrain", "--out", str(out), "--shards", "1", "--steps", "4", "--batch", "4",
+                "--save-every", "2", "--ema", "0.9", "--device", "cpu", *more])
 
 
-# ---------------------------------------------------------------------------------------------------- training
+def test_pretraining_makes_a_base_that_loads_and_can_be_killed(tiny_toy, tmp_path, monkeypatch):
+    """Averaged weights; a report of validation loss and prompt fit at every checkpoint, on
+    prompts that are not the scored ones; resumed, the run is the uninterrupted one."""
+    asked, videos = [], sample.videos
+    monkeypatch.setattr(sample, "videos", lambda model, prompts: asked.append(prompts) or videos(
+        model, prompts[:2], steps=2))
+    monkeypatch.setattr(toy, "prompt_fit", lambda videos, prompts: {"mean": 0.5})
+    pretrain(tmp_path / "whole")
+    assert len(asked[0]) == 32 and asked[0] != toy.held_out_prompts(32)
+    log = [line for line in loop.read_log(tmp_path / "whole") if "validation" in line]
+    assert [(line["step"], line["fit_mean"]) for line in log] == [(2, 0.5), (4, 0.5)]
+    net = dit.load(tmp_path / "whole" / "toy-base-dit.safetensors")
+    assert net.config == dit.PRESETS["toy-base"] and net.head.head.weight.any()
 
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls, loss = [], flow.loss
 
-def run_fit(net, latents, folder, steps=6, **settings):
-    """Stage 1b in small: the ends of a fresh copy of `net` -> (net, log)."""
-    copy = dit.from_state_dict(net.state_dict(), config=net.config).requires_grad_(False)
-    ends = [p.requires_grad_() for part in (copy.patch_embedding, copy.head) for p in part.parameters()]
-    return copy, toy_base.fit(copy, toy_base.Source(latents, TEXT), torch.optim.AdamW(ends, lr=1e-2), 1e-2, steps, 4, folder / "state.pt", settings, "test", save_every=2)
+        def dies(*args):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 4:
+                raise KeyboardInterrupt
+            return loss(*args)
 
-
-def fail_at(monkeypatch, call, outcome):
-    """From now on the `call`-th loss (from 0) is `outcome`, or raised if it is an exception."""
-    flow_loss, calls = toy_base.flow_loss, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == call + 1 and isinstance(outcome, BaseException):
-            raise outcome
-        loss, *rest = flow_loss(*args)
-        return loss * outcome if len(calls) == call + 1 else loss, *rest
-
-    monkeypatch.setattr(toy_base, "flow_loss", failing)
-
-
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch):
-    whole, log = run_fit(*tiny, tmp_path / "a")
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        fail_at(m, 5, KeyboardInterrupt())  # step 5 was begun; the last state is that after 4
-        run_fit(*tiny, tmp_path / "b")
-    assert checkpoint.load_pickle(tmp_path / "b" / "state.pt")["step"] == 4
-    resumed, resumed_log = run_fit(*tiny, tmp_path / "b")
-    assert [step for step, _ in log] == [2, 4, 6] and resumed_log == log
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert not torch.equal(whole.head.head.weight, tiny[0].head.head.weight)
-    assert all(torch.equal(a, b) for a, b in zip(whole.blocks.parameters(), tiny[0].blocks.parameters()))  # frozen
-
-
-def test_a_finished_run_is_not_run_again(tiny, tmp_path, monkeypatch):
-    first, log = run_fit(*tiny, tmp_path)
-    monkeypatch.setattr(toy_base, "flow_loss", None)
-    again, same = run_fit(*tiny, tmp_path)
-    assert same == log and all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
-
-
-def test_a_state_made_with_other_settings_is_refused(tiny, tmp_path):
-    run_fit(*tiny, tmp_path, steps=2, align="sgd")
-    for other in (dict(steps=4, align="sgd"), dict(steps=2, align="closed_form")):
-        with pytest.raises(UserError, match="made with other settings .*use those, or another --out"):
-            run_fit(*tiny, tmp_path, **other)
-
-
-def test_a_nan_loss_stops_and_the_last_good_state_stays(tiny, tmp_path, monkeypatch):
-    whole, _ = run_fit(*tiny, tmp_path / "whole")
-    with monkeypatch.context() as m, pytest.raises(UserError, match="the loss is nan at step 3 of 'test': lower its learning rate"):
-        fail_at(m, 3, torch.nan)
-        run_fit(*tiny, tmp_path)
-    saved = checkpoint.load_pickle(tmp_path / "state.pt")
-    assert saved["step"] == 2 and all(torch.isfinite(p).all() for p in saved["trained"].values())
-    resumed, _ = run_fit(*tiny, tmp_path)  # the fault was ours: it goes on
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, (f"touch {Evil.trace}",)
-
-
-def test_a_state_file_that_would_run_code_does_not(tiny, tmp_path):
-    Evil.trace = tmp_path / "trace"
-    (tmp_path / "state.pt").write_bytes(pickle.dumps(dict(settings=Evil()), protocol=2))
-    with pytest.raises(UserError, match="could run code, so it was not loaded"):
-        run_fit(*tiny, tmp_path)
-    assert not Evil.trace.exists()
-
-
-def test_training_learns(tiny, tmp_path):
-    net, latents = tiny
-    trained, log = run_fit(zero_head(net), latents, tmp_path, steps=60)
-    assert toy_base.validation_loss(trained, latents, TEXT, batches=2) < 0.8 * toy_base.validation_loss(net, latents, TEXT, batches=2)
-    assert log[-1][1] < log[0][1]
-
-
-def test_the_validation_loss_is_always_the_same(tiny):
-    assert toy_base.validation_loss(*tiny, TEXT, batches=1) == toy_base.validation_loss(*tiny, TEXT, batches=1)
-
-
-def test_pretraining_makes_a_base_that_loads(tiny_toy, tmp_path):
-    out = tmp_path / "out"
-    adapt.main(["--pretrain", "--out", str(out), "--shards", "1", "--steps", "3", "--batch", "4"])
-    net = dit.load(out / "toy-base-dit.safetensors")
-    assert net.config == dit.PRESETS["toy-base"] and net.head.head.weight.any() and (out / "pretrain.png").exists()
+        patch.setattr(flow, "loss", dies)
+        pretrain(tmp_path / "broken")
+    pretrain(tmp_path / "broken")
+    again = dit.load(tmp_path / "broken" / "toy-base-dit.safetensors")
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="other settings .lr 0.004 -> 0.5.: use the same ones"):
+        pretrain(tmp_path / "whole", "--lr", "0.5")
 
 
 def test_scores_of_both_models_beside_chance_and_their_ceilings(tiny_toy, tmp_path):

@@ -1,19 +1,21 @@
-"""What AE-Adapt-V has to know of a pre-trained model: one row for each base (spec ae-adapt-v 3.3, 5.3, 5.4).
+"""What AE-Adapt-V has to know of a pre-trained model: one row for each base.
 
-The stages of `adapt.py` are the same for every video diffusion transformer. What differs is said here, by a `Base`:
+The stages of `adapt.py` are the same for every video diffusion transformer. What
+differs is said here, by a `Base`:
 
     settings   how each stage is run: what was published for it
-    models     the base as it is ("teacher"), and the same model around the deep autoencoder ("student"), whose transformer is still to come
-    experts    its transformers, with the range of times in which each of them works: one, or the two of Wan 2.2 A14B
-    sources    the training data and the held-out clips: captioned, in both latent spaces (training/cache.py)
+    models     the base as it is ("teacher"), and the same model around the deep autoencoder
+               ("student"), whose transformer is still to come
+    experts    its transformers, with the range of times in which each of them works: one, or
+               the two of Wan 2.2 A14B
+    sources    the training data and the held-out clips: captioned, in both latent spaces
+               (training/cache.py)
     videos     what it renders after each stage, with the same noise
 
-A new base is a row of BASES: a released model (`released.RELEASED`) and what of the published settings changes for it. One that is made of
-other parts, as the toy is, overrides the methods in which it differs.
-
-    python -m training.bases             every base: its embedder before and after, and what is trained (spec 5.3)
+A new base is a row of BASES: a released model (`released.RELEASED`) and what of the
+published settings changes for it. One that is made of other parts, as the toy is,
+overrides the methods in which it differs.
 """
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,28 +25,29 @@ import torch
 import ae
 import dit
 import flow
-import lora
 import sample
 import toy
 from files import checkpoint, layouts
 from files.checkpoint import UserError
-from gpu import tiling
 from training import cache, captions, toy_base
 from training.entries import hash_of, hash_tensors
-from wan import memory, models, released
+from training.journal import decoded
+from wan import models, released
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORKERS = 2  # threads that decode clips, and later read entries ahead
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the stages are run. The defaults are the published ones for a 14B model; every one is an option of adapt.py."""
+    """How the stages are run. The defaults are the published ones for a 14B model; most
+    are options of adapt.py."""
 
     align: str = "sgd"  # stage 1a: sgd, closed_form, ridge_to_init, noise_aware, random
     head: str = "zero"  # what stage 1b starts from: zero, or closed_form
-    time_sampling: str = "released"  # of stages 1b and 2: released, or shifted (`flow.sample_times`)
+    time_sampling: str = "released"  # of stages 1b and 2: released, or shifted (flow.Times)
     shift: float = 8.0  # of the time sampling; 5 for image-to-video
-    null: str = "negative"  # in place of a dropped prompt: the base's negative prompt, or the empty one
+    null: str = "negative"  # for a dropped prompt: the base's negative prompt, or empty
     drop: float = 0.1  # share of dropped prompts
     clips_align: int = 4096  # stage 1a reads so many at most
     steps_align: int = 20_000
@@ -56,32 +59,37 @@ class Settings:
     steps: int = 8_000  # of stage 2
     lr: float = 5e-5
     warmup: int = 1_000
-    decay: str = "constant"  # of the learning rate after its warm-up: constant, linear, cosine
-    rank: int = 256
-    alpha: int = 512
+    decay: str = "constant"  # of the rate after its warm-up: constant, linear, cosine
+    rank: int = 256  # of the LoRA; its alpha is twice that
     clip: float = 0.1  # largest norm of the gradient
-    ema: float = 0.9999  # of stage 2: the average is what is evaluated and exported; 0: none
+    ema: float = 0.9999  # of stage 2: the average is evaluated and exported; 0: none
     batch: int = 2  # clips per process
-    accumulate: int = 0  # batches per step; 0: as many as make the published 32 clips per step
-    checkpoint_blocks: bool = True  # recompute the blocks in the backward pass: memory of one, a third more time
-    dtype: str = "bf16"  # of the frozen weights and the matrix products; what is trained is fp32
+    accumulate: int = 0  # batches per step; 0: as many as make the published 32 clips
+    checkpoint_blocks: bool = True  # recompute blocks backwards: a third more time
+    dtype: str = "bf16"  # of frozen weights and matrix products; what is trained is fp32
     export: str = "bf16"  # of the exported transformer
     seed: int = 0
+
+    @property
+    def alpha(self):
+        return 2 * self.rank
 
     def accumulated(self, processes):
         """Batches per step and process."""
         if self.accumulate:
             return self.accumulate
         if 32 % (self.batch * processes):
-            raise UserError(f"32 clips per step, as published, cannot be divided among {processes} processes with --batch {self.batch}: give --accumulate, the "
-                            "number of batches per step.")
+            raise UserError(f"32 clips per step, as published, cannot be divided among {processes} "
+                            f"processes with --batch {self.batch}: give --accumulate, the number "
+                            "of batches per step.")
         return 32 // (self.batch * processes)
 
 
-# ---------------------------------------------------------------------------------------------------- the deep autoencoder
+# ---------------------------------------------------------------- the deep autoencoder
 
 #: target -> file names under which the autoencoder is published
-TARGETS = {f"{name}": (f"dc-ae-v-{name}-1.0-bf16.pt", f"dc-ae-v-1.0-{name}-bf16.pt") for name in ("f32t4c32", "f64t4c128")}
+TARGETS = {name: (f"dc-ae-v-{name}-1.0-bf16.pt", f"dc-ae-v-1.0-{name}-bf16.pt")
+           for name in ("f32t4c32", "f64t4c128")}
 
 
 def target_of(config):
@@ -90,25 +98,35 @@ def target_of(config):
 
 
 def deep_autoencoder(target, file, folders):
-    """The autoencoder to move to: from `file`, or from one of the folders under a published name. UserError where it is another one."""
+    """The autoencoder to move to: from `file`, or from one of the folders under a
+    published name. UserError where it is another one."""
     path = Path(file) if file else released.find(TARGETS[target], folders)
     if path is None:
-        raise UserError(f"the deep autoencoder is in none of {', '.join(map(str, folders))}: name its file with --ae, or with --weights the folder that "
-                        f"holds {' or '.join(TARGETS[target])}.")
+        raise UserError(f"the deep autoencoder is in none of {', '.join(map(str, folders))}: name "
+                        "its file with --ae, or with --weights the folder that holds "
+                        f"{' or '.join(TARGETS[target])}.")
     net = ae.load(path)
     if target_of(net.config) != target:
-        raise UserError(f"{path} is an autoencoder {target_of(net.config)}, not {target}: give another file with --ae, or another --target.")
+        raise UserError(f"{path} is an autoencoder {target_of(net.config)}, not {target}: give "
+                        "another file with --ae, or another --target.")
     return net
 
 
 def deep_config(config, autoencoder):
-    """dit.Config of a base -> that of its transformer in the autoencoder's latent space: only the two ends differ (spec 1.1, 6)."""
-    z = autoencoder.latent_channels
-    condition = 0 if config.in_channels == config.out_channels else autoencoder.temporal_factor + z
+    """dit.Config of a base -> that of its transformer in the autoencoder's latent
+    space: only the two ends differ. An image condition is a mask and a latent."""
+    z, condition = autoencoder.latent_channels, 0
+    if config.in_channels != config.out_channels:
+        condition = autoencoder.temporal_factor + z
     return replace(config, in_channels=z + condition, out_channels=z, patch=(1, 1, 1))
 
 
-# ---------------------------------------------------------------------------------------------------- a base
+def buckets_of(args, autoencoder):
+    """The family of frame sizes: --buckets, or the published one."""
+    return args.buckets or f"480F{autoencoder.config.spatial_factor}MS"
+
+
+# ---------------------------------------------------------------- a base
 
 
 class Expert(NamedTuple):
@@ -116,8 +134,8 @@ class Expert(NamedTuple):
 
     name: str  # "", or "high" and "low"
     path: Path
-    low: float = 0.0  # times t / 1000 in [low, high)
-    high: float = 1.001  # a time of 1000 is drawn now and then
+    low: float = flow.Times.low  # times t / 1000 in [low, high)
+    high: float = flow.Times.high
 
     @property
     def prefix(self):
@@ -129,60 +147,89 @@ class Expert(NamedTuple):
         return dit.load(self.path, dtype=dtype, device=device).requires_grad_(False)
 
     def embedder(self):
-        """Its patch embedder alone -> torch.nn.Conv3d in fp32; nothing else is read."""
+        """Its patch embedder alone, in fp32; nothing else is read."""
         tensors, config = layouts.open_checkpoint(self.path)
         net = dit.PatchEmbedder(config["in_channels"], config["dim"], config["patch"])
-        return checkpoint.load_strict(net, {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}, str(self.path)).requires_grad_(False)
+        own = {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}
+        return checkpoint.load_strict(net, own, str(self.path)).requires_grad_(False)
 
     def fingerprint(self):
-        """Hash of the config and of all vectors (norms, modulation, biases), which differ between any two trained models; quick for 14B."""
+        """Hash of the config and of all vectors (norms, modulation, biases), which
+        differ between any two trained models; quick for 14B."""
         tensors, config = layouts.open_checkpoint(self.path)
-        small = {k: checkpoint.read(v) for k, v in tensors.items() if len(v.shape) == 1 or "modulation" in k or k.startswith(("patch_", "head."))}
+        small = {k: checkpoint.read(v) for k, v in tensors.items()
+                 if len(v.shape) == 1 or "modulation" in k or k.startswith(("patch_", "head."))}
         return hash_of([config, hash_tensors(small)])
 
 
 @dataclass(frozen=True)
 class Base:
-    """A released Wan model as a base, and its data: a folder, table or archive of captioned clips."""
+    """A released Wan model as a base, and its data: a folder, table or archive of
+    captioned clips."""
 
     name: str  # of released.RELEASED
     settings: Settings = Settings()
     guidance: float | tuple = 5.0  # of the adapted model
     validation: int = 32  # held-out samples that a loss is measured on
     labels: tuple | None = None  # of the videos
+    gpus: int = 8  # that a plan is made for
 
     def models(self, args, settings):
-        """-> (teacher, student), two `models.Model` on args.device whose transformers are not read."""
+        """-> (teacher, student), two `models.Model` on args.device whose transformers
+        are not read."""
         folders = [Path(w) for w in args.weights] or [Path("checkpoints") / self.name]
-        autoencoder = deep_autoencoder(args.target, args.ae, folders)  # first: the likelier thing to miss
-        teacher = released.load_model(self.name, folders, (), DTYPES[settings.dtype], args.device, args.text_cache)
-        return teacher, self.student(teacher, autoencoder, settings, args.buckets or f"480F{autoencoder.config.spatial_factor}MS")
+        autoencoder = deep_autoencoder(args.target, args.ae, folders)  # the likelier to miss
+        dtype = DTYPES[settings.dtype]
+        teacher = released.load_model(self.name, folders, (), dtype, args.device, args.text_cache)
+        buckets = buckets_of(args, autoencoder)
+        return teacher, self.student(teacher, autoencoder, settings, buckets)
 
     def student(self, teacher, autoencoder, settings, buckets):
-        """The teacher around the deep autoencoder. It samples as the released DC-VideoGen models do, in the 16:9 that it is trained at."""
+        """The teacher around the deep autoencoder. It samples as the released
+        DC-VideoGen models do, in the 16:9 that it is trained at."""
         size = captions.bucket_sizes(buckets)[0.5625]
-        return replace(teacher, name=f"{self.name} in {target_of(autoencoder.config)}", low=None, ae=autoencoder, ae_dtype=DTYPES[settings.dtype],
-                       net=models.Deferred(None, config=deep_config(teacher.net.config, autoencoder.config)), size=size, picture="dc",
-                       frames=80, solver="unipc_diffusers", shift=teacher.shift if teacher.low else 5.0, guidance=self.guidance,
-                       area=size[0] * size[1] if teacher.area else 0, negative=teacher.negative if settings.null == "negative" else "").to(teacher.device)
+        config = deep_config(teacher.net.config, autoencoder.config)
+        changed = dict(
+            name=f"{self.name} in {target_of(autoencoder.config)}",
+            net=models.Deferred(None, config=config),
+            low=None,
+            ae=autoencoder,
+            ae_dtype=DTYPES[settings.dtype],
+            size=size,
+            frames=80,
+            area=size[0] * size[1] if teacher.area else 0,
+            picture="dc",
+            solver="unipc_diffusers",
+            shift=teacher.shift if teacher.low else 5.0,
+            guidance=self.guidance)
+        if settings.null == "empty":
+            changed["negative"] = ""
+        return replace(teacher, **changed).to(teacher.device)
 
     def experts(self, teacher):
         """Its transformers, the one for high noise first."""
         if teacher.low is None:
             return [Expert("", teacher.net.path)]
-        return [Expert("high", teacher.net.path, low=teacher.boundary), Expert("low", teacher.low.path, high=teacher.boundary)]
+        return [Expert("high", teacher.net.path, low=teacher.boundary),
+                Expert("low", teacher.low.path, high=teacher.boundary)]
 
     def sources(self, teacher, student, args, settings):
         """-> (training data, held-out data)"""
         if not args.data:
-            raise UserError(f"--base {self.name} needs --data: a folder of captioned clips (x.mp4 with x.txt), a CSV, a JSONL or a web-dataset tar.")
-        teacher = None if args.continue_from else teacher  # whose latents only stage 1 reads
-        source = cache.Source(args.data, student, teacher, None if args.no_cache else args.cache, args.buckets or f"480F{student.ae.config.spatial_factor}MS",
-                              args.frames, seed=settings.seed, drop=settings.drop, null=settings.null, workers=args.workers)
+            raise UserError(f"--base {self.name} needs --data: a folder of captioned clips (x.mp4 "
+                            "with x.txt), a CSV, a JSONL or a web-dataset tar.")
+        source = cache.Source(
+            args.data, student,
+            teacher=None if args.continue_from else teacher,  # only stage 1 reads its latents
+            folder=None if args.cache == "memory" else args.cache,
+            buckets=buckets_of(args, student.ae), frames=args.frames,
+            seed=settings.seed, drop=settings.drop, null=settings.null,
+            workers=WORKERS, verify=args.stage == "cache")
         return source, source.held_out()
 
     def before(self, teacher, held):
-        """What to measure first, for comparison -> (transformer, its Model, its held-out data), or None: a large base is known well enough."""
+        """What to measure first, for comparison -> (transformer, its Model, its
+        held-out data), or None: a large base is known well enough."""
 
     def score(self, model, args):
         """Further numbers about a model -> dict."""
@@ -190,59 +237,70 @@ class Base:
 
     @torch.no_grad()
     def videos(self, model, expert, held, steps, n=4):
-        """n videos from the prompts (and pictures) of held-out clips -> list of [3, t, h, w]; the i-th with noise i, by plain Euler.
+        """n videos from the prompts (and pictures) of held-out clips -> list of [3, t,
+        h, w]; the i-th with noise i, by plain Euler.
 
-        An expert alone shows what it does: that for low noise starts from a held-out clip under as much noise as it gets, that for high noise
-        ends with its last estimate of the clean latent.
+        An expert alone shows what it does: that for low noise starts from a held-out
+        clip under as much noise as it gets, that for high noise ends with its last
+        estimate of the clean latent.
         """
-        batch, null = held.batch(0, range(n)), held.held_out(drop=1.0).batch(0, range(n)).context
         sigmas, times = flow.schedule("euler", max(steps, 4), model.shift)
         inside = (times >= 1000 * expert.low) & (times < 1000 * expert.high)
         sigmas, times = torch.cat([sigmas[:-1][inside], torch.zeros(1)]), times[inside]
-        here = [None if a is None else a.to(model.device) for a in (batch.context, null, batch.condition, batch.clip_fea)]
-        context, null, condition, clip = here
+        batch = held.batch(0, range(n))
+        null = held.held_out(drop=1.0).batch(0, range(n)).context
+        inputs = batch.context, null, batch.condition, batch.clip_fea
+        inputs = [None if a is None else a.to(model.device) for a in inputs]
+        context, null, condition, clip = inputs
         seen = models.ImageCondition(condition, clip=clip)
         how = sample.Sampling(guidance=model.guidance, cfg_batch=False, plain=True)
         velocity = sample.Velocity(model, context, null, seen, times, how)
-        noise = torch.stack([torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i, z in enumerate(batch.z)])
-        z = flow.euler(velocity, flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device), sigmas, times)
-        return decoded(model, z)
 
-
-@torch.no_grad()
-def decoded(model, z):
-    """Latents [n, z, t, h, w] -> list of n videos [3, t, h, w], whole; in tiles where the device has little room."""
-    c, tile = model.ae.config, tiling.choose(model.ae, tuple(z.shape[2:]), 0.8 * memory.free_memory(model.device), model.ae_dtype)
-    frames, size = c.lead + (z.shape[2] - 1) * c.temporal_factor, tuple(s * c.spatial_factor for s in z.shape[3:])
-    return [torch.cat([piece[0].float().cpu() for piece in model.decode(x[None], frames, size, tile)], dim=1) for x in z]
+        generators = [torch.Generator().manual_seed(i) for i in range(n)]
+        noise = torch.stack([torch.randn(batch.z.shape[1:], generator=g) for g in generators])
+        start = flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device)
+        return decoded(model, flow.euler(velocity, start, sigmas, times))
 
 
 @dataclass(frozen=True)
 class Toy(Base):
-    """The embedded toy (training/toy_base.py): an endless supply of procedural clips, and a score."""
+    """The embedded toy (training/toy_base.py): an endless supply of procedural clips,
+    and a score."""
 
     validation: int = 256
     labels: tuple = toy_base.PROMPTS
+    gpus: int = 1
 
     def models(self, args, settings):
         teacher = released.load_model("base", device=args.device)
-        net = models.Deferred(released.WEIGHTS / "toy-base-dit.safetensors", dtype=DTYPES[settings.dtype])
-        teacher = replace(teacher, net=net)
+        file, dtype = released.WEIGHTS / "toy-base-dit.safetensors", DTYPES[settings.dtype]
+        teacher = replace(teacher, net=models.Deferred(file, dtype=dtype))
         autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
-        deep = models.Deferred(None, config=deep_config(net.config, autoencoder.config))
-        return teacher, replace(teacher, name="toy DC-VideoGen", net=deep, ae=autoencoder).to(args.device)
+        config = deep_config(teacher.net.config, autoencoder.config)
+        net = models.Deferred(None, config=config)
+        student = replace(teacher, name="toy DC-VideoGen", net=net, ae=autoencoder)
+        return teacher, student.to(args.device)
 
     def sources(self, teacher, student, args, settings):
-        """The first shard is held out; the next ones are encoded in both spaces, for stage 1a, and the others in the deep one only."""
-        if not 0 < args.align_shards < args.shards:
-            raise UserError(f"--align-shards must be at least 1 and fewer than --shards, got {args.align_shards} and {args.shards}.")
-        both = [toy_base.cache_latents(model, n + 1, args.cache) for model, n in ((teacher, args.align_shards), (student, args.shards))]
-        held, train = ([toy_base.clips_of(x, *span(len(x.z))) for x in both] for span in (lambda n: (0, toy_base.SHARD), lambda n: (toy_base.SHARD, n)))
-        return (toy_base.Source(train[1], student.text, train[0], settings.seed, null=settings.drop),
-                toy_base.Source(held[1], student.text, held[0], null=0.0, drop=0.0))
+        """The first shard is held out; the next ones are encoded in both spaces, for
+        stage 1a, and the others in the deep one only."""
+        if args.shards < 1:
+            raise UserError(f"--shards must be at least 1, got {args.shards}.")
+        both = min(3, args.shards)
+        folder = None if args.cache == "memory" else args.cache
+        base = toy_base.cache_latents(teacher, both + 1, folder)
+        deep = toy_base.cache_latents(student, args.shards + 1, folder)
+        first = toy_base.SHARD
+        train = toy_base.Source(
+            deep.part(first, len(deep.z)), student.text, base.part(first, len(base.z)),
+            settings.seed, null=settings.drop)
+        held = toy_base.Source(
+            deep.part(0, first), student.text, base.part(0, first), null=0.0, drop=0.0)
+        return train, held
 
     def before(self, teacher, held):
-        return teacher.net.get(teacher.device), teacher, toy_base.Source(held.teacher, teacher.text, null=0.0, drop=0.0)
+        source = toy_base.Source(held.teacher, teacher.text, null=0.0, drop=0.0)
+        return teacher.net.get(teacher.device), teacher, source
 
     def score(self, model, args):
         prompts = toy.held_out_prompts(args.prompts or 64)
@@ -252,19 +310,25 @@ class Toy(Base):
         return sample.videos(model, toy_base.PROMPTS)
 
 
-# ---------------------------------------------------------------------------------------------------- the rows
+# ---------------------------------------------------------------- the rows
 
+# chosen for ten minutes on two cores: regression in place of the first steps, a higher
+# learning rate that falls, no average
+_TOY = Settings(
+    align="noise_aware", head="closed_form", time_sampling="shifted", shift=toy_base.TIMES.shift,
+    null="empty", steps_align=2000, lr_align=2e-3, batch_align=16,
+    steps_head=800, lr_head=8e-3, warmup_head=50,
+    steps=1400, lr=4e-3, warmup=50, decay="linear", rank=32, clip=1.0, ema=0.0,
+    batch=32, checkpoint_blocks=False, export="fp32")
 _I2V = Settings(shift=5.0)
 
 BASES = {base.name: base for base in (
-    # what was chosen for ten minutes on two cores: regression in place of the first steps, a higher learning rate that falls, no average
-    Toy("toy", Settings("noise_aware", "closed_form", "shifted", toy_base.SHIFT, "empty", steps_align=2000, lr_align=2e-3, batch_align=16, steps_head=800,
-                        lr_head=8e-3, warmup_head=50, steps=1400, lr=4e-3, warmup=50, decay="linear", rank=32, alpha=64, clip=1.0, ema=0.0, batch=32,
-                        checkpoint_blocks=False, export="fp32")),
+    Toy("toy", _TOY),
     Base("wan2.1-t2v-1.3b", Settings(steps=40_000), guidance=3.0),
     Base("wan2.1-t2v-14b"),
     Base("wan2.1-i2v-14b-480p", _I2V),
-    Base("wan2.2-t2v-a14b", guidance=(3.0, 4.0)),  # nothing is published about moving these two: Wan 2.1's settings
+    # nothing is published about moving these two: Wan 2.1's settings
+    Base("wan2.2-t2v-a14b", guidance=(3.0, 4.0)),
     Base("wan2.2-i2v-a14b", _I2V, guidance=(3.5, 3.5)),
 )}
 ALIASES = {"wan2.1": "wan2.1-t2v-1.3b"}
@@ -272,28 +336,8 @@ ALIASES = {"wan2.1": "wan2.1-t2v-1.3b"}
 
 def find(name):
     """A base by name. UserError with the names where there is none."""
-    if ALIASES.get(name, name) not in BASES:
-        raise UserError(f"there is no base {name!r}: use one of {', '.join([*BASES, *ALIASES])}.")
-    return BASES[ALIASES.get(name, name)]
-
-
-def main():
-    argparse.ArgumentParser(description="The bases: numbers per token before and after, and what each stage trains, in f32t4c32.").parse_args()
-    print(f"{'base':20s} {'embedder':>14s} {'deep':>14s} {'1a':>9s} {'1b':>11s} {'LoRA layers':>12s} {'LoRA':>13s}")
-    for base in BASES.values():
-        preset = "toy-base" if base.name == "toy" else released.RELEASED[base.name].preset
-        target = ae.PRESETS["toy" if base.name == "toy" else "f32t4c32"]
-        with torch.device("meta"):
-            config = deep_config(dit.PRESETS[preset], target)
-            net = dit.WanDiT(config)
-            ends = [sum(p.numel() for part in parts for p in net.get_submodule(part).parameters()) for parts in (["patch_embedding"], ["patch_embedding", "head"])]
-            lora.wrap(net, base.settings.rank, base.settings.alpha)
-        layers, thin = len(lora.adapters(net)), sum(p.numel() for p in net.parameters() if p.requires_grad)
-        before = dit.PRESETS[preset]
-        token = lambda c: f"{c.in_channels}x{c.patch[1]}x{c.patch[2]} -> {c.dim}"
-        print(f"{base.name:20s} {token(before):>14s} {token(config):>14s} {ends[0]:9,d} {ends[1]:11,d} {layers:12d} {thin:13,d}")
-
-
-if __name__ == "__main__":
-    with checkpoint.user_errors():
-        main()
+    name = ALIASES.get(name, name)
+    if name not in BASES:
+        known = ", ".join([*BASES, *ALIASES])
+        raise UserError(f"there is no base {name!r}: use one of {known}.")
+    return BASES[name]
