@@ -1,0 +1,953 @@
+"""The paper's claims put to the test on the toy: ways to carry a transformer into the deep
+latent space, side by side (paper, convergence and ablations of AE-Adapt-V).
+
+What adaptation is for: the base knows more than the adaptation data can teach. So the
+data here are *narrow*: a few hundred clips, of a third of the combinations of shape,
+direction and colour, and two words never occur in them. A model is scored on prompts
+
+    inside        combinations that the adaptation has seen
+    combination   the others: its words were seen, never together
+    word          prompts with a word that no clip shows; "held": how often that one is right
+
+First the *gate*: an arm cannot inherit what the base does not know, so attributes that the
+base misses are reported, but left out of the fit that is compared. Then every arm runs at
+each learning rate of a grid, extended until its best is not at the edge, with as many
+trials for all; the best is chosen on the validation loss inside the data. Then the other
+seeds at that rate. Verdicts are computed from the spread over seeds, whatever they are.
+
+    python -m experiments.adaptation                        two hours on one core
+    python -m experiments.adaptation --arms E b ab          with options of E
+    python -m experiments.adaptation --ae plain.safetensors aligned.safetensors
+                                                            deep autoencoders side by side
+
+OUT/trials.jsonl holds what is finished, so the same command goes on where it stopped.
+"""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy threads slow others; before torch
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import ae
+import align
+import dit
+import flow
+import kernels
+import lora
+import sample
+import toy
+from dit import ENDS
+from files import checkpoint, video
+from files.checkpoint import UserError
+from training import bases, journal, loop, metrics, toy_base
+from training.entries import hash_of, hash_tensors
+from training.toy_base import TIMES
+from wan import released
+
+# ------------------------------------------------------------------------------- arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an adapted model comes about."""
+
+    title: str
+    base: bool = True  # blocks are the base's; else random
+    align: str = "random"  # stage 1a: a way of align.fit, or sgd
+    head: str = "zero"  # or closed_form
+    head_steps: float = 0.0  # stage 1b, as a share of the preset's
+    lora: bool = True  # afterwards; else everything is trained
+    times: flow.Times = TIMES
+    null: str = "empty"
+
+
+ARMS = {
+    "A": Arm("scratch", base=False, lora=False),
+    "B": Arm("naive full", lora=False),
+    "C": Arm("naive LoRA"),
+    "D": Arm("no MSE stage", head_steps=1),
+    "E": Arm("AE-Adapt-V", align="sgd", head_steps=1),
+    "F": Arm("aligned full", align="sgd", head_steps=1, lora=False),
+    "G": Arm("closed form", align="closed_form", head="closed_form", head_steps=0.5),
+}
+#: E with one thing changed, at E's learning rate
+OPTIONS = {
+    "a1": dict(title="plain closed form", align="closed_form"),
+    "a2": dict(title="ridge to init", align="ridge_to_init"),
+    "a3": dict(title="regressed head", head="closed_form"),
+    "b": dict(title="noise-aware", align="noise_aware"),
+    "ab": dict(title="noise-aware, regressed head", align="noise_aware", head="closed_form"),
+    "c1": dict(title="released times, S 8", times=flow.Times("released", 8.0)),
+    "c2": dict(title="shifted times, S 8", times=flow.Times("shifted", 8.0)),
+    "d": dict(title="null is a word", null="word"),
+}
+ALL = ARMS | {key: replace(ARMS["E"], **changes) for key, changes in OPTIONS.items()}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the experiment; the number of steps is the same for all arms."""
+
+    clips: int = 512
+    held: int = 64  # clips per group for the validation loss
+    prompts: int = 24  # per group
+    sampling_steps: int = 8
+    steps: int = 300  # stage 1b counts
+    head_steps: int = 60  # of stage 1b
+    batch: int = 32
+    warmup: int = 20
+    rates: tuple = (2e-3, 5e-3, 1.25e-2)
+    lr_head: float = 8e-3
+    rank: int = 32
+    seeds: int = 3
+    sgd: tuple = (2000, 16, 2e-3)  # steps, clips and rate of stage 1a in the arms
+    sgd_published: tuple = (20000, 4, 2e-4)
+    head_batches: int = 24
+    marks: tuple = (0, 0.25, 0.5, 0.75, 1)  # shares of steps at which the loss is measured,
+    scored: tuple = (0.25, 1)  # and at which videos are made and read
+
+
+PRESETS = {
+    "laptop": Preset(),
+    "short": Preset(held=32, prompts=12, steps=120, head_steps=30, batch=8),
+    "gpu": Preset(
+        steps=400, head_steps=100, prompts=128, sampling_steps=20, head_batches=64,
+        rates=(8e-4, 2e-3, 5e-3, 1.25e-2), scored=(0.25, 0.5, 0.75, 1),
+    ),
+}
+
+# ------------------------------------------------------------------------- narrow data
+
+HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
+GROUPS = ("inside", "combination", "word")
+
+
+def group_of(attributes):
+    """Inside is a Latin square over shape, direction and colour, without words of HELD.
+    None: both of them occur."""
+    held = holds(attributes)
+    if held:
+        return "word" if len(held) == 1 else None
+    square = ("shape", "direction", "colour")
+    index = sum(toy.WORLD[name].index(attributes[name]) for name in square)
+    return "combination" if index % 3 else "inside"
+
+
+def holds(attributes):
+    """The held-out words of a prompt: {attribute: word}."""
+    return {name: word for name, word in HELD.items() if attributes[name] == word}
+
+
+def scenes_of(group, n, seed):
+    """n random scenes of a group; in "word" the held-out words take turns."""
+    rng, turns, scenes = np.random.default_rng(seed), itertools.cycle(HELD), []
+    turn = next(turns)
+    while len(scenes) < n:
+        scene = toy.random_scene(rng)
+        attributes = scene.attributes()
+        if group_of(attributes) == group and (group != "word" or turn in holds(attributes)):
+            scenes.append(scene)
+            turn = next(turns)
+    return scenes
+
+
+class NullWord(toy.ToyText):
+    """The toy's vocabulary with a word in place of nothing as its null prompt: what stands
+    here for Wan's negative prompt. No attribute uses its row and column, so the base has
+    never seen it."""
+
+    def null(self, n):
+        context = torch.zeros(n, self.text_len, self.text_dim)
+        context[:, -1, -1] = self.text_dim**0.5
+        return context
+
+    def encode(self, attributes):
+        context = super().encode(attributes)
+        empty = [not given for given in attributes]
+        context[empty] = self.null(sum(empty))
+        return context
+
+
+# ------------------------------------------------------------------- what all trials share
+
+
+class World:
+    """Base and deep autoencoder, narrow data in both spaces, prompts, finished work."""
+
+    def __init__(self, preset, out, autoencoder, base, device="cpu"):
+        self.preset, self.out, self.device = preset, Path(out), torch.device(device)
+        self.base = base.to(device)
+        self.config = bases.deep_config(base.net.config, autoencoder.config)
+        self.deep = replace(base, name="deep", net=self.fresh(0), ae=autoencoder).to(device)
+        decisive = dict(preset=asdict(preset), held=HELD)
+        for name, net in (("base", base.net), ("autoencoder", autoencoder)):
+            decisive[name] = hash_tensors(net.state_dict())
+        self.ledger = Ledger(self.out, decisive)
+
+        sets = {"train": scenes_of("inside", preset.clips, 1)}
+        self.prompts = {}
+        for i, group in enumerate(GROUPS):
+            sets[group] = scenes_of(group, preset.held, (2, i))
+            scored = scenes_of(group, preset.prompts, (99, i))
+            self.prompts[group] = [scene.attributes() for scene in scored]
+        cache = self.out.parent / "cache"  # shared by all autoencoders
+        self.clips = {k: toy_base.encode_scenes(self.deep, s, cache) for k, s in sets.items()}
+        self.pairs = {k: self.problem(k, sets[k], cache) for k in ("train", *GROUPS[:2])}
+
+    def fresh(self, seed, base=True):
+        """A transformer for the deep space with nothing aligned; without `base` nothing
+        inherited either."""
+        torch.manual_seed(seed)
+        net = dit.inherit(self.base.net, self.config) if base else dit.WanDiT(self.config)
+        return net.to(self.device)
+
+    def problem(self, group, scenes, cache):
+        """What stage 1a has to solve on the clips of a group."""
+        teacher = toy_base.encode_scenes(self.base, scenes, cache)
+        source = toy_base.Source(self.clips[group], self.base.text, teacher)
+        tokens = align.Tokens.of((self.base.net.config, self.config), source.pair(0))
+        embedder, start = self.base.net.patch_embedding, self.deep.net.patch_embedding
+        start = start.weight, start.bias
+        return align.Problem(embedder, start, source.pair, len(source), tokens, TIMES)
+
+    def align(self, method, net, seed):
+        """Stage 1a from the embedder that `net` has -> (weight, bias)."""
+        problem = copy.copy(self.pairs["train"])  # with the moments, once they are known
+        problem.start = net.patch_embedding.weight, net.patch_embedding.bias
+        if not method.startswith("sgd"):
+            return align.fit(method, problem)
+        steps, clips, lr = getattr(self.preset, method)
+        plan = loop.Plan(steps, warmup=0, decay="constant", clip=0, save_every=steps,
+                         log_every=steps, keep=1)
+        begin = partial(loop.Run, self.out / "starts" / f"{method}-{seed}", {}, plan=plan)
+        return align.sgd(problem, begin, clips, lr, seed)
+
+    def source(self, group, null="empty", **settings):
+        text = NullWord() if null == "word" else self.base.text
+        return toy_base.Source(self.clips[group], text, image=0, **settings)
+
+    def score(self, model, enlarge=1):
+        """Videos of all prompts, read back -> ({group: fit}, {group: pictures of two})."""
+        found, shown = {}, {}
+        for group, prompts in self.prompts.items():
+            with kernels.autocast(self.device):
+                videos = sample.videos(model, prompts, steps=self.preset.sampling_steps)
+            if enlarge > 1:
+                videos = [enlarged(x, enlarge) for x in videos]
+            found[group] = toy.prompt_fit(videos, prompts)
+            stills = [x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in videos[:2]]
+            shown[group] = torch.stack(stills)
+        right = []
+        for x, prompt in zip(videos, prompts):  # of the last group, "word"
+            right += toy.prompt_fit([x], [holds(prompt)]).values()
+        found["word"]["held"] = statistics.fmean(right)
+        return found, shown
+
+
+def enlarged(x, factor):
+    frames = x.transpose(0, 1)  # t c h w
+    return F.interpolate(frames, scale_factor=factor, mode="bicubic").transpose(0, 1)
+
+
+class Ledger:
+    """Finished work as JSON lines: what is there is not made again. A line that a crash cut
+    off is removed."""
+
+    def __init__(self, folder, settings):
+        self.file, self.lines = Path(folder) / "trials.jsonl", []
+        text = self.file.read_text() if self.file.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                self.lines.append(json.loads(line))
+        with checkpoint.atomic_path(self.file) as tmp:
+            tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if self.once("settings", lambda: settings) != json.loads(json.dumps(settings)):
+            raise UserError(f"{folder} holds a comparison with other settings, or of another base "
+                            "or autoencoder: use the same ones, or another --out.")
+
+    def once(self, kind, make, **key):
+        """The value of this kind and key; made and written now if it is not there."""
+        key = dict(kind=kind, **key)
+        for line in self.lines:
+            if line["key"] == key:
+                return line["value"]
+        value = json.loads(json.dumps(make()))
+        self.lines.append(dict(key=key, value=value))
+        with open(self.file, "a") as f:
+            f.write(json.dumps(self.lines[-1]) + "\n")
+        return value
+
+    def all(self, kind, **key):
+        """The values of this kind whose key holds all of `key`."""
+        key = dict(kind=kind, **key).items()
+        return [line["value"] for line in self.lines if key <= line["key"].items()]
+
+
+# --------------------------------------------------------------------------- one trial
+
+
+class Trial:
+    """An arm at one learning rate with one seed."""
+
+    def __init__(self, world, key, lr, seed):
+        self.world, self.key, self.lr, self.seed = world, key, lr, seed
+        self.arm, p = ALL[key], world.preset
+        self.total, self.head_steps = p.steps, round(p.head_steps * self.arm.head_steps)
+        self.marks = {round(share * self.total) for share in p.marks} | {self.head_steps}
+        self.scored = {round(share * self.total) for share in p.scored} | {self.head_steps}
+        if self.arm.head == "zero":
+            self.scored.discard(0)  # a head of zeros makes no videos
+        arm = self.arm
+        begins = [arm.base, arm.align, arm.head, self.head_steps, asdict(arm.times), arm.null]
+        self.start = world.out / "starts" / hash_of([*begins, seed])  # shared with other trials
+        self.folder = world.out / "trials" / f"{key}-{lr:g}-{seed}"
+
+    def weights(self, step):
+        folder = self.start if step <= self.head_steps else self.folder
+        return folder / f"{step}.safetensors"
+
+    def row(self):
+        """Its numbers; run now if that was not done."""
+        key = dict(arm=self.key, lr=self.lr, seed=self.seed)
+        return self.world.ledger.once("trial", self.run, **key)
+
+    def run(self):
+        net, lines = self.aligned()
+        net.requires_grad_(True)
+        if self.arm.lora:
+            torch.manual_seed(1000 + self.seed)
+            rank = self.world.preset.rank
+            lora.wrap(net, rank, 2 * rank, full=ENDS)
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        steps = self.total - self.head_steps
+        lines = lines + self.train(net, self.folder, self.head_steps, steps, self.lr)
+        shutil.rmtree(self.folder / "run")
+        curve = [self.look(net, step) for step in sorted(self.marks)]
+        log = {name: [line[name] for line in lines] for name in lines[-1]}
+        return dict(
+            steps=self.total, head_steps=self.head_steps, trained=trained, curve=curve,
+            spikes=spikes(log["loss"]), grad_norm=max(log["gradient"]),
+            seconds=sum(log["seconds_per_step"]),
+        )
+
+    def aligned(self):
+        """The transformer after stages 1a and 1b, and the log of 1b."""
+        world, arm, ready = self.world, self.arm, self.start / "net.safetensors"
+        net = world.fresh(self.seed, arm.base)
+        if not ready.exists():
+            weight, bias = world.align(arm.align, net, self.seed)
+            with torch.no_grad():
+                net.patch_embedding.weight.copy_(weight.view_as(net.patch_embedding.weight))
+                net.patch_embedding.bias.copy_(bias)
+            if arm.head == "closed_form":
+                source = world.source("train", arm.null, seed=self.seed)
+                align.solve_head(net, source, arm.times, world.preset.head_batches, 32)
+            lines = []
+            if self.head_steps:
+                net.requires_grad_(False)
+                for end in ENDS:
+                    net.get_submodule(end).requires_grad_(True)
+                lr = world.preset.lr_head
+                lines = self.train(net, self.start, 0, self.head_steps, lr)
+                shutil.rmtree(self.start / "run")
+            else:
+                self.look(net, 0)
+            checkpoint.save_tensors(ready, net.state_dict(), {"log": lines})
+        tensors, metadata = checkpoint.load_tensors(ready)
+        net.load_state_dict(tensors)
+        return net, metadata["log"]
+
+    def train(self, net, folder, first, steps, lr):
+        """Steps `first` to `first + steps` with the flow-matching loss -> their log."""
+        world, arm, size = self.world, self.arm, self.world.preset.batch
+        source = world.source("train", arm.null, seed=self.seed)
+        opt = torch.optim.AdamW(loop.trained(net).values(), lr=lr, weight_decay=0)
+        plan = loop.Plan(steps, world.preset.warmup, log_every=1, keep=1)
+        config = dict(data=source.fingerprint, first=first, lr=lr, batch=size)
+        run = loop.Run(folder / "run", config, {"net": net}, {"net": opt}, plan)
+
+        def batches(number):
+            while True:
+                step = first + number
+                batch = source.batch(step, range(size))
+                shape = batch.z.shape[1:]
+                yield batch, flow.draw(shape, arm.times, self.seed, step, range(size))
+                number += 1
+
+        def losses(both, number):
+            batch, drawn = both
+            if first + number in self.marks:
+                self.look(net, first + number)
+            with kernels.autocast(world.device):
+                velocity = align.velocity_of(net.train(), batch, world.device)
+                loss, _ = flow.loss(velocity, batch.z, drawn)
+            yield "net", loss, {"loss": loss.detach()}
+
+        run.fit(batches(run.number), losses, what=f"{self.key}, rate {lr:g}, seed {self.seed}")
+        self.look(net, first + steps)
+        return loop.read_log(run.folder)
+
+    @torch.no_grad()
+    def look(self, net, step):
+        """Keep the weights of a step that will be scored. -> its loss on held-out clips of
+        each group, with the same prompts, noise and times for all arms, and how far the
+        features are from the base's after each block."""
+        world = self.world
+        file = self.weights(step)
+
+        def make():
+            net.eval()
+            if step in self.scored:
+                dit.save(lora.merge(copy.deepcopy(net)), file, dtype=torch.float16)
+            found = dict(step=step)
+            for group in GROUPS:
+                source = world.source(group, null=0, drop=0)
+                found[group] = journal.validation_loss(net, source, TIMES, world.preset.held)
+            pairs = [world.pairs["inside"].pair(i) for i in range(min(32, world.preset.held))]
+            prompts = world.clips["inside"].attributes[: len(pairs)]
+            context = world.base.text.encode(prompts)
+            teacher, student = map(torch.stack, zip(*pairs))
+            depth = journal.depth_curve(world.base.net, net, teacher, student, (context,))
+            found["depth"] = {str(block): relative for block, (_, relative) in depth.items()}
+            return found
+
+        return world.ledger.once("look", make, at=str(file.relative_to(world.out)))
+
+    def score(self):
+        """Videos at the scored steps, read back -> [{group: fit, "step"}]."""
+        world, rows = self.world, []
+        for step in sorted(self.scored):
+            file = self.weights(step)
+
+            def make():
+                net = dit.load(file).to(world.device)
+                text = NullWord() if self.arm.null == "word" else world.base.text
+                found, shown = world.score(replace(world.deep, net=net, text=text))
+                if self.seed == 0 and step == self.total:
+                    checkpoint.save_tensors(world.out / "shown" / f"{self.key}.safetensors", shown)
+                return dict(step=step, **found)
+
+            at = str(file.relative_to(world.out))
+            rows.append(world.ledger.once("score", make, at=at, null=self.arm.null))
+        return rows
+
+
+def spikes(losses, window=20):
+    """How often a loss is twice the median of those before it."""
+    found = 0
+    for i in range(window, len(losses)):
+        found += losses[i] > 2 * statistics.median(losses[i - window : i])
+    return found
+
+
+# --------------------------------------------------------------------- before any arm
+
+
+@torch.no_grad()
+def gate(world):
+    """What the arms can inherit: accuracy per attribute on clips, on the reconstructions of
+    both autoencoders and on the base's samples. An attribute passes where the base has at
+    least 0.9 and the deep autoencoder loses at most 0.03."""
+    prompts = sum(world.prompts.values(), [])
+    rng = np.random.default_rng(98)
+    clips = [toy.render(toy.scene_of(p, rng), world.base.frames, world.base.size[0])
+             for p in prompts]
+    clips = torch.stack([video.to_tensor(x) for x in clips])
+    rows = {"clips": toy.prompt_fit(clips, prompts)}
+    for name, model in (("base", world.base), ("deep", world.deep)):
+        made = [model.ae(x.to(world.device)).float().cpu() for x in clips.split(16)]
+        made = torch.cat(made)
+        found = toy.prompt_fit(made, prompts)
+        rows[f"{name} reconstruction"] = {**found, "psnr": metrics.psnr(made, clips)}
+    base, shown = world.score(world.base)
+    checkpoint.save_tensors(world.out / "shown" / "base.safetensors", shown)
+    passed, samples = {}, {}
+    for k in toy.WORLD:
+        samples[k] = statistics.fmean(base[group][k] for group in GROUPS)
+        kept = rows["deep reconstruction"][k] >= rows["clips"][k] - 0.03
+        passed[k] = samples[k] >= 0.9 and kept
+    rows["base samples"] = samples
+    chance = {k: toy.chance(k) for k in toy.WORLD}
+    return dict(rows=rows, passed=passed, base=base, chance=chance)
+
+
+def half_size(world, net):
+    """The control that a reviewer asks for: the base at half the size, which has as few
+    tokens as the deep model, its videos enlarged. `net`: a base trained at both sizes."""
+    half = tuple(n // 2 for n in world.base.size)
+    return world.score(replace(world.base, net=net or world.base.net, size=half), enlarge=2)[0]
+
+
+def alignments(world):
+    """Stage 1a by every method, on held-out clips inside the data and outside it."""
+    rows, net = {}, world.fresh(0)
+    began = time.perf_counter()
+    world.pairs["train"].moments  # one pass over the clips, which closed forms need
+    rows["pass"] = dict(seconds=time.perf_counter() - began)
+    for method in ("random", "sgd_published", "sgd", *align.CLOSED_FORMS[1:]):
+        began = time.perf_counter()
+        found = world.align(method, net, 0)
+        row = rows[method] = dict(seconds=time.perf_counter() - began)
+        for group in GROUPS[:2]:
+            row[group] = journal.imitation(*found, world.pairs[group])
+    return rows
+
+
+@torch.no_grad()
+def speed(world, sizes=(1, 2, 3, 4), repeats=3):
+    """Forward seconds, the best of a few, of both transformers on growing frames, beside
+    the ratio of their tokens."""
+    rows = []
+    for factor in sizes:
+        size = tuple(factor * n for n in world.base.size)
+        row = dict(side=size[0])
+        for name, model in (("base", world.base), ("deep", world.deep)):
+            shape, c = model.latent_shape(model.frames, size), model.net.config
+            x = torch.zeros(1, c.in_channels, *shape, device=world.device)
+            t, context = x.new_ones(1), model.text.encode([{}]).to(world.device)
+            times = []
+            for _ in range(repeats + 1):
+                began = time.perf_counter()
+                model.net(x, t, context).cpu()
+                times.append(time.perf_counter() - began)
+            row[f"{name} tokens"], row[f"{name} seconds"] = dit.tokens(c, shape), min(times[1:])
+        row["token ratio"] = row["base tokens"] / row["deep tokens"]
+        row["time ratio"] = row["base seconds"] / row["deep seconds"]
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- the experiment in order
+
+
+def compare(world, keys, seeds, half=None):
+    """Gate, alignments, search, seeds, options; yields a summary after each seed."""
+    ledger = world.ledger
+    ledger.once("gate", lambda: gate(world))
+    ledger.once("half size", lambda: half_size(world, half))
+    ledger.once("alignments", lambda: alignments(world))
+    ledger.once("speed", lambda: speed(world))
+    rates = search(world, [key for key in keys if key in ARMS])
+    clear(world, rates)
+    rates |= {key: rates["E"] for key in keys if key in OPTIONS}
+    for seed in range(seeds):
+        for key, lr in rates.items():
+            trial = Trial(world, key, lr, seed)
+            loss = trial.row()["curve"][-1]
+            trial.score()
+            told = "  ".join(f"{group} {loss[group]:.4f}" for group in GROUPS)
+            tqdm.write(f"{key:3s} {ALL[key].title:24s} rate {lr:g} seed {seed}: loss {told}")
+        yield summary(world, rates, seed + 1)
+
+
+def search(world, keys):
+    """Every arm at its own best rate -> {arm: rate}. The grid grows by its own spacing until
+    no best is at an edge; then arms with fewer trials get more, halfway to the better
+    neighbour of their best, until all have had as many."""
+    rates = world.preset.rates
+    factor = rates[-1] / rates[-2]
+    found = {key: {} for key in keys}  # {arm: {rate: loss}}
+
+    def attempt(key, lr):
+        lr = float(f"{lr:.3g}")
+        loss = Trial(world, key, lr, 0).row()["curve"][-1]["inside"]
+        found[key][lr] = loss if math.isfinite(loss) else math.inf
+
+    def best(key):
+        return min(found[key], key=found[key].get)
+
+    for key in keys:
+        for lr in rates:
+            attempt(key, lr)
+        while best(key) in (min(found[key]), max(found[key])) and len(found[key]) < 10:
+            up = best(key) == max(found[key])
+            attempt(key, best(key) * factor if up else best(key) / factor)
+    most = max(map(len, found.values()))
+    for key in keys:
+        while len(found[key]) < most:
+            grid = sorted(found[key])
+            i = grid.index(best(key))
+            neighbours = grid[max(i - 1, 0) : i] + grid[i + 1 : i + 2]
+            nearest = min(neighbours, key=found[key].get)
+            attempt(key, math.sqrt(grid[i] * nearest))
+    return {key: best(key) for key in keys}
+
+
+def clear(world, rates):
+    """Remove the weights of trials that lost the search: nobody will score them."""
+    for folder in (world.out / "trials").glob("*-0"):
+        key, lr = folder.name.removesuffix("-0").split("-", 1)
+        if key in rates and lr != f"{rates[key]:g}":
+            shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------- verdicts
+
+
+def spread(values):
+    """Mean and range over seeds."""
+    values = list(values)
+    return dict(mean=statistics.fmean(values), low=min(values), high=max(values),
+                seeds=len(values))
+
+
+def against(x, y, higher=True):
+    """How x compares with y: "better" or "worse" where their ranges do not touch."""
+    if min(x["seeds"], y["seeds"]) < 2:
+        return "undecided (one seed)"
+    if not higher:
+        x, y = y, x
+    if x["low"] > y["high"]:
+        return "better"
+    return "worse" if x["high"] < y["low"] else "undecided (ranges overlap)"
+
+
+def summary(world, rates, seeds):
+    """Everything of the finished seeds: spreads for every arm, and the verdicts."""
+    kinds = ("settings", "gate", "half size", "alignments", "speed")
+    once = {kind: world.ledger.all(kind)[0] for kind in kinds}
+    passed = [k for k, ok in once["gate"]["passed"].items() if ok]
+
+    def fit(found):
+        return sum(found[k] for k in passed) / max(len(passed), 1)
+
+    base = {group: fit(found) for group, found in once["gate"]["base"].items()}
+    half = {group: fit(found) for group, found in once["half size"].items()}
+    arms = {}
+    for key, lr in rates.items():
+        trials = [Trial(world, key, lr, seed) for seed in range(seeds)]
+        rows, scores = [t.row() for t in trials], [t.score() for t in trials]
+        curves = [row["curve"] for row in rows]
+        arm = arms[key] = {name: rows[0][name] for name in ("steps", "head_steps", "trained")}
+        arm |= dict(title=ALL[key].title, rate=lr, loss={}, fit={})
+        arm["seconds"] = spread(row["seconds"] for row in rows)
+        arm["spikes"] = sum(row["spikes"] for row in rows)
+        arm["grad_norm"] = max(row["grad_norm"] for row in rows)
+        arm["depth"] = {str(look["step"]): look["depth"] for look in curves[0]}
+        for group in GROUPS:
+            arm["loss"][group] = over_seeds(curves, lambda look: look[group])
+            arm["fit"][group] = over_seeds(scores, lambda found: fit(found[group]))
+        last = str(arm["steps"])
+        arm["held"] = over_seeds(scores, lambda found: found["word"]["held"])[last]
+        arm["shape"] = over_seeds(scores, mean_shape)[last]
+        arm["steps to 95 %"] = {group: first_step(arm["fit"][group], 0.95 * base[group])
+                                for group in GROUPS}
+    found = dict(once, passed=passed, chance=fit(once["gate"]["chance"]), base=base, half=half,
+                 base_held=once["gate"]["base"]["word"]["held"], seeds=seeds, arms=arms)
+    return found | dict(claims=claims(found))
+
+
+def over_seeds(rows, value):
+    """For each seed rows of {"step", ...} -> {step: spread of value(row)}."""
+    found = {}
+    for row in itertools.chain.from_iterable(rows):
+        found.setdefault(str(row["step"]), []).append(value(row))
+    return {step: spread(values) for step, values in found.items()}
+
+
+def mean_shape(found):
+    return statistics.fmean(found[group]["shape"] for group in GROUPS)
+
+
+def first_step(fits, wanted):
+    reached = [int(step) for step, found in fits.items() if found["mean"] >= wanted]
+    return min(reached, default=None)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A claim that arm a is better than arm b at equal steps."""
+
+    claim: str
+    text: str
+    a: str
+    b: str
+    tie: str = "undecided"
+
+
+DUELS = [
+    Duel("C3", "naive full fine-tuning is worse than AE-Adapt-V at equal steps", "E", "B"),
+    Duel("C3", "naive LoRA is worse than AE-Adapt-V at equal steps", "E", "C"),
+    Duel("C4", "training from scratch is behind at equal steps", "E", "A"),
+    Duel("C5", "LoRA loses nothing against full fine-tuning", "E", "F",
+         tie="supported within the spread of seeds"),
+    Duel("C7", "the MSE stage matters beyond training the ends", "E", "D"),
+    Duel("C8", "closed-form ends and half of 1b do as well as AE-Adapt-V or better", "G", "E"),
+]
+DUELS += [Duel(f"option {key}", f"E with {option['title']} is better than E", key, "E")
+          for key, option in OPTIONS.items()]
+
+
+def judge(duel, arms):
+    """Four comparisons: fit on seen combinations and on unseen ones, how often an unseen
+    word is right, validation loss. Supported if at least one says so and none the opposite."""
+    (fit_a, held_a, loss_a), (fit_b, held_b, loss_b) = (ends(arms[k]) for k in (duel.a, duel.b))
+    pairs = {group: (fit_a[group], fit_b[group]) for group in GROUPS[:2]}
+    pairs["unseen words"] = held_a, held_b
+    votes, numbers = [], []
+    for what, (a, b) in pairs.items():
+        votes.append(against(a, b))
+        numbers.append(f"{what} {duel.a} {shown(a)}, {duel.b} {shown(b)}: {votes[-1]}")
+    votes.append(against(loss_a, loss_b, higher=False))
+    numbers.append(f"loss inside: {votes[-1]}")
+    verdict = duel.tie
+    if "better" in votes and "worse" in votes:
+        verdict = "mixed"
+    elif "better" in votes:
+        verdict = "supported"
+    elif "worse" in votes:
+        verdict = "contradicted"
+    return dict(claim=duel.claim, text=duel.text, numbers="; ".join(numbers), verdict=verdict)
+
+
+def ends(arm):
+    """({group: fit}, how often the unseen word is right, loss inside) after all steps."""
+    last = str(arm["steps"])
+    fits = {group: arm["fit"][group][last] for group in GROUPS}
+    return fits, arm["held"], arm["loss"]["inside"][last]
+
+
+def shown(found):
+    if found is None:
+        return "-"
+    if found["seeds"] == 1:
+        return f"{found['mean']:.2f}"
+    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def claims(s):
+    """The paper's claims, each with its numbers and the verdict that follows from them."""
+    rows, arms = [], s["arms"]
+    if not s["passed"]:
+        rows.append(dict(claim="C1 to C5, C7", text="all that compares fits", verdict="not tested",
+                         numbers="no attribute passed the gate: there is nothing to inherit"))
+        arms = {}
+    rows += [judge(duel, arms) for duel in DUELS if {duel.a, duel.b} <= arms.keys()]
+    if "E" in arms:
+        rows += [right_after_alignment(s), small_fraction(s)]
+    if {"B", "E"} <= arms.keys():
+        rows.append(less_stable(arms))
+    rows += [follows_tokens(s["speed"]), equals_sgd(s["alignments"])]
+    return sorted(rows, key=lambda row: row["claim"])
+
+
+def right_after_alignment(s):
+    arm = s["arms"]["E"]
+    after, chance, base = arm["fit"]["inside"][str(arm["head_steps"])], s["chance"], s["base"]
+    share = max(0, after["mean"] - chance) / (base["inside"] - chance)
+    verdict = "not shown"
+    if share >= 0.25:
+        verdict = "supported" if share >= 0.75 else "partly"
+    return dict(
+        claim="C1", verdict=verdict,
+        text="after alignment the frozen backbone already generates the right content",
+        numbers=f"E after 1b {shown(after)}, chance {chance:.2f}, base {base['inside']:.2f}: "
+                f"{share:.0%} of the way")
+
+
+def small_fraction(s):
+    reached, numbers = s["arms"]["E"]["steps to 95 %"], []
+    for group, step in reached.items():
+        share = ends(s["arms"]["E"])[0][group]["mean"] / s["base"][group]
+        numbers.append(f"{group}: step {step}" if step else f"{group}: {share:.0%} at the end")
+    verdict = "supported" if all(reached.values()) else "not within this budget"
+    if any(reached.values()) and not all(reached.values()):
+        verdict = "partly"
+    return dict(claim="C2", numbers=", ".join(numbers), verdict=verdict,
+                text="aligned + LoRA reaches 95 % of the base in a small fraction of its training")
+
+
+def less_stable(arms):
+    rose, numbers = [], []
+    for key in "BE":
+        losses = [found["mean"] for found in arms[key]["loss"]["inside"].values()]
+        rose += [key] if losses[-1] > 1.1 * min(losses) else []
+        numbers.append(f"{key}: {arms[key]['spikes']} spikes of the loss, largest gradient norm "
+                       f"{arms[key]['grad_norm']:.1f}")
+    numbers.append(f"loss rose again: {', '.join(rose) or 'none'}")
+    unstable = "B" in rose or arms["B"]["spikes"] > arms["E"]["spikes"]
+    return dict(claim="C3", text="naive full fine-tuning is less stable",
+                numbers="; ".join(numbers), verdict="supported" if unstable else "not shown")
+
+
+def follows_tokens(rows):
+    reach = [row["time ratio"] / row["token ratio"] for row in rows]
+    verdict = "not shown"
+    if max(reach) >= 0.9:
+        verdict = "supported" if min(reach) >= 0.9 else "partly"
+    told = [f"{row['side']} px: tokens {row['token ratio']:.1f}x, time {row['time ratio']:.1f}x"
+            for row in rows]
+    return dict(claim="C6", text="speed follows the token ratio", numbers="; ".join(told),
+                verdict=verdict)
+
+
+def equals_sgd(rows):
+    solved, sgd = rows["closed_form"], rows["sgd_published"]
+    ratio = solved["inside"]["mse"] / sgd["inside"]["mse"]
+    solve = solved["seconds"] / sgd["seconds"]
+    both = solve + rows["pass"]["seconds"] / sgd["seconds"]
+    return dict(claim="C8", text="the closed form equals converged SGD",
+                numbers=f"held-out MSE {ratio:.4f} of SGD's; the solve takes {solve:.2g} of its "
+                        f"time, with the pass over the clips {both:.2g}",
+                verdict="supported" if ratio <= 1.01 else "contradicted")
+
+
+# ------------------------------------------------------------------------------- report
+
+
+def report(found, results):
+    """{autoencoder: summary} -> adaptation.json and .md in `results`."""
+    text = dict(**checkpoint.provenance(), autoencoders=found)
+    checkpoint.write_json(results / "adaptation.json", text)
+    lines = []
+    for name, s in found.items():
+        lines += [f"## {name}", "", *table(s), ""]
+        lines += ["| claim | numbers | verdict |", "|---|---|---|"]
+        for row in s["claims"]:
+            claim = f"{row['claim']}: {row['text']}"
+            lines.append(f"| {claim} | {row['numbers']} | **{row['verdict']}** |")
+        lines.append("")
+    with checkpoint.atomic_path(results / "adaptation.md") as tmp:
+        tmp.write_text("\n".join(lines))
+
+
+COLUMNS = ("arm", "rate", "fit inside after 1a", "after 1b", "at the end", "combination", "word",
+           "unseen word", "shape", "loss after 1a", "after 1b", "at the end", "95 % of base, steps",
+           "trained", "s")
+
+
+def table(s):
+    """Markdown lines: the base, the base at half size, every arm."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for key, arm in s["arms"].items():
+        fit, loss, first = arm["fit"], arm["loss"]["inside"], str(arm["head_steps"])
+        aligned = shown(fit["inside"].get(first)) if arm["head_steps"] else "-"
+        last, held, _ = ends(arm)
+        steps = [str(step or "-") for step in arm["steps to 95 %"].values()]
+        rows.append([
+            f"{key} {arm['title']}", f"{arm['rate']:g}", shown(fit["inside"].get("0")), aligned,
+            *(shown(last[group]) for group in GROUPS), shown(held), shown(arm["shape"]),
+            *(f"{loss[step]['mean']:.3f}" for step in ("0", first, str(arm["steps"]))),
+            " / ".join(steps), f"{arm['trained']:,}", f"{arm['seconds']['mean']:.0f}"])
+    for title, fits in (("base", s["base"]), ("base at half size, enlarged", s["half"])):
+        fits = [f"{fits[group]:.2f}" for group in GROUPS]
+        rows.append([title, "", "", "", *fits, *[""] * (len(COLUMNS) - 7)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def draw(s, path):
+    """Losses and fits over steps, what alignment leaves of the base's features. Bands are
+    ranges over seeds."""
+    core = {key: arm for key, arm in s["arms"].items() if key in ARMS}
+    colours = {key: f"C{i}" for i, key in enumerate(ARMS)}
+    with video.figure(path, rows=2, columns=4, size=(5.2, 4.2), dpi=80) as axes:
+        for row, what in enumerate(("loss", "fit")):
+            for ax, group in zip(axes[row], GROUPS):
+                for key, arm in core.items():
+                    curve(ax, arm[what][group], colours[key], f"{key} {arm['title']}")
+                ax.set(title=f"{what}, {group}", xlabel="steps (stage 1b counts)")
+        for ax, group in zip(axes[1], GROUPS):
+            ax.axhline(s["base"][group], color="k", ls="--", lw=1)
+            ax.axhline(s["chance"], color="k", ls=":", lw=1)
+            ax.set_ylim(0, 1.03)
+        axes[0, 0].legend(fontsize=7)
+        for key, arm in core.items():
+            for step, style in (("0", "o:"), (str(arm["steps"]), "o-")):
+                axes[0, 3].semilogy(list(arm["depth"][step].values()), style, ms=3,
+                                    color=colours[key])
+        axes[0, 3].set(title="feature distance to the base, dotted: before any step",
+                       xlabel="after block")
+        for key, arm in s["arms"].items():
+            held = arm["held"]
+            errors = [[held["mean"] - held["low"]], [held["high"] - held["mean"]]]
+            axes[1, 3].bar(key, held["mean"], yerr=errors, color=colours.get(key, "gray"))
+        axes[1, 3].axhline(s["base_held"], color="k", ls="--", lw=1)
+        axes[1, 3].set(title="unseen word comes out right, at the end")
+
+
+def curve(ax, spreads, colour, label):
+    steps = [int(step) for step in spreads]
+    mean, low, high = ([found[k] for found in spreads.values()] for k in ("mean", "low", "high"))
+    ax.plot(steps, mean, "o-", ms=3, color=colour, label=label)
+    ax.fill_between(steps, low, high, color=colour, alpha=0.15)
+    ax.grid(alpha=0.3)
+
+
+def show(world, path):
+    """A contact sheet: the first videos of every arm beside the base's."""
+    files = {key: world.out / "shown" / f"{key}.safetensors" for key in ("base", *ALL)}
+    stills = {key: checkpoint.load_tensors(f)[0] for key, f in files.items() if f.exists()}
+    rows, labels = [], []
+    for group, prompts in world.prompts.items():
+        for i, prompt in enumerate(prompts[:2]):
+            rows.append(torch.cat([found[group][i] for found in stills.values()], dim=1))
+            labels.append(f"{group}: {toy.caption(prompt)}")
+    video.contact_sheet(path, rows, 3 * len(stills), labels, list(stills))
+
+
+# ------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description="Ways to move a transformer into a deep latent space, on narrow toy data.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = p.add_argument
+    add("--preset", choices=PRESETS, default="laptop", help="sizes of the experiment")
+    add("--arms", nargs="+", choices=ALL, default=list(ARMS),
+        help=f"A to G, or options of E: {', '.join(OPTIONS)} (ARMS and OPTIONS in this file)")
+    add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
+        help="deep autoencoders, each of which gets the whole comparison")
+    add("--steps", type=int, help="of every arm, in place of the preset's")
+    add("--seeds", type=int, help="fewer than the preset's; the others can be added later")
+    add("--base-weights", help="transformer of the base in place of the embedded one")
+    add("--half-weights", help="one trained at half the size too, for the control")
+    add("--out", type=Path, default=Path("out/adaptation"), help="caches, trials, weights")
+    add("--results", type=Path, help="report and pictures (default: OUT)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads (default: all)")
+    args = p.parse_args(argv)
+    if "E" not in args.arms and set(args.arms) & OPTIONS.keys():
+        raise UserError("options take the learning rate of E: add E to --arms.")
+    names = [file.stem for file in args.ae]
+    if len(set(names)) < len(names):
+        raise UserError("two autoencoders of --ae have the same file name: rename one.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    preset = PRESETS[args.preset]
+    if args.steps:
+        preset = replace(preset, steps=args.steps)
+    autoencoders = [ae.load(file) for file in args.ae]
+    half = dit.load(args.half_weights).to(args.device) if args.half_weights else None
+    found, results = {}, args.results or args.out
+    for name, autoencoder in zip(names, autoencoders):
+        base = released.load_model("base")
+        if args.base_weights:
+            base = replace(base, net=dit.load(args.base_weights))
+        world = World(preset, args.out / name, autoencoder, base, args.device)
+        for found[name] in compare(world, args.arms, args.seeds or preset.seeds, half):
+            report(found, results)
+            draw(found[name], results / f"adaptation_{name}.png")
+        show(world, results / f"adaptation_{name}_videos.png")
+
+
+if __name__ == "__main__":
+    with checkpoint.user_errors():
+        main()
