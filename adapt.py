@@ -6,19 +6,19 @@ head. Swapped for random ones, the blocks see embeddings they have never seen, a
 training end to end first improves and then collapses to noise. So the ends are fitted
 first:
 
-    cache     latents of the same clips in both spaces: z_T (base, "teacher"), z_S ("student")
+    cache     latents of the same clips in both spaces: z_T ("teacher"), z_S ("student")
     stage 1a  align the patch embedder: E_S(z_S) imitates E_T(z_T), averaged over the
               s x s base tokens that one deep token covers (align.py)
     assemble  blocks, time and text embedders from the base; E_S from 1a; a new head
     stage 1b  align the head (and embedder) with the flow-matching loss, blocks frozen
-    stage 2   LoRA on the blocks, embedder and head in full: the light end-to-end fine-tune
-    export    the LoRA in three layouts, and merged: a folder that sample.py takes as a model
+    stage 2   LoRA on the blocks, embedder and head in full: a light end-to-end fine-tune
+    export    the LoRA in three layouts, and merged: a folder that sample.py takes
 
     python adapt.py --base toy                                  in a quarter of an hour
     python adapt.py --base wan2.1 --weights DIR --data CLIPS    as published for 1.3B
     torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...    weights sharded
     python adapt.py --base wan2.1-t2v-14b --plan                what that needs
-    python adapt.py ... --continue-from OUT --out OUT2          stage 2 again, on other clips
+    python adapt.py ... --continue-from OUT --out OUT2    stage 2 again, on other clips
 
 Rerun the same command after an interruption: what is finished is not done again, what
 was begun goes on, and other settings are refused. Each stage has a folder in --out;
@@ -53,7 +53,7 @@ from wan import models, released
 
 STAGES = ("cache", "align", "head", "lora", "export")
 
-# ---------------------------------------------------------------- the stages in order
+# ------------------------------------------------ the stages in order
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def export(job):
           f"{out / 'report.json'}, and try\n  {' '.join(map(str, command))} --prompt \"{prompt}\"")
 
 
-# ---------------------------------------------------------------- the model between the stages
+# ------------------------------------------------ the model between the stages
 
 
 def build(job, expert, tensors, rank=0, dtype=None, device=None):
@@ -216,7 +216,7 @@ def build(job, expert, tensors, rank=0, dtype=None, device=None):
     return base, net
 
 
-# ---------------------------------------------------------------- what a run is, and finding it again
+# ------------------------------------------------ a run, and finding it again
 
 
 @dataclass
@@ -254,7 +254,8 @@ class Job:
         return align.Tokens.of(configs, self.held.pair(0))
 
     def pairs(self, expert, source=None):
-        """Stage 1a: the embedder, on clips of the training data; of others at most 256."""
+        """Stage 1a: the embedder, on the training data; or on at most 256 clips of
+        another source."""
         most = 256 if source else self.settings.clips_align
         source = source or self.source
         start = dit.fresh_embedder(self.student.net.config, self.settings.seed)
@@ -391,7 +392,7 @@ def start_again(job, expert):
     return "start"
 
 
-# ---------------------------------------------------------------- command line
+# ------------------------------------------------ command line
 
 #: which of bases.Settings are options, with their choices
 OPTIONS = dict.fromkeys(("drop", "shift", "steps_align", "steps_head", "lr_head", "steps", "lr",

@@ -7,13 +7,13 @@ over the s x s base tokens that one deep token covers. With u a deep patch and x
 mean of the base patches (embedding and averaging are both linear, so patches may be
 averaged first):
 
-    y = W_T x + b_T              L = mean | y - W_S u - b_S |^2      over all tokens of all clips
+    y = W_T x + b_T         L = mean | y - W_S u - b_S |^2      over all tokens
 
 Published are 20,000 steps of SGD (`sgd`). But that is a linear regression, and it needs
 nothing of the data but means and second moments (`Moments`, summed clip by clip in
 fp64):
 
-    W_S = (S_yu + l W_0) (S_uu + l I)^-1     b_S = mean(y) - W_S mean(u)     S: covariances
+    W_S = (S_yu + l W_0) (S_uu + l I)^-1    b_S = mean(y) - W_S mean(u)    S: covariances
 
 The ridge l must not be left out (the four mask channels of an image condition are
 equal, so S_uu is singular). It shrinks towards W_0: zero, or the initialisation, which
@@ -27,6 +27,7 @@ regression of the velocity on the features that enter it.
 A low MSE proves nothing. So: `r_squared` (1: the base's embeddings; 0: their mean),
 `norm_ratio` (does noise arrive as loudly?), and more in `training/journal.py`.
 """
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +43,7 @@ from tqdm import tqdm
 import flow
 from files.checkpoint import UserError
 
-# ---------------------------------------------------------------- pairs of tokens
+# ------------------------------------------------ pairs of tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def pair_tokens(teacher, student, patches):
     Where one clip has an integer multiple of the other's latent frames, its tokens are
     averaged in time.
     """
-    x, u = tokens_of(teacher, patches[0]), tokens_of(student, patches[1])
+    x = tokens_of(teacher, patches[0])
+    u = tokens_of(student, patches[1])
     if u.shape[1] > x.shape[1]:
         u = pool(u, (x.shape[1], *u.shape[2:4]))
     return pool(x, u.shape[1:4]).flatten(0, 3), u.flatten(0, 3)
@@ -124,29 +126,39 @@ class Moments:
 
     def add(self, x, u):
         """With more pairs of tokens, x [n, c_T p_T] and u [n, c_S p_S] -> Moments."""
-        x, u = x.double(), u.double()
+        x = x.double()
+        u = u.double()
         return self + Moments(len(x), x.sum(0), u.sum(0), x.T @ x, x.T @ u, u.T @ u)
 
     def __add__(self, other):
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+        mine, theirs = vars(self).values(), vars(other).values()
+        return Moments(*map(operator.add, mine, theirs))
 
     def centred(self):
         """(mean x, mean u, S_xx, S_xu, S_uu): means and covariances."""
         if not self.n:
             raise UserError("there are no clips to align with: give at least one clip that has "
                             "latents in both spaces.")
-        x, u = self.x / self.n, self.u / self.n
-        cov_xx, cov_xu = self.xx / self.n - x.outer(x), self.xu / self.n - x.outer(u)
-        return x, u, cov_xx, cov_xu, self.uu / self.n - u.outer(u)
+        x = self.x / self.n
+        u = self.u / self.n
+        cov_xx = self.xx / self.n - x.outer(x)
+        cov_xu = self.xu / self.n - x.outer(u)
+        cov_uu = self.uu / self.n - u.outer(u)
+        return x, u, cov_xx, cov_xu, cov_uu
 
 
 def matrix(embedder):
     """(weight [d, c * prod(patch)], bias [d]) of a patch embedder, fp64 on the CPU."""
-    weight, bias = embedder.weight.detach().cpu(), embedder.bias.detach().cpu()
-    return weight.double().flatten(1), bias.double()
+    return flat(embedder.weight), flat(embedder.bias)
 
 
-# ---------------------------------------------------------------- stage 1a: the patch embedder
+def flat(p):
+    """A parameter as a matrix, or a vector: fp64, on the CPU."""
+    p = p.detach().cpu().double()
+    return p.flatten(1) if p.dim() > 1 else p
+
+
+# ------------------------------------------------ stage 1a: the patch embedder
 
 
 @dataclass
@@ -191,10 +203,11 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
     there are, how they survive an interruption and are divided among processes is its
     business.
     """
-    weight, bias = (p.detach().flatten(1) if p.dim() > 1 else p.detach() for p in problem.start)
-    net = nn.Linear(*reversed(weight.shape), device=weight.device)
+    device = problem.start[0].device
+    weight, bias = map(flat, problem.start)
+    net = nn.Linear(*reversed(weight.shape), device=device)
     net.load_state_dict({"weight": weight, "bias": bias})
-    W, b = (p.float().to(weight.device) for p in matrix(problem.teacher))
+    W, b = (p.float().to(device) for p in matrix(problem.teacher))
     opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=0)
     run = begin({"net": net}, {"net": opt})
 
@@ -207,7 +220,7 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
         while True:
             step, positions = run.positions(number, batch)
             sides = zip(*(tokens(step, position) for position in positions))
-            yield [torch.cat(side).to(weight.device) for side in sides]
+            yield [torch.cat(side).to(device) for side in sides]
             number += 1
 
     def losses(batch, number):
@@ -227,35 +240,37 @@ def solve_embedding(moments, teacher, ridge=1e-5, init=None):
     """
     weight, bias = matrix(teacher)
     mean_x, mean_u, _, cov_xu, cov_uu = moments.centred()
-    l, cov_yu = ridge * cov_uu.diagonal().mean(), weight @ cov_xu
-    start = torch.zeros_like(cov_yu) if init is None else init.detach().cpu().double().flatten(1)
+    cov_yu = weight @ cov_xu
+    l = ridge * cov_uu.diagonal().mean()
+    start = 0.0 if init is None else flat(init)
     regular = cov_uu + l * torch.eye(len(cov_uu), dtype=torch.float64)
     solved = torch.linalg.solve(regular, (cov_yu + l * start).T).T
-    return solved.float(), (weight @ mean_x + bias - solved @ mean_u).float()
+    offset = weight @ mean_x + bias - solved @ mean_u
+    return solved.float(), offset.float()
 
 
-# ---------------------------------------------------------------- with noise
+# ------------------------------------------------ with noise
 #
-# The embedder sees noised latents, and what it makes of noise should be what the base makes of
-# noise:
+# The embedder sees noised latents, and what it makes of noise should be what the base
+# makes of noise:
 #
-#     u' = (1 - sigma) u + sigma e           x' = (1 - sigma) x + sigma C e,       e ~ N(0, I)
+#     u' = (1 - sigma) u + sigma e       x' = (1 - sigma) x + sigma C e,       e ~ N(0, I)
 #
-# The base's noise must be a function of the student's: were the two independent, noise would
-# only be an error in u, which regression answers by closing the noisy directions. It is C e,
-# where base patches hold more numbers than deep ones plus what e cannot determine, which is
-# independent and changes nothing. The mean of s^2 white base patches has variance 1 / s^2, so C
-# may be any map with singular values up to 1 / s; of those, the one under which the base's
-# answer to noise, W_T C, is closest to its answer to data, S_yu (orthogonal Procrustes: 1/s
-# times the polar factor of W_T' S_yu). For a text-to-video embedder, and but for the means,
-# fitting noised pairs is then
+# The base's noise must be a function of the student's: were the two independent, noise
+# would only be an error in u, which regression answers by closing the noisy directions. It
+# is C e, where base patches hold more numbers than deep ones plus what e cannot determine,
+# which is independent and changes nothing. The mean of s^2 white base patches has variance
+# 1 / s^2, so C may be any map with singular values up to 1 / s; of those, the one under
+# which the base's answer to noise, W_T C, is closest to its answer to data, S_yu
+# (orthogonal Procrustes: 1/s times the polar factor of W_T' S_yu). For a text-to-video
+# embedder, and but for the means, fitting noised pairs is then
 #
 #     W_S = (S_yu + l W_T C) (S_uu + l I)^-1      l = E[sigma^2] / E[(1 - sigma)^2]
 #
-# the ridge again, towards an initialisation that is not random and with a strength that is not
-# guessed: for shifted times l is the shift S itself. At the noise levels of training most of
-# what the embedder sees is noise, which is why this pays: on the toy it lowers the loss after
-# stage 1b and at the end (option b of `experiments/`).
+# the ridge again, towards an initialisation that is not random and with a strength that is
+# not guessed: for shifted times l is the shift S itself. At the noise levels of training
+# most of what the embedder sees is noise, which is why this pays: on the toy it lowers the
+# loss after stage 1b and at the end (option b of `experiments/`).
 
 
 def solve_noised(moments, teacher, tokens, times, ridge=1e-5):
@@ -299,13 +314,15 @@ def noised(moments, lift, tokens, times, draws=100_000):
         product[a[:, None] & b] = keep2  # both
         return product
 
-    n, m = moments.n, moments
+    m = moments
     x = torch.arange(len(m.x)) < tokens.latent[0]  # which entries are latent
     u = torch.arange(len(m.u)) < tokens.latent[1]
-    noise_x, noise_u = n * noise2 * x.double() / tokens.s**2, n * noise2 * u.double()
-    noise_xu = F.pad(n * noise2 * lift, (0, len(u) - lift.shape[1], 0, len(x) - lift.shape[0]))
+    noise_x = m.n * noise2 * x.double() / tokens.s**2
+    noise_u = m.n * noise2 * u.double()
+    noise_xu = torch.zeros_like(m.xu)
+    noise_xu[: lift.shape[0], : lift.shape[1]] = m.n * noise2 * lift
     return Moments(
-        n,
+        m.n,
         m.x * torch.where(x, keep, 1.0),
         m.u * torch.where(u, keep, 1.0),
         m.xx * expected_product(x, x) + noise_x.diag(),
@@ -313,14 +330,14 @@ def noised(moments, lift, tokens, times, draws=100_000):
         m.uu * expected_product(u, u) + noise_u.diag())
 
 
-# ---------------------------------------------------------------- is it working?
+# ------------------------------------------------ is it working?
 
 
 def r_squared(moments, teacher, weight, bias):
     """(R^2, MSE) of an embedder on the pairs behind `moments` (held out, please).
     R^2 = 1 - MSE / Var(y). Exact, from the moments alone."""
     W, b = matrix(teacher)
-    weight, bias = weight.detach().cpu().double().flatten(1), bias.detach().cpu().double()
+    weight, bias = flat(weight), flat(bias)
     mean_x, mean_u, xx, xu, uu = moments.centred()
     variance = (W @ xx * W).sum() / len(W)
     offset = W @ mean_x + b - weight @ mean_u - bias
@@ -334,11 +351,12 @@ def norm_ratio(weight, teacher, tokens):
     latent entries. s^2 base tokens are averaged into one deep token, and their noise
     with them. Far below 1: the blocks will see noise too faintly."""
     base, deep = tokens.latent
-    ours = weight.detach().cpu().double().flatten(1)[:, :deep].square().sum()
-    return (ours / matrix(teacher)[0][:, :base].square().sum() * tokens.s**2).item()
+    ours = flat(weight)[:, :deep].square().sum()
+    theirs = flat(teacher.weight)[:, :base].square().sum() / tokens.s**2
+    return (ours / theirs).item()
 
 
-# ---------------------------------------------------------------- the head
+# ------------------------------------------------ the head
 
 
 def velocity_of(net, batch, device):
@@ -368,9 +386,10 @@ def solve_head(net, source, times, batches=48, batch=64, ridge=1e-4, seed=7):
     first.
     """
     layer, features = net.head.head, []
-    device, patch = layer.weight.device, dict(zip("pqr", net.config.patch))
+    device = layer.weight.device
+    patch = dict(zip("pqr", net.config.patch))
     hook = layer.register_forward_pre_hook(lambda module, args: features.append(args[0]))
-    uu, uv = 0.0, 0.0
+    uu = uv = 0.0
     try:
         for step in tqdm(range(batches), "align head by regression", unit="batch", leave=False):
             clips = source.batch(step, range(batch))
@@ -380,7 +399,8 @@ def solve_head(net, source, times, batches=48, batch=64, ridge=1e-4, seed=7):
             v = flow.velocity_target(clips.z, drawn.noise).to(device)
             v = rearrange(v, "b c (f p) (h q) (w r) -> b (f h w) (p q r c)", **patch)
             u = F.pad(features.pop().double(), (0, 1), value=1.0)
-            weighted = (u * drawn.weight.to(u)[:, None, None]).flatten(0, 1)
+            weight = drawn.weight.to(u)[:, None, None]
+            weighted = (u * weight).flatten(0, 1)
             uu += weighted.T @ u.flatten(0, 1)
             uv += weighted.T @ v.double().flatten(0, 1)
     finally:

@@ -15,15 +15,15 @@ training loss (paper: section on AE-Adapt-V) is
 Training and sampling both bend u in [0, 1] towards high noise by one map, the *shift*
 S, because in a large clip more noise is needed before the coarse structure disappears:
 
-    shift(u) = S u / (1 + (S - 1) u)      S = 5 to sample at 720p; DC-VideoGen trains text-to-
-                                          video with S = 8
+    shift(u) = S u / (1 + (S - 1) u)      5 to sample at 720p; 8 to train text-to-video
+
 At any point the network also gives an estimate of the clean latent, x0 = x - sigma v.
 Every solver here makes the same step from noise level s to t, straight towards such an
 estimate, x_t = x0 + (t/s) (x_s - x0), and they differ only in how good it is:
 
     Euler       x0 as found at s; the step is then x_s + (t - s) v
     DPM++       x0 extrapolated to the middle of the step, from this one and the last
-    UniPC       the same, and afterwards each step is redone with the x0 found at its end
+    UniPC       the same; then each step is redone with the x0 found at its end
 """
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ import torch
 
 from files.checkpoint import UserError
 
-# ---------------------------------------------------------------- the line and the objective
+# ------------------------------------------------ the line and the objective
 
 
 def add_noise(z, noise, sigma):
@@ -97,7 +97,7 @@ def by_sigma(mse, sigma, bins=5):
     return [mse[index == i].mean().item() for i in range(bins)]
 
 
-# ---------------------------------------------------------------- which times training sees
+# ------------------------------------------------ which times training sees
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def sample_times(n, times, generator=None):
     return tuple(found)
 
 
-# ---------------------------------------------------------------- schedules: noise levels visited
+# ------------------------------------------------ schedules: noise levels visited
 
 
 def schedule(solver, steps, shift):
@@ -192,11 +192,11 @@ def schedule(solver, steps, shift):
     return torch.from_numpy(np.append(sigmas, 0)).float(), torch.from_numpy(timesteps).float()
 
 
-# ---------------------------------------------------------------- solvers, all of one signature
+# ------------------------------------------------ solvers, all of one signature
 #
 # x0 is extrapolated along lambda = log((1 - sigma) / sigma), half the log signal-to-noise
-# ratio, because along it x0 changes more evenly than along sigma. Noise and solver state are
-# fp32, the scalar coefficients are float64.
+# ratio, because along it x0 changes more evenly than along sigma. Noise and solver state
+# are fp32, the scalar coefficients are float64.
 
 
 def euler(velocity, x, sigmas, timesteps, callback=None):

@@ -15,7 +15,7 @@ import dit
 import flow
 import sample
 from wan.tiny import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
-from wan import released, vae
+from wan import released, tiny, vae
 from wan.image import WanImage
 from wan.text import WanText
 
@@ -206,7 +206,7 @@ def test_exported_transformers_load_in_diffusers(tiny_folders, tmp_path, name):
 @torch.no_grad()
 def test_exported_autoencoders_load_in_diffusers(tiny_folders, tmp_path, file):
     net = vae.load(tiny_folders / file)
-    vae.save_diffusers(net, tmp_path / "vae")
+    tiny.write_vae(tmp_path / "vae", net)
     theirs = strictly(diffusers.AutoencoderKLWan, tmp_path / "vae")
     x = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (theirs.config.latents_mean, theirs.config.latents_std))

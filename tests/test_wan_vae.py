@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from conftest import golden
 from files import checkpoint
 from files.checkpoint import UserError
-from wan import vae
+from wan import tiny, vae
 
 NAMES = {"wan2.1": "wan_vae_tiny", "wan2.2": "wan22_vae_tiny"}
 GOLDEN = {name: load_file(golden(f"{file}.safetensors")) for name, file in NAMES.items()}
@@ -29,6 +29,11 @@ def name(request):
 @pytest.fixture(scope="module")
 def net(name):
     return vae.from_state_dict(weights(name))
+
+
+def renamed(net):
+    """State dict with diffusers' names."""
+    return {vae.diffusers_name(name, net.config): value for name, value in net.state_dict().items()}
 
 
 def clip(net, frames, rows=2, columns=3, batch=1):
@@ -78,7 +83,7 @@ def test_the_published_sizes(name, parameters, tensors):
     with torch.device("meta"):
         net = vae.WanVAE(vae.PRESETS[name])
     assert sum(p.numel() for p in net.parameters()) == parameters and len(net.state_dict()) == tensors
-    assert vae.infer_config(net.state_dict()) == vae.infer_config(vae.to_diffusers(net)) == vae.PRESETS[name]
+    assert vae.infer_config(net.state_dict()) == vae.infer_config(renamed(net)) == vae.PRESETS[name]
 
 
 # ---------------------------------------------------------------------------------------------------- exact in every cut
@@ -185,16 +190,15 @@ def test_diffusers_names_are_the_published_ones(net, name):
 
 
 def test_every_kind_of_file_gives_the_same_model(net, name, tmp_path):
-    """Original .pth, bare or in a container, .safetensors in both spellings, our own file, a diffusers folder."""
-    sd, theirs = weights(name), vae.to_diffusers(net)
+    """Original .pth, bare or in a container, .safetensors in both spellings, a diffusers folder."""
+    sd, theirs = weights(name), renamed(net)
     torch.save(sd, tmp_path / "vae.pth")
     torch.save({"state_dict": sd}, tmp_path / "container.pth")
     checkpoint.save_tensors(tmp_path / "original.safetensors", sd)
     checkpoint.save_tensors(tmp_path / "diffusers.safetensors", theirs)
     checkpoint.save_tensors(tmp_path / "bf16.safetensors", {k: v.bfloat16() for k, v in sd.items()})
-    vae.save(net, tmp_path / "ours.safetensors")
-    vae.save_diffusers(net, tmp_path / "folder")
-    for file in ("vae.pth", "container.pth", "original.safetensors", "diffusers.safetensors", "ours.safetensors", "folder"):
+    tiny.write_vae(tmp_path / "folder", net)
+    for file in ("vae.pth", "container.pth", "original.safetensors", "diffusers.safetensors", "folder"):
         loaded = vae.load(tmp_path / file)
         assert loaded.config == net.config and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert all(torch.equal(v, sd[k]) for k, v in loaded.state_dict().items()), file
@@ -207,7 +211,7 @@ def test_other_sizes_and_constants(tmp_path):
     config = vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1,
                             temporal=(True, False))
     net = vae.WanVAE(config).eval()
-    vae.save_diffusers(net, tmp_path)
+    tiny.write_vae(tmp_path, net)
     loaded = vae.load(tmp_path)
     assert loaded.config == config
     x = torch.rand(1, 3, 3, 8, 8)
@@ -239,9 +243,9 @@ def test_wrong_files_are_refused(tmp_path):
 
 @pytest.mark.peer
 def test_diffusers_agrees(net, name, tmp_path):
-    """What `save_diffusers` writes loads strictly in diffusers and gives the same latents and pixels."""
+    """In diffusers' layout it loads strictly there and gives the same latents and pixels."""
     peer_class = pytest.importorskip("diffusers").AutoencoderKLWan
-    vae.save_diffusers(net, tmp_path)
+    tiny.write_vae(tmp_path, net)
     peer, info = peer_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert peer.config.scale_factor_spatial == net.config.spatial_factor

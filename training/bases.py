@@ -4,12 +4,12 @@ The stages of `adapt.py` are the same for every video diffusion transformer. Wha
 differs is said here, by a `Base`:
 
     settings   how each stage is run: what was published for it
-    models     the base as it is ("teacher"), and the same model around the deep autoencoder
-               ("student"), whose transformer is still to come
-    experts    its transformers, with the range of times in which each of them works: one, or
-               the two of Wan 2.2 A14B
-    sources    the training data and the held-out clips: captioned, in both latent spaces
-               (training/cache.py)
+    models     the base as it is ("teacher"), and the same model around the deep
+               autoencoder ("student"), whose transformer is still to come
+    experts    its transformers, with the range of times in which each of them works:
+               one, or the two of Wan 2.2 A14B
+    sources    the training data and the held-out clips: captioned, in both latent
+               spaces (training/cache.py)
     videos     what it renders after each stage, with the same noise
 
 A new base is a row of BASES: a released model (`released.RELEASED`) and what of the
@@ -85,7 +85,7 @@ class Settings:
         return 32 // (self.batch * processes)
 
 
-# ---------------------------------------------------------------- the deep autoencoder
+# ------------------------------------------------ the deep autoencoder
 
 #: target -> file names under which the autoencoder is published
 TARGETS = {name: (f"dc-ae-v-{name}-1.0-bf16.pt", f"dc-ae-v-1.0-{name}-bf16.pt")
@@ -126,7 +126,7 @@ def buckets_of(args, autoencoder):
     return args.buckets or f"480F{autoencoder.config.spatial_factor}MS"
 
 
-# ---------------------------------------------------------------- a base
+# ------------------------------------------------ a base
 
 
 class Expert(NamedTuple):
@@ -310,7 +310,7 @@ class Toy(Base):
         return sample.videos(model, toy_base.PROMPTS)
 
 
-# ---------------------------------------------------------------- the rows
+# ------------------------------------------------ the rows
 
 # chosen for ten minutes on two cores: regression in place of the first steps, a higher
 # learning rate that falls, no average

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from files import checkpoint
 from files.checkpoint import UserError
 
-# ---------------------------------------------------------------- fingerprints
+# ------------------------------------------------ fingerprints
 
 BLOCK = 16 << 10  # bytes of a file that are looked at in one place
 
@@ -87,7 +87,7 @@ def hash_encoder(autoencoder):
     return hash_of([hash_tensors(weights), settings])
 
 
-# ---------------------------------------------------------------- entries
+# ------------------------------------------------ entries
 
 
 class Damaged(Exception):

@@ -7,10 +7,10 @@ videos. So every number here comes with what it would be if nothing had been lea
 
     R^2            of the aligned embeddings on held-out clips. 0: no better than always
                    giving their mean; 1: the base's own
-    norm ratio     how loudly noise arrives at the blocks, against the base. 1: as loudly.
+    norm ratio     how loudly noise arrives at the blocks, against the base: 1, as loudly.
                    The clean clips of the alignment do not constrain it
-    depth          distance of the features from the base's after so many blocks, in units
-                   of their variance. 1: as far as their mean is
+    depth          distance of the features from the base's after so many blocks, in
+                   units of their variance. 1: as far as their mean is
     loss by sigma  against that of a predictor that knows the statistics of a latent
                    cell, but no neighbour, prompt or time
     latent RMS     of what the transformer is trained on: about 1, else the scale of the
@@ -36,15 +36,18 @@ from gpu import tiling
 from wan import memory
 from wan.text import release
 
-# ---------------------------------------------------------------- what the numbers say
+# ------------------------------------------------ what the numbers say
 
 
 def sentences(row):
     """What the numbers of a stage say against it, in words -> list, empty where nothing
     is wrong. What is trained need no longer imitate the base; what is not need not yet
     denoise."""
-    said, aligned = [], "1a, " in row["stage"]
-    r2, ratio, depth = row.get("r2", 1), row.get("norm_ratio", 1), row.get("depth", {}).values()
+    said = []
+    aligned = "1a, " in row["stage"]
+    r2, rms = row.get("r2", 1), row.get("latent_rms", 1)
+    ratio = row.get("norm_ratio", 1)
+    depth = row.get("depth", {}).values()
     if aligned and r2 < 0.2:
         said.append(f"R^2 is {r2:.2f}: the new embedder tells hardly anything of the base's "
                     "embeddings. The pairs do not belong together (see pairs.png: is it the same "
@@ -58,7 +61,6 @@ def sentences(row):
         said.append("behind most blocks the features are farther from the base's than their mean "
                     "is: the alignment is lost on the way, and stage 1b starts from little. Use "
                     "more clips, another --align, or more steps of stage 1b.")
-    rms = row.get("latent_rms", 1)
     if not 0.5 < rms < 2:
         said.append(f"the latents have an RMS of {rms:.2f} and should have about 1: the "
                     "autoencoder's scaling factor is wrong.")
@@ -83,7 +85,7 @@ def line(row):
     return "  ".join(told)
 
 
-# ---------------------------------------------------------------- the record
+# ------------------------------------------------ the record
 
 
 class Journal:
@@ -91,9 +93,13 @@ class Journal:
 
     def __init__(self, out, **facts):
         self.out, self.facts = Path(out), facts
-        report, strips = self.out / "report.json", self.out / "stages.safetensors"
-        self.rows = checkpoint.read_json(report)["stages"] if report.exists() else []
-        self.strips = checkpoint.load_tensors(strips)[0] if strips.exists() else {}
+        self.rows, self.strips = [], {}
+        report = self.out / "report.json"
+        if report.exists():
+            self.rows = checkpoint.read_json(report)["stages"]
+        strips = self.out / "stages.safetensors"
+        if strips.exists():
+            self.strips, _ = checkpoint.load_tensors(strips)
 
     def __contains__(self, stage):
         return any(row["stage"] == stage for row in self.rows)
@@ -135,7 +141,7 @@ def scale_of(width):
     return 2 if width <= 256 else 256 / width
 
 
-# ---------------------------------------------------------------- the loss
+# ------------------------------------------------ the loss
 
 
 @torch.no_grad()
@@ -181,28 +187,30 @@ def loss_by_sigma(net, source, batches=8, batch=32, shift=1.0, bins=5):
         cells.append(rearrange(clips.z, "b c f h w -> c (b f h w)").double())
     mse, sigma = torch.cat(mse), torch.cat(sigma)
     spectrum = torch.linalg.eigvalsh(torch.cat(cells, dim=1).cov()).clamp(min=0)
-    rows = []
+    losses = flow.by_sigma(mse, sigma, bins)
     bounds = flow.by_sigma(linear_bound(spectrum, sigma), sigma, bins)
-    for i, (loss, bound) in enumerate(zip(flow.by_sigma(mse, sigma, bins), bounds)):
+    rows = []
+    for i, (loss, bound) in enumerate(zip(losses, bounds)):
         inside = (i / bins, (i + 1) / bins)
         rows.append(dict(sigma=inside, loss=loss, bound=bound, ratio=loss / bound))
     return rows
 
 
-# ---------------------------------------------------------------- the alignment
+# ------------------------------------------------ the alignment
 
 
 def imitation(weight, bias, held):
-    """How well an embedder imitates the base's on held-out clips (align.Problem), and how
-    loudly it lets noise in. From stage 1b on it need not imitate."""
+    """How well an embedder imitates the base's on held-out clips (align.Problem), and
+    how loudly it lets noise in. From stage 1b on it need not imitate."""
     r2, mse = align.r_squared(held.moments, held.teacher, weight, bias)
     loudness = align.norm_ratio(weight, held.teacher, held.tokens)
     return dict(r2=r2, mse=mse, norm_ratio=loudness)
 
 
 def examine_alignment(job, expert, pairs, held, by_sgd=None):
-    """A row for every way to align, as the closed forms cost nothing beside reading the pairs;
-    pairs.png -> numbers about the data. by_sgd: what SGD found, where it was asked for."""
+    """A row for every way to align, as the closed forms cost nothing beside reading the
+    pairs; pairs.png -> numbers about the data. by_sgd: what SGD found, if it was asked
+    for."""
     for way in (*align.CLOSED_FORMS, *(["sgd"] if by_sgd else [])):
         begun = time.perf_counter()
         found = by_sgd if way == "sgd" else align.fit(way, pairs)
@@ -245,17 +253,21 @@ def depth(held, base, net):
     """`depth_curve` on held-out clips, relative, at about seven depths -> {block:
     ratio}."""
     pairs = [held.pair(i) for i in range(min(len(held), 4))]
-    pairs = [pair for pair in pairs if pair[1].shape == pairs[0][1].shape]
+    shape = pairs[0][1].shape  # of one bucket
+    pairs = [pair for pair in pairs if pair[1].shape == shape]
     batch = held.batch(0, range(1))  # any prompt, the same for both
-    contexts = [c for c in (batch.context, batch.clip_fea) if c is not None]
+    contexts = [batch.context]
+    if batch.clip_fea is not None:
+        contexts.append(batch.clip_fea)
     contexts = [c.expand(len(pairs), -1, -1) for c in contexts]
-    blocks = range(0, base.config.layers, max(base.config.layers // 6, 1))
+    layers = base.config.layers
+    blocks = range(0, layers, max(layers // 6, 1))
     teacher, student = map(torch.stack, zip(*pairs))
     curve = depth_curve(base, net, teacher, student, contexts, blocks=blocks)
     return {str(block): relative for block, (_, relative) in curve.items()}
 
 
-# ---------------------------------------------------------------- a stage
+# ------------------------------------------------ a stage
 
 
 def examine(job, expert, title, net, model=None, held=None, **numbers):
@@ -266,13 +278,18 @@ def examine(job, expert, title, net, model=None, held=None, **numbers):
         the deep one. numbers: what is known of it already.
     """
     model = dataclasses.replace(model or job.student, net=net)
-    held, n = held or job.held, job.base.validation
-    batch = min(job.settings.batch, n)
+    held = held or job.held
+    samples = job.base.validation
+    batch = min(job.settings.batch, samples)
     row = dict(stage=f"{expert.prefix}{title}", **numbers)
-    row["validation_loss"] = validation_loss(net, held, job.times(expert), n, batch)
-    row["sigma"] = [b for b in loss_by_sigma(net, held, n // batch, batch)
-                    if not math.isnan(b["loss"])
-                    and b["sigma"][1] > expert.low and b["sigma"][0] < expert.high]
+    times = job.times(expert)
+    row["validation_loss"] = validation_loss(net, held, times, samples, batch)
+    row["sigma"] = []
+    for found in loss_by_sigma(net, held, samples // batch, batch):
+        low, high = found["sigma"]
+        inside = high > expert.low and low < expert.high
+        if inside and not math.isnan(found["loss"]):
+            row["sigma"].append(found)
     videos = []
     if job.args.sample_steps:
         row |= job.base.score(model, job.args)
@@ -288,7 +305,8 @@ def examine(job, expert, title, net, model=None, held=None, **numbers):
 def decoded(model, z):
     """Latents [n, z, t, h, w] -> list of n videos [3, t, h, w], whole; in tiles where
     the device has little room."""
-    c, room = model.ae.config, 0.8 * memory.free_memory(model.device)
+    c = model.ae.config
+    room = 0.8 * memory.free_memory(model.device)
     tile = tiling.choose(model.ae, tuple(z.shape[2:]), room, model.ae_dtype)
     frames = c.lead + (z.shape[2] - 1) * c.temporal_factor
     size = tuple(n * c.spatial_factor for n in z.shape[3:])

@@ -1,18 +1,18 @@
-"""Muon: the optimiser for training from nothing (Jordan et al. 2024, "Muon: an optimizer
-for hidden layers in neural networks").
+"""Muon: the optimiser for training from nothing (Jordan et al. 2024, "Muon: an
+optimizer for hidden layers in neural networks").
 
-Adam scales every weight by itself. Muon looks at a weight matrix as a whole: it takes the
-momentum M of the gradient and replaces it by the nearest matrix with orthonormal rows,
-U V^T of the singular value decomposition M = U S V^T. Every direction of the matrix then
-moves equally fast, also those whose gradient is small. Five steps of a Newton-Schulz
-iteration,
+Adam scales every weight by itself. Muon looks at a weight matrix as a whole: it takes
+the momentum M of the gradient and replaces it by the nearest matrix with orthonormal
+rows, U V^T of the singular value decomposition M = U S V^T. Every direction of the
+matrix then moves equally fast, also those whose gradient is small. Five steps of a
+Newton-Schulz iteration,
 
-    X <- a X + (b X X^T + c (X X^T)^2) X,    (a, b, c) = (3.4445, -4.7750, 2.0315),  X = M / |M|
+    X <- a X + (b X X^T + c (X X^T)^2) X      (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-bring all singular values near 1 without a decomposition. The step is scaled by
-0.2 sqrt(max(rows, columns)), which gives it the size of Adam's steps, so Adam's learning
-rates carry over (Liu et al. 2025, arXiv 2502.16982). Vectors and the tables named in
-`adam` get Adam itself.
+from X = M / |M| bring all singular values near 1 without a decomposition. The step is
+scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of Adam's steps, so
+Adam's learning rates carry over (Liu et al. 2025, arXiv 2502.16982). Vectors and the
+tables named in `adam` get Adam itself.
 
 Why this project needs it: two laptop cores afford only a few thousand steps, and in one
 trial at one learning rate each (1.5e-3, 2e-3; AdamW not tuned) the toy DC-AE-V stood at
@@ -27,8 +27,8 @@ import kernels
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and convolution kernels of `net` (a kernel is a matrix of output
-    channels x everything else), Adam for the rest.
+    """Muon for matrices and convolution kernels of `net` (a kernel is a matrix of
+    output channels x everything else), Adam for the rest.
 
     adam: regular expressions of names that get Adam although they are matrices
         (embeddings and heads: first and last layers).
@@ -58,8 +58,10 @@ class Muon(torch.optim.Optimizer):
     def _muon(p, state, group):
         m = state.setdefault("momentum", torch.zeros_like(p))
         m.mul_(group["momentum"]).add_(p.grad)
-        direction = orthogonalise(p.grad.add(m, alpha=group["momentum"]).flatten(1))
-        p.add_(direction.view_as(p), alpha=-0.2 * max(direction.shape) ** 0.5 * group["lr"])
+        ahead = p.grad.add(m, alpha=group["momentum"])
+        direction = orthogonalise(ahead.flatten(1))
+        scale = 0.2 * max(direction.shape) ** 0.5
+        p.add_(direction.view_as(p), alpha=-scale * group["lr"])
 
     @staticmethod
     def _adam(p, state, group):
@@ -69,18 +71,22 @@ class Muon(torch.optim.Optimizer):
         state["step"] = t = state.get("step", 0) + 1
         m.lerp_(p.grad, 1 - b1)
         v.lerp_(p.grad.square(), 1 - b2)
-        p.addcdiv_(m, (v / (1 - b2**t)).sqrt_().add_(1e-8), value=-group["lr"] / (1 - b1**t))
+        spread = (v / (1 - b2**t)).sqrt_().add_(1e-8)
+        p.addcdiv_(m, spread, value=-group["lr"] / (1 - b1**t))
 
 
 def orthogonalise(m, steps=5):
     """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2).
 
-    In the type in which the device multiplies fastest: a direction needs few digits, and
-    the iteration pulls back what rounding pushes away.
+    In the type in which the device multiplies fastest: a direction needs few digits,
+    and the iteration pulls back what rounding pushes away.
     """
-    x = m.T if m.shape[0] > m.shape[1] else m
-    x = (x / (x.norm() + 1e-7)).to(kernels.matmul_type(m.device))
+    tall = m.shape[0] > m.shape[1]
+    x = m.T if tall else m
+    x = x / (x.norm() + 1e-7)
+    x = x.to(kernels.matmul_type(m.device))
     for _ in range(steps):
         a = x @ x.T
         x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-    return (x.T if m.shape[0] > m.shape[1] else x).to(m.dtype)
+    x = x.T if tall else x
+    return x.to(m.dtype)

@@ -9,16 +9,16 @@ runs there, forward and backward, while the bytes alive (`tiling.Meter`) and the
 of every matrix product are counted.
 
 **Memory.** With n bytes per parameter:
-    frozen weights    2, bf16 (norms, modulation and time layers 4); these and the next four
-                      are shared out among the GPUs
+    frozen weights    2, bf16 (norms, modulation and time layers 4); these and the next
+                      four are shared out among the GPUs
     trained weights   4, fp32 masters
     gradients         4
     Adam moments      8
     average           4, stage 2
-    gathered          sharded only: two blocks whole (one at work, the next on its way), and
-                      what is outside of the blocks
-    activations       what autograd keeps for the backward pass; with recomputed blocks the
-                      residual stream at each, and one block
+    gathered          sharded only: two blocks whole (one at work, the next on its way),
+                      and what is outside of the blocks
+    activations       what autograd keeps for the backward pass; with recomputed blocks
+                      the residual stream at each, and one block
 Not counted: the CUDA context, NCCL's buffers and the allocator's slack, 2 to 4 GB.
 
 **FLOPs.** Freezing saves less than one may think: gradients must pass through frozen
@@ -54,7 +54,7 @@ PAPER = ("paper: 10 H100 GPU-days for the 14B model; from the published settings
          "TFLOP/s: 1.5e20 + 2.8e20 FLOP, 12 to 15 GPU-days for 14B, about 3 for 1.3B with "
          "20,000 steps")
 
-# ---------------------------------------------------------------- the network of a stage
+# ------------------------------------------------ the network of a stage
 
 
 def transformer(config, stage, settings):
@@ -79,7 +79,7 @@ def count(parameters, trained=None):
     return sum(p.numel() for p in parameters if trained in (None, p.requires_grad))
 
 
-# ---------------------------------------------------------------- one step, without numbers
+# ------------------------------------------------ one step, without numbers
 
 
 class Step(NamedTuple):
@@ -177,7 +177,7 @@ def training_step(config, stage, settings, latent, gradients):
     return Step(*(a + (b - a) * (config.layers - 2) for a, b in zip(two, three)))
 
 
-# ---------------------------------------------------------------- memory
+# ------------------------------------------------ memory
 
 
 def memory(config, stage, settings, latent, gpus=1, sharded=False, accumulate=1):
@@ -197,7 +197,7 @@ def memory(config, stage, settings, latent, gpus=1, sharded=False, accumulate=1)
     return parts, cost
 
 
-# ---------------------------------------------------------------- caches
+# ------------------------------------------------ caches
 
 
 @torch.no_grad()
@@ -258,7 +258,7 @@ def caches(case):
             *cached_words(case.config)]
 
 
-# ---------------------------------------------------------------- the plan
+# ------------------------------------------------ the plan
 
 
 @dataclass

@@ -6,11 +6,11 @@ compression with a transformer trained on it, a deep one to move into, clips wit
 captions that can be drawn without end, and a score that needs no network, because
 `toy.prompt_fit` reads the prompt's attributes back from the pixels.
 
-    cache_latents(model, shards, folder)   the same clips in the space of each model -> Latents
-    Source(latents, text)                  what a training step sees: batch(step, positions);
-                                           pairs for the alignment: pair(i)
-    pretrain, score                        how the embedded base was made; how the embedded
-                                           models score
+    cache_latents(model, shards, folder)   the same clips in each model's space -> Latents
+    Source(latents, text)                  what a training step sees: batch(step, positions),
+                                           and the alignment: pair(i)
+    pretrain, score                        how the embedded base was made; how the
+                                           embedded models score
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ PROMPTS = ("a large red circle moving left slowly on a blue background",
            "a large cyan triangle moving left quickly on a brown background",
            "a small blue square moving up slowly on a green background")
 
-# ---------------------------------------------------------------- cache
+# ------------------------------------------------ cache
 
 
 @dataclass
@@ -125,7 +125,7 @@ def encode_scenes(model, scenes, folder):
     return Latents(z, condition, torch.arange(0), [s.attributes() for s in scenes])
 
 
-# ---------------------------------------------------------------- training data
+# ------------------------------------------------ training data
 
 
 class Source:
@@ -179,7 +179,7 @@ class Source:
         return self.teacher.inputs([i])[0], self.latents.inputs([i])[0]
 
 
-# ---------------------------------------------------------------- pre-training
+# ------------------------------------------------ pre-training
 
 #: what Muon leaves to Adam
 FIRST_AND_LAST = (r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*",
@@ -237,7 +237,7 @@ def pretrain(args):
     print(f"wrote {out / 'toy-base-dit.safetensors'}")
 
 
-# ---------------------------------------------------------------- score
+# ------------------------------------------------ score
 
 
 def score(args):

@@ -254,14 +254,22 @@ def write_transformer(folder, name, weights, shards):
 
 
 def write_vae(folder, net):
+    """A folder that diffusers' AutoencoderKLWan reads."""
     c = net.config
-    write_shards(folder, vae.to_diffusers(net), 1)
-    config = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.33.0", "base_dim": c.width, "z_dim": c.latent_channels,
-              "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0,
-              "latents_mean": c.mean, "latents_std": c.std}
+    tensors = {vae.diffusers_name(name, c): value for name, value in net.state_dict().items()}
+    write_shards(folder, tensors, 1)
+    config = {
+        "_class_name": "AutoencoderKLWan", "_diffusers_version": "0.33.0", "base_dim": c.width,
+        "z_dim": c.latent_channels, "dim_mult": c.multipliers, "num_res_blocks": c.depth,
+        "attn_scales": [], "temperal_downsample": c.temporal, "dropout": 0.0,
+        "latents_mean": c.mean, "latents_std": c.std}
     if c.shortcuts:  # 2.2
-        config |= {"is_residual": True, "decoder_base_dim": c.decoder_width, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-                   "scale_factor_temporal": 4, "scale_factor_spatial": 16}
+        pixels = 3 * c.patch**2
+        config |= {
+            "is_residual": True, "decoder_base_dim": c.decoder_width, "in_channels": pixels,
+            "out_channels": pixels, "patch_size": c.patch if c.patch > 1 else None,
+            "scale_factor_temporal": c.temporal_factor,
+            "scale_factor_spatial": c.spatial_factor}
     write_json(folder / "config.json", config)
 
 

@@ -1,25 +1,26 @@
-"""The Wan video autoencoders, 2.1 and 2.2: the latent space that the base models live in (Wan, arXiv 2503.20314; spec wan 4 and 5).
+"""The Wan video autoencoders, 2.1 and 2.2: the latent space that the base models live in (Wan,
+arXiv 2503.20314, section 4.1).
 
-Where DC-AE-V goes deep (32x32 pixels to a cell), these are shallow: 2.1 makes 16 channels of 8x8 pixels, 2.2 makes 48 of 16x16. Both
-are causal in time, the plainest of the three designs in `chunk_causal.py`: a frame sees itself and the past. The first frame becomes a
-latent frame of its own and every further one stands for four frames, so an image is a video of one frame:
+Where DC-AE-V goes deep (32x32 pixels to a cell), these are shallow: 2.1 makes 16 channels of
+8x8 pixels, 2.2 makes 48 of 16x16. Both are causal in time, the plainest of the three designs in
+`chunk_causal.py`: a frame sees itself and the past. The first frame becomes a latent frame of
+its own and every further one stands for four frames, so an image is a video of one frame:
 
     [b, 3, 1 + 4k, H, W]  ->  [b, 16, 1 + k, H/8, W/8]
 
-    encoder:  conv | level | down | level | down (t) | level | down (t) | level | res, attention, res | norm, SiLU, conv -> mean, log variance
-    decoder:  conv | res, attention, res | level | up (t) | level | up (t) | level | up | level | norm, SiLU, conv
+    encoder:  conv | level, down | level, down (t) | level, down (t) | level | middle | head
+    decoder:  conv | middle | level, up (t) | level, up (t) | level, up | level | head
 
-A level is a row of residual blocks  y = x + conv(SiLU(norm(conv(SiLU(norm(x)))))). 2.2 puts a shortcut without parameters around every
-level (DC-AE-V has the same around its resampling), and moves 2x2 pixels into the channels before all else. `encode` gives the mean of the
-posterior, normalised per channel to about unit variance: that is what the diffusion model sees, so `scale` is 1.
+A level is a row of residual blocks  y = x + conv(SiLU(norm(conv(SiLU(norm(x)))))), the middle a
+block, an attention within each frame and a block, the head norm, SiLU, conv. 2.2 puts a shortcut
+without parameters around every level (DC-AE-V has the same around its resampling), and moves 2x2
+pixels into the channels before all else. `encode` gives the mean of the posterior, normalised
+per channel to about unit variance: what the diffusion model sees, so `scale` is 1.
 
-Layers are called as in chunk_causal.py, `y, state = layer(x, state)` with `state=None` at the start of a video, and it is there that the first
-frame is treated apart. So a video may be cut between any two latent frames: all frames in one call, or a few at a time with the state
-handed on, give the same result to rounding. `encode` and `decode` take latent frame after latent frame: memory does not grow with length.
-
-Parameter names are those of the original files; `load` also takes diffusers' names, and `save_diffusers` writes them.
+It is in the layers, `y, state = layer(x, state)` with None at the start of a video, that the
+first frame is treated apart. So a video may be cut between any two latent frames, and memory
+does not grow with length. `load` takes the original names of tensors and diffusers'.
 """
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from kernels import attention
 
 @dataclass(frozen=True)
 class Config:
-    """Size of a Wan autoencoder (spec 5.3, 5.4, 5.6)."""
+    """Size of a Wan autoencoder."""
 
     width: int  # channels of the encoder's first level
     decoder_width: int  # channels of the decoder's last level
@@ -50,7 +51,7 @@ class Config:
     std: tuple
     multipliers: tuple = (1, 2, 4, 4)  # channels of each level, in units of the width
     depth: int = 2  # residual blocks per level of the encoder; the decoder has one more
-    temporal: tuple = (False, True, True)  # which of the encoder's downsamplings halve the frame rate too
+    temporal: tuple = (False, True, True)  # which downsamplings halve the frame rate too
 
     scale = 1.0  # latents are normalised already
     lead = 1  # pixel frames that the first latent frame stands for
@@ -75,17 +76,21 @@ class Config:
 
 
 _WAN21 = dict(
-    mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503,
-          -0.2921),
-    std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916))
+    mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
+          0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652,
+         1.5579, 1.6382, 1.1253, 2.8251, 1.916))
 _WAN22 = dict(
-    mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.157, -0.0098, 0.0375,
-          -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729,
-          0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944,
-          0.3573, -0.0548, -0.1681, -0.0667),
-    std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-         0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-         0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744))
+    mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
+          0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109,
+          0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899,
+          -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748,
+          0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894,
+         1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146,
+         0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709,
+         0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537,
+         0.5444, 0.4089, 0.7468, 0.7744))
 NORMALISATION = {16: _WAN21, 48: _WAN22}  # by latent channels
 PRESETS = {
     "wan2.1": Config(96, 96, 16, patch=1, shortcuts=False, **_WAN21),
@@ -93,19 +98,21 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- layers (spec 5.1, 5.2)
+# ----------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
-    """x / ||x|| * sqrt(C) * gamma over the channels of each pixel; the length in fp32. `axes`: how many axes follow the channels."""
+    """x / ||x|| * sqrt(C) * gamma over the channels of each pixel; the length in fp32. `axes`:
+    how many axes follow the channels."""
 
     def __init__(self, channels, axes=3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x):
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-        return x * (math.sqrt(x.shape[1]) / length).to(x.dtype) * self.gamma
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = math.sqrt(x.shape[1]) / length.clamp_min(1e-12)
+        return x * scale.to(x.dtype) * self.gamma
 
 
 def conv3(cin, cout):
@@ -114,12 +121,13 @@ def conv3(cin, cout):
 
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1x1 convolution on the shortcut where the channels change."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); 1x1x1 on the shortcut to change channels."""
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = nn.ModuleList(
-            [RMSNorm(cin), nn.SiLU(), conv3(cin, cout), RMSNorm(cout), nn.SiLU(), nn.Identity(), conv3(cout, cout)])
+        self.residual = nn.ModuleList([
+            RMSNorm(cin), nn.SiLU(), conv3(cin, cout),
+            RMSNorm(cout), nn.SiLU(), nn.Identity(), conv3(cout, cout)])
         self.shortcut = nn.Conv3d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x, state=None):
@@ -131,7 +139,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of one head among all positions of a frame; frames do not see each other. No state."""
+    """x + attention of one head among all positions of a frame; frames do not see each other."""
 
     whole_frame = True  # cannot be tiled (gpu/tiling.py)
 
@@ -142,9 +150,10 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, state=None):
-        b, c, t, h, w = x.shape
+        b, _, _, h, _ = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
-        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n (h w) 1 c", three=3)
+        qkv = self.to_qkv(self.norm(frames))
+        q, k, v = rearrange(qkv, "n (three c) h w -> three n (h w) 1 c", three=3)
         y = self.proj(rearrange(attention(q, k, v), "n (h w) 1 c -> n c h w", h=h))
         return x + rearrange(y, "(b t) c h w -> b c t h w", b=b), None
 
@@ -152,41 +161,46 @@ class Attention(nn.Module):
 class Nearest(nn.Module):
     """Every pixel becomes 2x2 equal ones."""
 
-    zoom = 2  # of the sides; gpu/tiling.py reads it
+    zoom = 2  # of the sides, for gpu/tiling.py
 
     def forward(self, x):
         return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
 
 
 class Downsample(nn.Module):
-    """Half the size, frame by frame (zeros at the right and the bottom only); `temporal`: then half the frame rate.
+    """Half the size, frame by frame (zeros at the right and the bottom only); `temporal`: then
+    half the frame rate.
 
-    The first frame of a video passes the temporal convolution untouched; from then on two frames and the one before them become one.
-    State: the last input frame of the temporal convolution.
+    The first frame of a video passes the temporal convolution untouched; from then on two
+    frames and the one before them become one. State: the last frame before that convolution.
     """
 
     def __init__(self, channels, temporal):
         super().__init__()
-        self.resample = nn.ModuleList([nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)])
-        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+        self.resample, self.time_conv = nn.ModuleList([pad, conv]), None
+        if temporal:
+            self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
     def forward(self, x, state=None):
         pad, conv = self.resample
-        x = torch.stack([conv(pad(frame)) for frame in x.unbind(2)], dim=2)  # one by one: the padded copy is of one frame
+        # One by one: the padded copy is of one frame.
+        x = torch.stack([conv(pad(frame)) for frame in x.unbind(2)], dim=2)
         return (x, None) if self.time_conv is None else self._halve_frames(x, state)
 
     def _halve_frames(self, x, last):
         start = last is None
         x = x if start else torch.cat([last, x], dim=2)  # the frame before the first pair
         y = self.time_conv(x) if x.shape[2] > 1 else x[:, :, :0]
-        return torch.cat([x[:, :, :1], y], dim=2) if start else y, x[:, :, -1:].clone()
+        y = torch.cat([x[:, :, :1], y], dim=2) if start else y
+        return y, x[:, :, -1:].clone()
 
 
 class Upsample(nn.Module):
     """`temporal`: twice the frame rate; then twice the size, frame by frame.
 
-    The first latent frame of a video passes the temporal convolution untouched, and later ones do not see it: they see zeros instead.
-    State: the last two input frames of the temporal convolution.
+    The first latent frame of a video passes the temporal convolution untouched, and later ones
+    do not see it: they see zeros instead. State: the last two frames before that convolution.
     """
 
     def __init__(self, cin, cout, temporal):
@@ -201,17 +215,22 @@ class Upsample(nn.Module):
         return torch.stack([conv(enlarge(frame)) for frame in x.unbind(2)], dim=2), state
 
     def _double_frames(self, x, past):
-        first, x = (x[:, :, :1], x[:, :, 1:]) if past is None else (x[:, :, :0], x)
-        past = x.new_zeros(x.shape[0], x.shape[1], 2, *x.shape[3:]) if past is None else past
-        x = torch.cat([past, x], dim=2)
-        y = rearrange(self.time_conv(x), "b (n c) t h w -> b c (t n) h w", n=2) if x.shape[2] > 2 else x[:, :, :0]
+        first = x[:, :, :0]
+        if past is None:
+            first, x = x[:, :, :1], x[:, :, 1:]
+            past = x.new_zeros(x.shape[0], x.shape[1], 2, *x.shape[3:])
+        y, x = x[:, :, :0], torch.cat([past, x], dim=2)
+        if x.shape[2] > 2:
+            y = rearrange(self.time_conv(x), "b (n c) t h w -> b c (t n) h w", n=2)
         return torch.cat([first, y], dim=2), x[:, :, -2:].clone()
 
 
 class DownGroup(nn.Module):
-    """Wan 2.2: a level of the encoder, plus its input rearranged into channels (t frames, r x r pixels) and averaged down to `cout`.
+    """Wan 2.2: a level of the encoder, plus its input rearranged into channels (t frames, r x r
+    pixels) and averaged down to `cout`.
 
-    A first call starts with a single frame, so its number of frames is odd: a frame of zeros completes the first pair.
+    A first call starts with a single frame, so its number of frames is odd: a frame of zeros
+    completes the first pair.
     """
 
     def __init__(self, layers, cout, r, t):
@@ -220,12 +239,14 @@ class DownGroup(nn.Module):
 
     def forward(self, x, state=None):
         y, state = run_layers(self.downsamples, x, state)
-        x = pixel_unshuffle(F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.t, 0)), self.r, self.t)
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.t, 0))
+        x = pixel_unshuffle(x, self.r, self.t)
         return y + reduce(x, "b (o g) t h w -> b o t h w", "mean", o=self.cout), state
 
 
 class UpGroup(nn.Module):
-    """Wan 2.2: a level of the decoder, plus its input with repeated channels rearranged into t frames and r x r pixels.
+    """Wan 2.2: a level of the decoder, plus its input with repeated channels rearranged into t
+    frames and r x r pixels.
 
     The first latent frame of a video makes a single frame: the other t - 1 are dropped.
     """
@@ -238,7 +259,8 @@ class UpGroup(nn.Module):
         y, after = run_layers(self.upsamples, x, state)
         if self.r > 1:  # the last level has no shortcut
             n = self.cout * self.t * self.r**2 // x.shape[1]
-            x = pixel_shuffle(repeat(x, "b c t h w -> b (c n) t h w", n=n), self.r, self.t)
+            repeated = repeat(x, "b c t h w -> b (c n) t h w", n=n)
+            x = pixel_shuffle(repeated, self.r, self.t)
             y = y + (x[:, :, self.t - 1 :] if state is None else x)
         return y, after
 
@@ -255,14 +277,15 @@ class Head(nn.ModuleList):
 
 
 class Patchify(nn.Module):
-    """2x2 pixels become channels, the column slower than the row: channel (c 2 + dx) 2 + dy (spec 5.6)."""
+    """2x2 pixels become channels, the column slower than the row: (c 2 + dx) 2 + dy."""
 
     def __init__(self, patch):
         super().__init__()
         self.patch, self.zoom = patch, 1 / patch
 
     def forward(self, x, state=None):
-        return rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch), None
+        p = self.patch
+        return rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p), None
 
 
 class Unpatchify(nn.Module):
@@ -273,11 +296,13 @@ class Unpatchify(nn.Module):
         self.patch = self.zoom = patch
 
     def forward(self, x, state=None):
-        return rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch), None
+        p = self.patch
+        return rearrange(x, "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p), None
 
 
 def middle(channels):
-    return nn.ModuleList([ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)])
+    blocks = [ResBlock(channels, channels) for _ in range(2)]
+    return nn.ModuleList([blocks[0], Attention(channels), blocks[1]])
 
 
 def res_blocks(cin, cout, n):
@@ -285,7 +310,8 @@ def res_blocks(cin, cout, n):
 
 
 class Encoder(nn.Module):
-    """[b, 3, 1 + 4k, H, W] -> moments before the last 1x1x1 convolution [b, 2 Z, 1 + k, H/f, W/f] (spec 5.3)."""
+    """[b, 3, 1 + 4k, H, W] -> moments before the last 1x1x1 convolution [b, 2 Z, 1 + k, H/f,
+    W/f]."""
 
     def __init__(self, c):
         super().__init__()
@@ -294,24 +320,25 @@ class Encoder(nn.Module):
         self.conv1 = conv3(3 * c.patch**2, widths[0])
         self.downsamples = nn.ModuleList()
         for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
-            last = i == len(c.temporal)
-            temporal = not last and c.temporal[i]
-            layers = res_blocks(cin, cout, c.depth) + ([] if last else [Downsample(cout, temporal)])
-            self.downsamples.extend([DownGroup(layers, cout, 1 if last else 2, 2 if temporal else 1)] if c.shortcuts else layers)
+            layers, r, t = res_blocks(cin, cout, c.depth), 1, 1
+            if i < len(c.temporal):
+                layers.append(Downsample(cout, c.temporal[i]))
+                r, t = 2, 2 if c.temporal[i] else 1
+            self.downsamples.extend([DownGroup(layers, cout, r, t)] if c.shortcuts else layers)
         self.middle = middle(widths[-1])
         self.head = Head(widths[-1], 2 * c.latent_channels)
 
     @property
     def layers(self):
         """All layers in order."""
-        return (self.patchify, self.conv1, *self.downsamples, *self.middle, self.head)
+        return self.patchify, self.conv1, *self.downsamples, *self.middle, self.head
 
     def forward(self, x, state=None):
         return run_layers(self.layers, x, state)
 
 
 class Decoder(nn.Module):
-    """[b, Z, 1 + k, h, w] -> [b, 3, 1 + 4k, f h, f w], not clamped (spec 5.4)."""
+    """[b, Z, 1 + k, h, w] -> [b, 3, 1 + 4k, f h, f w], not clamped."""
 
     def __init__(self, c):
         super().__init__()
@@ -320,34 +347,27 @@ class Decoder(nn.Module):
         self.middle = middle(widths[0])
         self.upsamples = nn.ModuleList()
         for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
-            last = i == len(c.temporal)
-            temporal = not last and c.temporal[::-1][i]
-            if c.shortcuts:
-                layers = res_blocks(cin, cout, c.depth + 1) + ([] if last else [Upsample(cout, cout, temporal)])
-                self.upsamples.append(UpGroup(layers, cout, 1 if last else 2, 2 if temporal else 1))
-            else:  # 2.1: upsampling halves the channels
-                layers = res_blocks(cin if i == 0 else cin // 2, cout, c.depth + 1)
-                self.upsamples.extend(layers + ([] if last else [Upsample(cout, cout // 2, temporal)]))
+            halved = i > 0 and not c.shortcuts  # 2.1: upsampling halves the channels
+            layers, r, t = res_blocks(cin // 2 if halved else cin, cout, c.depth + 1), 1, 1
+            if i < len(c.temporal):
+                temporal = c.temporal[::-1][i]
+                layers.append(Upsample(cout, cout if c.shortcuts else cout // 2, temporal))
+                r, t = 2, 2 if temporal else 1
+            self.upsamples.extend([UpGroup(layers, cout, r, t)] if c.shortcuts else layers)
         self.head = Head(widths[-1], 3 * c.patch**2)
         self.unpatchify = Unpatchify(c.patch)
 
     @property
     def layers(self):
         """All layers in order."""
-        return (self.conv1, *self.middle, *self.upsamples, self.head, self.unpatchify)
+        return self.conv1, *self.middle, *self.upsamples, self.head, self.unpatchify
 
     def forward(self, z, state=None):
         return run_layers(self.layers, z, state)
 
 
-# ---------------------------------------------------------------------------------------------------- the autoencoder
-
-
 class WanVAE(VideoAutoencoder):
-    """Pixels [b, 3, T, H, W] in [-1, 1] <-> normalised latents, t = 1 + ceil((T - 1) / 4).
-
-    Inputs of any float dtype are computed in that of the weights, which is also the results'.
-    """
+    """Pixels [b, 3, T, H, W] in [-1, 1] <-> normalised latents, t = 1 + ceil((T - 1) / 4)."""
 
     def __init__(self, config):
         super().__init__()
@@ -370,15 +390,18 @@ class WanVAE(VideoAutoencoder):
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------- weights (spec 5.6)
+# ---------------------------------------------------------------------------------- weights
 
 LEAVES = [  # (original, diffusers), inside a residual block
-    ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"), ("shortcut", "conv_shortcut")]
-ENDS = [  # (original, diffusers), from the start of a name
-    ("conv1", "quant_conv"), ("conv2", "post_quant_conv"),
-    *((f"{side}.{a}", f"{side}.{b}") for side in ("encoder", "decoder") for a, b in (
-        ("conv1", "conv_in"), ("middle.0", "mid_block.resnets.0"), ("middle.1", "mid_block.attentions.0"),
-        ("middle.2", "mid_block.resnets.1"), ("head.0", "norm_out"), ("head.2", "conv_out")))]
+    ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"),
+    ("residual.6", "conv2"), ("shortcut", "conv_shortcut")]
+ENDS = [("conv1", "quant_conv"), ("conv2", "post_quant_conv")]  # at the start of a name
+SIDES = [  # in the encoder and in the decoder
+    ("conv1", "conv_in"), ("middle.0", "mid_block.resnets.0"),
+    ("middle.1", "mid_block.attentions.0"), ("middle.2", "mid_block.resnets.1"),
+    ("head.0", "norm_out"), ("head.2", "conv_out")]
+for _side in ("encoder", "decoder"):
+    ENDS += [(f"{_side}.{ours}", f"{_side}.{theirs}") for ours, theirs in SIDES]
 
 
 def diffusers_name(name, config):
@@ -388,73 +411,84 @@ def diffusers_name(name, config):
     for ours, theirs in ENDS:
         if name.startswith(ours + "."):
             return theirs + name[len(ours):]
-    side, first, rest = re.fullmatch(r"(encoder\.down|decoder\.up)samples\.(\d+)\.(.*)", name).groups()
-    i, n = int(first), config.depth + (side == "decoder.up")  # n residual blocks in a level
+    level = re.fullmatch(r"(encoder\.down|decoder\.up)samples\.(\d+)\.(.*)", name)
+    side, i, rest = level[1], int(level[2]), level[3]
+    n = config.depth + (side == "decoder.up")  # residual blocks in a level
     if config.shortcuts:
         j, rest = re.fullmatch(r"\w+\.(\d+)\.(.*)", rest).groups()
-        return f"{side}_blocks.{i}." + (f"resnets.{j}.{rest}" if int(j) < n else f"{side[8:]}sampler.{rest}")
-    if side == "encoder.down":  # 2.1: diffusers keeps the flat row in the encoder only
+        block = f"resnets.{j}" if int(j) < n else f"{side[8:]}sampler"
+    elif side == "encoder.down":  # 2.1: diffusers keeps the flat row in the encoder only
         return f"{side}_blocks.{i}.{rest}"
-    i, j = divmod(i, n + 1)
-    return f"{side}_blocks.{i}." + (f"resnets.{j}.{rest}" if j < n else f"upsamplers.0.{rest}")
-
-
-def to_diffusers(net):
-    """State dict with diffusers' names."""
-    return {diffusers_name(name, net.config): value for name, value in net.state_dict().items()}
+    else:
+        i, j = divmod(i, n + 1)
+        block = f"resnets.{j}" if j < n else "upsamplers.0"
+    return f"{side}_blocks.{i}.{block}.{rest}"
 
 
 def infer_config(tensors, **constants):
-    """Config from the shapes of a state dict in either spelling. `constants`: mean and std, where they are not the published ones."""
-    def shape(*names):
-        found = next((tensors[n].shape for n in names if n in tensors), ())
-        if len(found) != 5:
-            raise UserError(f"this holds no Wan autoencoder (no {names[0]}): give Wan2.1_VAE.pth, Wan2.2_VAE.pth or a diffusers vae folder.")
-        return found
-
-    width, cin = shape("encoder.conv1.weight", "encoder.conv_in.weight")[:2]
-    decoder_width = shape("decoder.head.2.weight", "decoder.conv_out.weight")[1]
-    z = shape("conv2.weight", "post_quant_conv.weight")[0]
-    pattern = re.compile(r"encoder\.(?:downsamples|down_blocks)\.(\d+)(?:\.(?:downsamples|resnets)\.(\d+)|\.(downsampler))?"
-                         r"\.(residual\.2|conv1|resample\.1|time_conv)\.weight")
-    found = sorted((int(m[1]), math.inf if m[3] else int(m[2] or 0), m[4], tensors[m[0]].shape[0])
-                   for m in map(pattern.fullmatch, tensors) if m)
+    """Config from the shapes of a state dict in either spelling. `constants`: mean and std,
+    where they are not the published ones."""
+    width, cin = _shape(tensors, "encoder.conv1.weight", "encoder.conv_in.weight")[:2]
+    decoder_width = _shape(tensors, "decoder.head.2.weight", "decoder.conv_out.weight")[1]
+    z = _shape(tensors, "conv2.weight", "post_quant_conv.weight")[0]
+    pattern = re.compile(
+        r"encoder\.(?:downsamples|down_blocks)\.(\d+)"
+        r"(?:\.(?:downsamples|resnets)\.(\d+)|\.(downsampler))?"
+        r"\.(residual\.2|conv1|resample\.1|time_conv)\.weight")
+    found = []
+    for match in filter(None, map(pattern.fullmatch, tensors)):
+        place = math.inf if match[3] else int(match[2] or 0)
+        found.append((int(match[1]), place, match[4], tensors[match[0]].shape[0]))
     levels, temporal = [[]], []
-    for _, _, kind, channels in found:  # in the order of the layers; in one place, "resample.1" comes before "time_conv"
+    for _, _, kind, channels in sorted(found):  # in the order of the layers
         if kind == "resample.1":
             levels.append([])
             temporal.append(False)
-        elif kind == "time_conv":
+        elif kind == "time_conv":  # comes after "resample.1" of the same place
             temporal[-1] = True
         else:
             levels[-1].append(channels)
     constants = constants or NORMALISATION.get(z)
     if not constants:
-        raise UserError(f"the mean and std of {z} latent channels are not known here (known: {', '.join(map(str, NORMALISATION))}): load a "
-                        "diffusers folder whose config.json has them, or give the Config.")
-    shortcuts = any(re.search(r"downsamples\.\d+\.downsamples|downsampler", name) for name in tensors)
-    return Config(width, decoder_width, z, patch=math.isqrt(cin // 3), shortcuts=shortcuts, multipliers=[level[0] // width for level in levels],
-                  depth=len(levels[0]), temporal=temporal, **constants)
+        known = ", ".join(map(str, NORMALISATION))
+        raise UserError(f"the mean and std of {z} latent channels are not known here (known: "
+                        f"{known}): load a diffusers folder whose config.json has them, or give "
+                        "the Config.")
+    shortcuts = re.compile(r"downsamples\.\d+\.downsamples|downsampler")
+    return Config(
+        width, decoder_width, z, patch=math.isqrt(cin // 3),
+        shortcuts=any(map(shortcuts.search, tensors)),
+        multipliers=[level[0] // width for level in levels], depth=len(levels[0]),
+        temporal=temporal, **constants)
+
+
+def _shape(tensors, *names):
+    found = next((tensors[name].shape for name in names if name in tensors), ())
+    if len(found) != 5:
+        raise UserError(f"this holds no Wan autoencoder (no {names[0]}): give Wan2.1_VAE.pth, "
+                        "Wan2.2_VAE.pth or a diffusers vae folder.")
+    return found
 
 
 def from_state_dict(sd, config=None, dtype=torch.float32):
-    """State dict in either spelling, or a container of one -> WanVAE in eval mode, without gradients. Strict: a missing, unexpected or
-    wrongly shaped tensor is a UserError that names it. The config follows from the shapes where none is given."""
+    """State dict in either spelling, or a container of one -> WanVAE in eval mode, without
+    gradients. Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names
+    it. The config follows from the shapes where none is given."""
     return _build(checkpoint.unwrap(sd), config, dtype, "the autoencoder state dict")
 
 
 def load(path, config=None, dtype=torch.float32):
-    """`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, a .safetensors in either spelling, or a diffusers `vae/` folder -> WanVAE as `from_state_dict`.
+    """`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, a .safetensors in either spelling, or a diffusers
+    `vae/` folder -> WanVAE as `from_state_dict`.
 
-    Tensors are read one at a time, so the weights are in memory once. A folder's config.json gives the mean and std.
+    Tensors are read one at a time, so the weights are in memory once. A folder's config.json
+    gives the mean and std.
     """
-    tensors, metadata = checkpoint.open_tensors(path)
+    tensors, _ = checkpoint.open_tensors(path)
     file = Path(path) / "config.json"
     stored = checkpoint.read_json(file) if file.is_file() else {}
     constants = {k: stored[f"latents_{k}"] for k in ("mean", "std") if f"latents_{k}" in stored}
-    if config is None:
-        config = Config(**metadata["wan_vae"]) if "wan_vae" in metadata else infer_config(tensors, **constants)
-    return _build(tensors, config, dtype, str(path))
+    return _build(tensors, config or infer_config(tensors, **constants), dtype, str(path))
 
 
 def _build(tensors, config, dtype, what):
@@ -463,20 +497,5 @@ def _build(tensors, config, dtype, what):
         net = WanVAE(config).to(dtype)
     ours = {diffusers_name(name, config): name for name in net.state_dict()}
     tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    return checkpoint.load_strict(net.to_empty(device="cpu"), tensors, what).eval().requires_grad_(False)
-
-
-def save(net, path):
-    """Write weights and config as safetensors, atomically; original names."""
-    checkpoint.save_tensors(path, net.state_dict(), {"wan_vae": dataclasses.asdict(net.config)})
-
-
-def save_diffusers(net, folder):
-    """Write a folder that diffusers' AutoencoderKLWan.from_pretrained reads: config.json and diffusion_pytorch_model.safetensors."""
-    c = net.config
-    checkpoint.save_tensors(Path(folder) / "diffusion_pytorch_model.safetensors", to_diffusers(net), {"format": "pt"})
-    checkpoint.write_json(Path(folder) / "config.json", dict(
-        _class_name="AutoencoderKLWan", base_dim=c.width, decoder_base_dim=c.decoder_width, z_dim=c.latent_channels,
-        dim_mult=c.multipliers, num_res_blocks=c.depth, attn_scales=[], temperal_downsample=c.temporal, dropout=0.0,
-        latents_mean=c.mean, latents_std=c.std, is_residual=c.shortcuts, in_channels=3 * c.patch**2, out_channels=3 * c.patch**2,
-        patch_size=c.patch if c.patch > 1 else None, scale_factor_temporal=c.temporal_factor, scale_factor_spatial=c.spatial_factor))
+    net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, what)
+    return net.eval().requires_grad_(False)
