@@ -45,8 +45,9 @@ COLOURS = {"red": (230, 30, 30), "yellow": (240, 215, 20), "green": (20, 185, 40
 BACKGROUNDS = {"black": (22, 22, 24), "gray": (120, 120, 120), "white": (226, 226, 224), "blue": (78, 98, 146),
                "green": (80, 128, 92), "brown": (138, 100, 82)}
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+FRAMES, SIZE = 32, 64  # of a clip
 RADIUS = {"small": 0.15, "large": 0.23}  # of the frame's side
-TRAVEL = {"slowly": 0.24, "quickly": 0.48}  # of the frame's side, in 32 frames
+TRAVEL = {"slowly": 0.24, "quickly": 0.48}  # of the frame's side, in FRAMES frames
 
 
 @dataclass
@@ -62,9 +63,11 @@ class Scene:
     along: float = 0.0  # offset of the path's middle along the direction of motion, -1..1
     across: float = 0.0  # the same across it
     angle: float = 0.0
-    spin: float = 0.0  # radians in 32 frames
+    spin: float = 0.0  # radians in FRAMES frames
     shade: tuple = (0.0, 0.0)  # background brightness slope in x and y
     light: float = 1.0  # brightness of the object
+    paint: tuple | None = None  # RGB in 0..255 in place of the colour's, and
+    ground: tuple | None = None  # in place of the background's: colours that no word names
 
     def attributes(self):
         return {name: getattr(self, name) for name in WORLD}
@@ -92,7 +95,7 @@ def caption(scene):
     return " ".join(w for w in words if w)
 
 
-def render(scene, frames=32, size=64, start=0):
+def render(scene, frames=FRAMES, size=SIZE, start=0):
     """Draw a scene -> uint8 [frames, size, size, 3], anti-aliased through the sprite's signed distance function.
 
     The first frame is number `start` of the scene. Speeds are per frame: a longer clip goes on in the same direction (and may leave the frame).
@@ -104,8 +107,8 @@ def render(scene, frames=32, size=64, start=0):
     room_across = size / 2 - r - 1
     middle = size / 2 + scene.along * room_along * d + scene.across * room_across * d[::-1]
     t = np.arange(start, start + frames, dtype=np.float32)
-    centre = middle + (t[:, None] - 15.5) / 32 * travel * d  # t 2
-    angle = scene.angle + scene.spin * t / 32
+    centre = middle + (t[:, None] - (FRAMES - 1) / 2) / FRAMES * travel * d  # t 2
+    angle = scene.angle + scene.spin * t / FRAMES
 
     grid = np.arange(size, dtype=np.float32) + 0.5
     dx, dy = grid[None, None, :] - centre[:, 0, None, None], grid[None, :, None] - centre[:, 1, None, None]  # t h w
@@ -113,8 +116,9 @@ def render(scene, frames=32, size=64, start=0):
     alpha = np.clip(0.5 - distance, 0, 1)[..., None]
 
     slope = scene.shade[0] * (grid[None, :] / size - 0.5) * 2 + scene.shade[1] * (grid[:, None] / size - 0.5) * 2
-    ground = np.array(BACKGROUNDS[scene.background], np.float32) + slope[..., None].astype(np.float32)  # h w 3
-    paint = np.array(COLOURS[scene.colour], np.float32) * scene.light
+    ground = np.array(scene.ground or BACKGROUNDS[scene.background], np.float32)
+    ground = ground + slope[..., None].astype(np.float32)  # h w 3
+    paint = np.array(scene.paint or COLOURS[scene.colour], np.float32) * scene.light
     return np.clip(ground[None] + alpha * (paint - ground[None]) + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -139,15 +143,19 @@ def _triangle(dx, dy, r, c, s):
 SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "ring": _ring}
 
 
-def toy_batch(seed, n, frames=32, size=64, start=0):
-    """`n` random clips -> (float tensor [n, 3, frames, size, size] in [-1, 1], list of Scene). The same seed gives the same batch.
+def toy_batch(seed, n, frames=FRAMES, size=SIZE, any_colour=False):
+    """`n` random clips -> (float tensor [n, 3, frames, size, size] in [-1, 1], list of Scene).
+    The same seed gives the same batch.
 
-    `start=None` draws the first frame of each clip from the 32 that a scene is made for.
+    any_colour: every other clip has colours that no word names. An autoencoder that has seen
+    them can draw more than the toy's vocabulary.
     """
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng) for _ in range(n)]
-    starts = rng.integers(0, max(33 - frames, 1), n) if start is None else [start] * n
-    return torch.stack([to_tensor(render(s, frames, size, int(t))) for s, t in zip(scenes, starts)]), scenes
+    if any_colour:
+        for scene in scenes[1::2]:
+            scene.paint, scene.ground = (tuple(rng.uniform(10, 245, 3)) for _ in range(2))
+    return torch.stack([to_tensor(render(s, frames, size)) for s in scenes]), scenes
 
 
 def held_out_prompts(n, seed=10_000_019):
@@ -257,11 +265,12 @@ def read_attributes(x):
     cx, cy = (mask * xs).sum((1, 2)) / area.clamp(min=1), (mask * ys[:, None]).sum((1, 2)) / area.clamp(min=1)
     time = torch.arange(t)[seen].float()
     time = time - time.mean()
-    travel = [32 * ((c[seen] * time).sum() / time.square().sum()).item() / side for c, side in ((cx, w), (cy, h))]
+    slope = lambda c: ((c[seen] * time).sum() / time.square().sum()).item()
+    travel = [FRAMES * slope(c) / side for c, side in ((cx, w), (cy, h))]
     if max(map(abs, travel)) > 0.06:
         axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
         found["direction"] = (("left", "right"), ("up", "down"))[axis][travel[axis] > 0]
-        found["speed"] = "quickly" if abs(travel[axis]) > 0.36 else "slowly"
+        found["speed"] = "quickly" if abs(travel[axis]) > sum(TRAVEL.values()) / 2 else "slowly"
 
     inside = seen & (mask[:, 0].sum(1) + mask[:, -1].sum(1) + mask[..., 0].sum(1) + mask[..., -1].sum(1) == 0)
     if inside.any():
@@ -314,8 +323,8 @@ def main():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/toy", help="folder for the results")
     p.add_argument("--clips", type=int, default=12, help="how many clips")
-    p.add_argument("--frames", type=int, default=32, help="frames per clip")
-    p.add_argument("--size", type=int, default=64, help="side of a frame in pixels")
+    p.add_argument("--frames", type=int, default=FRAMES, help="frames per clip")
+    p.add_argument("--size", type=int, default=SIZE, help="side of a frame in pixels")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
     args = p.parse_args()
     videos, scenes = toy_batch(args.seed, args.clips, args.frames, args.size)

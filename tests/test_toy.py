@@ -25,8 +25,10 @@ def test_a_seed_is_a_batch():
     assert x.shape == (3, 3, 16, 32, 32) and x.dtype == torch.float32 and -1 <= x.min() and x.max() <= 1
     assert torch.equal(x, again) and not torch.equal(x, other)
     assert len({toy.caption(s) + str(s.along) for s in scenes}) == 3
-    later = toy.toy_batch(1, 3, 8, 32, start=8)[0]  # the same scenes, entered 8 frames later
-    assert torch.equal(later, x[:, :, 8:])
+    later = video.to_tensor(toy.render(scenes[0], 8, 32, start=8))  # entered 8 frames later
+    assert torch.equal(later, x[0, :, 8:])
+    free, painted = toy.toy_batch(1, 3, 16, 32, any_colour=True)  # every other in any colour
+    assert torch.equal(free[0], x[0]) and not torch.equal(free[1], x[1]) and painted[1].paint
 
 
 def test_captions_say_every_attribute():
