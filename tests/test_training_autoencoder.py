@@ -13,7 +13,7 @@ import toy
 from chunk_causal import ISOLATED
 from files import checkpoint, video
 from files.checkpoint import UserError
-from training import autoencoder, loop, losses
+from training import autoencoder, latents, loop, losses
 
 TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4)
 
@@ -41,12 +41,20 @@ def films(tmp_path_factory):
     return folder
 
 
-SHORT = dict(steps=2, batch=1, frames=16, size=(32, 32), ema=0.5, images=0.0)
+SHORT = dict(batch=1, frames=16, size=(32, 32), ema=0.5, images=0.0)
 
 
-def run_programme(out, films, monkeypatch, phases=None, **changes):
+def run_programme(out, films, monkeypatch, names=None, steps=(2,), **changes):
     monkeypatch.chdir(out.parent)  # where the index of clips goes
-    return autoencoder.train_clips("tiny", films, out, workers=0, perceptual="random", phases=phases, changes={**SHORT, "disc_width": 8, **changes})
+    return run_phases(out, films, names, False, steps, **changes)
+
+
+def run_phases(out, films, names, begun, steps, settings=autoencoder.Settings(), **changes):
+    changes = {**SHORT, "disc_width": 8, **changes}
+    phases = autoencoder.choose_phases(
+        autoencoder.LAPTOP, TINY, names, begun, list(steps), **changes)
+    settings = dataclasses.replace(settings, perceptual="random")
+    return autoencoder.train("tiny", phases, autoencoder.Films([films], 0), out, settings)
 
 
 def test_the_phases_for_video(tmp_path, films, monkeypatch):
@@ -95,11 +103,11 @@ def test_the_image_phase_comes_first_or_not_at_all(tmp_path, films, monkeypatch)
     with pytest.raises(UserError, match="image begins from nothing"):
         run_programme(tmp_path / "ae", films, monkeypatch, ("low", "image"))
     ae.save(tiny(), tmp_path / "tiny.safetensors")
-    started = dict(workers=0, perceptual="random", start=tmp_path / "tiny.safetensors", changes={**SHORT, "steps": [1, 1, 1], "disc_width": 8})
-    autoencoder.train_clips("tiny", films, tmp_path / "on", **started)
+    started = autoencoder.Settings(start=tmp_path / "tiny.safetensors")
+    run_phases(tmp_path / "on", films, None, True, (1, 1, 1), started)
     assert sorted(p.name for p in (tmp_path / "on").iterdir()) == ["high", "low", "refine"]
     with pytest.raises(UserError, match="image begins from nothing"):
-        autoencoder.train_clips("tiny", films, tmp_path / "no", phases=["image"], **started)
+        run_phases(tmp_path / "no", films, ["image"], True, (1,), started)
 
 
 def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
@@ -134,11 +142,10 @@ def killed_and_whole(tmp_path, films, monkeypatch):
 
 
 def step(net, phase, x, number=0, disc=None, perceptual=None):
-    autocast = torch.autocast("cpu", enabled=False)
-    return list(autoencoder.step_losses(net, phase, perceptual, disc, 0, autocast, x, number))
+    return list(autoencoder.Objective(net, phase, perceptual=perceptual, disc=disc)(x, number))
 
 
-PLAIN = autoencoder.Phase("all", (32, 32), 16, 1, 1, 1e-3, "", images=0.0, perceptual=0.0)
+PLAIN = autoencoder.Phase("low", "all", (32, 32), 16, 1, 1, 1e-3, "", images=0.0, perceptual=0.0)
 
 
 def test_a_step_of_stills_takes_each_frame_alone():
@@ -146,7 +153,7 @@ def test_a_step_of_stills_takes_each_frame_alone():
     net, x = tiny(), torch.rand(2, 3, 16, 32, 32) * 2 - 1
     pictures = autoencoder.stills(x, 4)
     assert pictures.shape == (8, 3, 4, 32, 32) and torch.equal(pictures[1, :, 3], x[0, :, 5])
-    (name, loss, values), = step(net, autoencoder.dataclasses.replace(PLAIN, images=1.0), x)
+    (name, loss, values), = step(net, dataclasses.replace(PLAIN, images=1.0), x)
     y = net.decoder(net.encoder(pictures, ISOLATED)[0], ISOLATED)[0]
     assert name == "net" and torch.allclose(loss, (y - pictures).abs().mean())
     share = [rng.random() < 0.2 for rng in (np.random.default_rng((0, n)) for n in range(500))]
@@ -156,8 +163,8 @@ def test_a_step_of_stills_takes_each_frame_alone():
 def test_the_adversary_pulls_the_decoder_and_not_itself():
     """The autoencoder's loss leaves no gradient in the discriminator, whose own loss leaves none in the autoencoder."""
     net, disc, x = tiny(), losses.Discriminator(8, 3), torch.rand(1, 3, 16, 32, 32) * 2 - 1
-    phase = autoencoder.dataclasses.replace(PLAIN, adversarial=0.05)
-    steps = autoencoder.step_losses(net, phase, None, disc, 0, torch.autocast("cpu", enabled=False), x, 0)
+    phase = dataclasses.replace(PLAIN, adversarial=0.05)
+    steps = autoencoder.Objective(net, phase, disc=disc)(x, 0)
     _, loss, values = next(steps)
     assert torch.allclose(loss, values["l1"] + 0.05 * values["lambda"] * values["adversarial"]) and values["lambda"] > 0
     loss.backward()
@@ -180,8 +187,8 @@ def test_recomputed_stages_give_the_same_gradients():
 
 def test_latent_noise_spreads_by_a_share_of_the_rms():
     z = 3 * torch.randn(4, 8, 4, 8, 8)
-    noise = autoencoder.add_latent_noise(z, 0.1, seed=5) - z
-    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and torch.equal(autoencoder.add_latent_noise(z, 0.1, 5) - z, noise)
+    noise = latents.add_latent_noise(z, 0.1, seed=5) - z
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and torch.equal(latents.add_latent_noise(z, 0.1, 5) - z, noise)
 
 
 @pytest.mark.parametrize("frames", [8, 20])
@@ -205,9 +212,9 @@ def test_every_phase_fits_every_preset(preset):
         net = ae.DCAEV(config)
         y = autoencoder.image_autoencoder(config)(torch.zeros(1, 3, 1, config.spatial_factor, config.spatial_factor))
     assert y.shape[2] == 1
-    for name, phase in autoencoder.programme(preset).items():
-        assert phase.frames == 1 if name == "image" else phase.frames % config.chunk == 0 and phase.frames >= 2 * config.chunk
-        assert all(s % config.spatial_factor == 0 for s in phase.size)
+    for phase in autoencoder.FULL if preset.startswith("f") else autoencoder.LAPTOP:
+        assert phase.frames == 1 or phase.name != "image"
+        autoencoder.check(phase, config)
         assert sum(p.numel() for p in autoencoder.part(net, phase.trained).parameters()) > 0
     inner = sum(p.numel() for p in autoencoder.part(net, "inner").parameters())
     assert 0.2 < inner / sum(p.numel() for p in net.parameters()) < 0.98
@@ -217,33 +224,15 @@ def test_one_clip_by_heart(tmp_path, monkeypatch):
     """--overfit: every window of two chunks is drawn; the score is that of the whole clip, and rises."""
     film = video.to_tensor(toy.render(toy.random_scene(np.random.default_rng(0)), 24, 32))
     video.write_video(tmp_path / "film.mp4", film, fps=10)
-    monkeypatch.setattr(autoencoder, "MEMORISE", autoencoder.dataclasses.replace(autoencoder.MEMORISE, size=(32, 32), batch=4, ema=0.0, warmup=5))
-    autoencoder.main_train(["--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--length", "24", "--steps", "20", "--save-every", "10",
-                         "--out", str(tmp_path / "out")])
-    log = [line["psnr"] for line in loop.read_log(tmp_path / "out") if "psnr" in line]
+    quick = dataclasses.replace(autoencoder.MEMORISE[0], ema=0.0, warmup=5)
+    monkeypatch.setattr(autoencoder, "MEMORISE", (quick,))
+    monkeypatch.setattr(autoencoder, "LENGTH", 24)
+    autoencoder.main_train([
+        "--preset", "tiny", "--overfit", str(tmp_path / "film.mp4"), "--size", "32x32", "--batch", "4",
+        "--steps", "20", "--save-every", "10", "--out", str(tmp_path / "out")])
+    told = json.loads((tmp_path / "out" / "overfit.json").read_text())
+    log = [line["psnr"] for line in told["log"]]
     assert len(log) == 2 and log[0] < log[1]
-
-
-# ---------------------------------------------------------------------------------------------------- how fast
-
-
-def test_the_straightforward_net_is_the_same_net():
-    """What the speed is measured against computes the same, stream state included."""
-    net, plain, x = tiny(), autoencoder.straightforward(tiny(), torch.device("cpu")), torch.rand(1, 3, 24, 32, 32) * 2 - 1
-    with torch.no_grad():
-        assert torch.allclose(net(x), plain(x), atol=1e-5) and not torch.equal(net(x), plain(x))
-
-
-def test_the_step_is_timed_both_ways(films, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = ["--preset", "tiny", "--data", str(films), "--measure", "--frames", "16", "--size", "32x32", "--batch", "1"]
-    with pytest.raises(UserError, match="--measure needs --data .* and --cache"):
-        autoencoder.main_train(args)
-    monkeypatch.setattr(autoencoder, "measure", autoencoder.functools.partial(autoencoder.measure, rounds=2))
-    autoencoder.main_train([*args, "--cache", "cache"])
-    result = json.loads((tmp_path / "results" / "train_speed.json").read_text())
-    assert result["ratio"] == pytest.approx(result["seconds_per_step"]["straightforward"] / result["seconds_per_step"]["ours"], abs=0.01)
-    assert {len(v) for v in result["all_seconds"].values()} == {2}
 
 
 # ---------------------------------------------------------------------------------------------------- inflation
@@ -322,8 +311,10 @@ def test_an_image_model_of_other_widths_is_refused():
 # ---------------------------------------------------------------------------------------------------- the toy
 
 
-def run_toy(out, **changes):
-    return autoencoder.train(**dict(preset="tiny", out=out, steps=4, batch=1, frames=16, lr=1e-3, save_every=2) | changes)
+def run_toy(out, settings=autoencoder.Settings(save_every=2), **changes):
+    small = dict(frames=16, size=(32, 32), lr=1e-3) | changes
+    phases = autoencoder.choose_phases(autoencoder.TOY, TINY, ["low"], False, [4], 1, **small)
+    return autoencoder.train("tiny", phases, autoencoder.ToyWorld(), out, settings)
 
 
 def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
@@ -345,31 +336,9 @@ def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
     assert [r["step"] for r in metadata["log"]] == [2, 4] and metadata["training"]["steps"] == 4
 
-    net = ae.load(tmp_path / "resumed" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
+    net = ae.load(tmp_path / "resumed" / "low" / "tiny.safetensors")  # the scale makes the latents of the toy world about unit RMS
     z = net.config.scale * net.encode(toy.toy_batch(1, 8, 16)[0])
     assert 0.8 < z.square().mean().sqrt() < 1.25
-
-
-def test_growing_copies_the_shallow_blocks_and_trains_the_deep_ones(tmp_path, monkeypatch):
-    monkeypatch.setitem(ae.PRESETS, "deep", ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 8, chunk=8, patch=4))
-    teacher = tiny(3)
-    ae.save(teacher, tmp_path / "tiny.safetensors")
-
-    def grown(steps):
-        net = tiny(4, ae.PRESETS["deep"])
-        autoencoder.grow(net, teacher, tmp_path / f"grow{steps}", steps, 4, 16, 16, 0.1, 0, torch.autocast("cpu", torch.bfloat16))
-        return net.state_dict()
-
-    start, end, theirs = grown(0), grown(4), teacher.state_dict()
-    # common: project_in, the blocks of stages 1 and 2 and what resamples between them; new: what lies below stage 2
-    common = [k for k in end if not re.search(r"encoder\.(stages\.2\.op_list\.1|stages\.[34]|project_out)"
-                                              r"|decoder\.(stages\.2\.op_list\.0|stages\.[34]|project_in)", k)]
-    assert 20 < len(common) < len(end) and all(torch.equal(end[k], start[k]) and torch.equal(end[k], theirs[k]) for k in common)
-    deep = [k for k in end if k not in common and end[k].ndim == 5]
-    assert deep and not any(torch.equal(end[k], start[k]) for k in deep)
-    assert grown(4).keys() == end.keys() and all(torch.equal(v, end[k]) for k, v in grown(4).items())  # done already: nothing is trained again
-    path = run_toy(tmp_path / "toy", preset="deep", grow_from=tmp_path / "tiny.safetensors", grow_steps=1, grow_clips=16, steps=1)
-    assert ae.load(path).config.latent_channels == 8
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -380,8 +349,25 @@ def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
         ae.main(["train", "--preset", "small", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="does not exist"):
         ae.main(["train", "--preset", "small", "--data", str(tmp_path / "none"), "--out", str(tmp_path)])
-    called = {}
-    monkeypatch.setattr(autoencoder, "train", lambda preset, out, **more: called.update(preset=preset, out=out, **more))
-    ae.main(["train", "--preset", "toy", "--grow-from", "w", "--lr", "3e-4", "--steps", "600", "--out", "o"])  # as the README has it
-    assert called == dict(preset="toy", out="o", grow_from="w", grow_steps=2400, grow_clips=4096, lr=3e-4, steps=600, seed=0, save_every=200,
-                          bf16=True)
+    for argument, said in (("--grow-from", "gone: train the deep toy from nothing"),
+                           ("--measure", "gone: the step was timed by this script")):
+        with pytest.raises(UserError, match=f"{argument} is {said}"):
+            ae.main(["train", "--preset", "toy", argument, "w"])
+    with pytest.raises(SystemExit):
+        ae.main(["train", "--losses", "beauty=1"])
+    with pytest.raises(UserError, match="no phase refine here: use low, decoder"):
+        ae.main(["train", "--preset", "toy", "--phases", "refine"])
+    with pytest.raises(UserError, match="--size must be multiples of a latent cell"):
+        ae.main(["train", "--preset", "toy", "--size", "50x50"])
+
+
+def test_the_command_line_is_a_list_of_phases(monkeypatch):
+    called = []
+    monkeypatch.setattr(autoencoder, "train", lambda *a: called.extend(a))
+    ae.main(["train", "--preset", "toy", "--lr", "3e-4", "--steps", "600", "300", "--out", "o",
+             "--align-to", "base", "--losses", "jumps=0", "equivariance=0.25"])
+    preset, phases, source, out, settings = called
+    assert (preset, out, settings.align_to) == ("toy", "o", ("base",))
+    assert [(p.name, p.steps) for p in phases] == [("low", 600), ("decoder", 300)]
+    weights = {(p.lr, p.jumps, p.equivariance, p.align, p.correlation) for p in phases}
+    assert weights == {(3e-4, 0.0, 0.25, 0.05, 0.0)} and isinstance(source, autoencoder.ToyWorld)

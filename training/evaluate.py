@@ -21,19 +21,8 @@ from chunk_causal import recut
 from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
-from training import clips, metrics
-from wan import vae
-
-
-def load(path):
-    """Weights of a DC-AE-V or of a Wan VAE (a file, or a diffusers folder), in eval mode."""
-    try:
-        return ae.load(path)
-    except UserError as no_dc_ae_v:
-        try:
-            return vae.load(path)
-        except UserError:
-            raise no_dc_ae_v from None
+from training import clips, latents, metrics
+from training.latents import load_autoencoder as load
 
 
 # --------------------------------------------------------------------------------- one film
@@ -108,18 +97,19 @@ def timed(pieces, name, spent):
 def evaluate(net, held_out):
     """`metrics.evaluate` for either kind of autoencoder, and the statistics of its raw latents.
     held_out: list of (name, x [3, t, h, w])."""
-    c, like, latents = net.config, next(net.parameters()), []
+    c, like, seen = net.config, next(net.parameters()), []
 
     def reconstruction(x):
         z = net.encode(x.to(like))
-        latents.append(z.float().cpu())
+        seen.append(z.float().cpu())
         return net.decode(z, x.shape[2], x.shape[3:])
 
     borders = {"latent frame": (c.temporal_factor, c.lead % c.temporal_factor)}
     if hasattr(c, "chunk"):
         borders["chunk"] = (c.chunk, 0)
     result = metrics.evaluate(reconstruction, held_out, borders, c.spatial_factor)
-    return dict(**result, latent=metrics.latent_statistics(latents[: len(held_out)]))
+    seen = seen[: len(held_out)]  # what follows are fields of one colour
+    return dict(**result, latent=metrics.latent_statistics(seen) | latents.report(torch.cat(seen)))
 
 
 @torch.no_grad()
@@ -201,6 +191,8 @@ def main_eval(argv):
                    help="as published")
     p.add_argument("--stream", type=int, metavar="N",
                    help="instead: the memory while N frames go through, on the film --data")
+    p.add_argument("--base", nargs="+", metavar="FILE",
+                   help="weights of a base's autoencoder, and of its transformer: R^2 to it")
     p.add_argument("--results", metavar="FILE",
                    help="JSON to write; beside it a contact sheet of three clips")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -221,6 +213,11 @@ def main_eval(argv):
         dataset = clips.validation(args.data, args.frames, args.size, args.clips)
         held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
         results = {name: evaluate(net, held_out) for name, net in nets.items()}
+        if args.base:
+            teacher = latents.Teacher(args.base, args.device)
+            for name, net in nets.items():
+                found = latents.r_squared(teacher, net, [x for _, x in held_out])
+                results[name]["latent"]["r_squared"] = found
         print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
         for name, r in results.items():
             print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))

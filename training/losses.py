@@ -36,6 +36,14 @@ def l1(y, x):
     return (y.float() - x.float()).abs().mean()
 
 
+def jumps(y, x):
+    """Mean |d(y - x)| along time, rows and columns, summed: of two errors of equal size the one
+    that jumps from pixel to pixel (a grid, a fringe) or from frame to frame (a flash) weighs
+    more than a smooth one."""
+    error = y.float() - x.float()
+    return sum(error.diff(dim=d).abs().mean() for d in (2, 3, 4) if error.shape[d] > 1)
+
+
 # ---------------------------------------------------------------------------------------------------- perceptual
 
 #: name -> what is compared. "lpips" is the loss of latent diffusion and Open-Sora; "lpips-alex" is the metric of spec 8.2.
