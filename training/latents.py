@@ -30,7 +30,7 @@ import align
 from files import checkpoint, layouts
 from files.checkpoint import UserError
 from training import loop
-from wan import models, vae
+from wan import released, vae
 
 
 def add_latent_noise(z, noise, seed):
@@ -158,9 +158,9 @@ class Teacher:
 
     def __init__(self, files, device="cpu"):
         self.files = list(map(str, files))
-        if len(files) == 1 and files[0] in models.RELEASED:
-            parts, folder = models.RELEASED[files[0]].files, Path("checkpoints") / files[0]
-            found = {p: models.find(parts[p], [folder]) for p in ("autoencoder", "transformer")}
+        if len(files) == 1 and files[0] in released.RELEASED:
+            parts, folder = released.RELEASED[files[0]].files, Path("checkpoints") / files[0]
+            found = {p: released.find(parts[p], [folder]) for p in ("autoencoder", "transformer")}
             if missing := [p for p in found if found[p] is None]:
                 raise UserError(f"{folder} holds no {missing[0]} of {files[0]}: put it there, or "
                                 "give --align-to the files of its autoencoder and transformer.")
