@@ -1,22 +1,38 @@
-"""Clips and pictures on disk: every video goes through the ffmpeg that imageio brings along, one piece at a time, so length costs no memory.
+"""Clips and pictures on disk: one reader for all commands, which does what a file's
+header says, and one writer.
 
-    iter_clip(path, ...)             pieces of a clip, [3, t, h, w];  read_clip: the whole;  clip_info: frame rate, size, length
-    write_video(path, pieces, fps)   H.264 mp4 from a tensor or from pieces as they come
-    read_image, contact_sheet        stills;  figure: a chart
+    clip_info(path)                 what the header says: rate, size, conversions
+    decode(path, info, ...)         frame by frame, with its time: all reading is made of it
+    iter_clip(path, ...)            pieces of a clip, [3, t, h, w];  read_clip: the whole
+    write_video(path, pieces, fps)  H.264 mp4 from a tensor or from pieces as they come
+    read_image, contact_sheet       stills
 
-Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. What is wrong with a file is told in one sentence
-(UserError), and a file that could not be finished is not left behind.
+Whatever is stored, what comes out is what a good player shows (`conversion`): upright,
+square pixels, whole frames instead of fields, BT.709 in full range, standard dynamic
+range, transparent parts on white. At a given rate, output frame k is what is on the
+screen at time k / fps, so speed is kept: a 48 fps clip read at 16 fps shows every third
+frame.
+
+Pixels are RGB in [-1, 1], layout [3, t, h, w], everywhere in the project. Every video
+goes through the ffmpeg that imageio brings along, so length costs no memory. What is
+wrong with a file is told in one sentence (UserError), and a file that could not be
+finished is not left behind.
 """
 import argparse
 import contextlib
 import errno
 import itertools
+import math
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -25,180 +41,480 @@ from PIL import Image, ImageDraw, ImageOps
 from files import checkpoint
 from files.checkpoint import UserError
 
-# ---------------------------------------------------------------------------------------------------- pixels
+READER = 1  # what is done to pixels; latents made by another version are made anew
+
+# ------------------------------------------------------------------ pixels
 
 
 def to_tensor(frames):
     """uint8 [t, h, w, 3] -> float32 [3, t, h, w] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
+    frames = torch.from_numpy(np.ascontiguousarray(frames))
+    return frames.permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_uint8(x):
-    """float [3, t, h, w] in [-1, 1] -> uint8 [t, h, w, 3], rounded and clamped (spec dc-ae-v 6). NaN is a UserError: it would be black."""
+    """float [3, t, h, w] in [-1, 1] -> uint8 [t, h, w, 3], rounded and clamped. NaN is
+    a UserError: it would be black."""
     if not torch.isfinite(x).all():
-        raise UserError("the video holds NaN or infinite values, so nothing was written: use --dtype fp32, or other weights.")
-    return (x.float() * 127.5 + 128).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        raise UserError("the video holds NaN or infinite values, so nothing was written: use "
+                        "--dtype fp32, or other weights.")
+    levels = (x.float() * 127.5 + 128).clamp_(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------- video files
+def on_white(frames):
+    """uint8 [..., 3] as it is; [..., 4] with premultiplied colours on white."""
+    if frames.shape[-1] == 3:
+        return frames
+    colours, alpha = frames[..., :3].astype(np.int16), frames[..., 3:]
+    return np.minimum(colours + 255 - alpha, 255).astype(np.uint8)
 
 
 def size_arg(text):
     """argparse type: "180x320" -> (180, 320), rows first."""
-    if not (match := re.fullmatch(r"(\d+)x(\d+)", text)) or 0 in (size := tuple(map(int, match.groups()))):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = tuple(map(int, match.groups())) if match else (0, 0)
+    if 0 in size:
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 180x320")
     return size
 
 
-@dataclass
+def rate_arg(text):
+    """argparse type: frames per second, or "native" for every stored frame."""
+    if text == "native":
+        return text
+    with contextlib.suppress(ValueError):
+        if 0.1 <= float(text) <= 1000:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'{text!r} is neither a rate of 0.1 to 1000 nor "native"')
+
+
+def printable(name):
+    """A file's name for people: without control characters, and always UTF-8."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode()
+             for c in str(name))
+    return "".join(shown)
+
+
+# ------------------------------------------------------------------ what a header says
+
+#: transfer functions of high dynamic range -> their names
+HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
+#: primaries of wide colour -> their names
+WIDE = {"bt2020": "BT.2020", "smpte431": "P3", "smpte432": "P3"}
+ALPHA = re.compile("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8")  # beginnings of pixel formats
+#: a video's line in what `ffmpeg -i` says
+STREAM = re.compile(
+    r"Stream #[^\n]*?: Video: (?P<codec>\w+)[^\n]*?, "
+    r"(?P<pixels>\w+)(?:\((?P<tags>(?:[^()]|\([^()]*\))*)\))?, "
+    r"(?P<width>\d+)x(?P<height>\d+)(?P<rest>[^\n]*)")
+
+
+@dataclass(frozen=True)
 class ClipInfo:
-    """What a video's header says. `seconds` is 0 where it says nothing."""
+    """What a video's header says. The size is that shown: upright, with square
+    pixels."""
 
     fps: float
     height: int
     width: int
-    seconds: float
+    seconds: float = 0.0  # 0 where it says nothing
+    aspect: str = "1:1"  # of a pixel as stored and turned upright
+    turned: bool = False
+    interlaced: bool = False
+    assumed: str = ""  # what it leaves open, as `setparams` takes it
+    transfer: str = ""  # of high dynamic range
+    primaries: str = ""  # of wide colour
+    alpha: bool = False
+    decoder: str = ""  # where ffmpeg's own would drop something
+
+    @property
+    def conversions(self):
+        """What reading changes -> [words]."""
+        words = []
+        if self.turned:
+            words.append("turned upright")
+        if self.aspect != "1:1":
+            words.append(f"pixels {self.aspect} made square")
+        if self.interlaced:
+            words.append("deinterlaced")
+        if self.transfer:
+            words.append(f"{HDR[self.transfer]} to SDR")
+        elif self.primaries:
+            words.append(f"{WIDE[self.primaries]} to BT.709")
+        if self.alpha:
+            words.append("transparency on white")
+        return words
 
 
-@contextlib.contextmanager
-def ffmpeg(*args, **pipes):
-    """Run ffmpeg for the length of a `with`: yields the process, and a function that waits for its end -> (status, complaints)."""
-    with tempfile.TemporaryFile() as log:  # a file, not a pipe: a damaged clip brings more complaints than a pipe holds
-        process = subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *args], stderr=log, **pipes)
+def clip_info(path):
+    """What a clip's header says -> ClipInfo, without decoding it."""
+    with ffmpeg(*source(path)) as (process, log):
+        process.wait()
+        text = log.update()
+    streams = [m for m in STREAM.finditer(text) if "(attached pic)" not in m["rest"]]
+    if not streams and "Audio:" in text:
+        raise UserError(f"{path} holds sound but no pictures.")
+    if not streams:
+        raise UserError(f"{path} cannot be read as a video ({log.reason}): it may be incomplete "
+                        "or of another kind.")
+    stream = streams[0]
+    tags = (stream["tags"] or "").split(", ")
+    height, width = int(stream["height"]), int(stream["width"])
+    transfer, primaries, assumed = colours(
+        tags, large=width >= 1280 or height > 576, coded="yuv" in stream["pixels"])
+    turned = re.search(r"rotation of (-?[\d.]+) degrees", text)
+    quarter = round(float(turned[1]) / 90) % 4 if turned else 0
+    aspect = pixel_aspect(path, stream["rest"])
+    if quarter % 2:
+        height, width, aspect = width, height, 1 / aspect
+    if aspect > 1:
+        width = round(width * aspect)
+    else:
+        height = round(height / aspect)
 
-        def end():
-            status = process.wait()
-            log.seek(0)
-            return status, log.read().decode(errors="replace").strip()
+    with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own drop it
+    decoder = with_alpha.get(stream["codec"], "") if "alpha_mode      : 1" in text else ""
+    return ClipInfo(
+        fps=frame_rate(stream["rest"]),
+        height=height,
+        width=width,
+        seconds=duration(text),
+        aspect=f"{aspect.numerator}:{aspect.denominator}",
+        turned=quarter != 0,
+        interlaced=any("first" in tag for tag in tags),
+        transfer=transfer,
+        primaries=primaries,
+        assumed=assumed,
+        alpha=bool(decoder or ALPHA.match(stream["pixels"])),
+        decoder=decoder,
+    )
 
-        try:
-            yield process, end
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe and pipe.close()
+
+def colours(tags, large, coded):
+    """Words about the pixels, such as "tv", "bt2020nc/bt2020/smpte2084" -> (transfer if
+    it is one of HDR, primaries if they are one of WIDE, what is assumed of what is not
+    said).
+
+    Untagged colours of large frames are BT.709, as players guess, of others BT.601, as
+    ffmpeg does.
+    """
+    said = next((tag for tag in tags if re.match("bt|smpte|gbr|film|unknown/", tag)), "unknown")
+    matrix, primaries, transfer = said.split("/") if said.count("/") == 2 else [said] * 3
+    transfer = transfer if transfer in HDR else ""
+    primaries = primaries if primaries in WIDE else ""
+    assumed = []
+    if coded and matrix == "unknown" and (large or transfer):
+        assumed.append(f"colorspace={'bt2020nc' if transfer else 'bt709'}")
+    if transfer and not primaries:
+        assumed.append("color_primaries=bt2020")
+    if primaries and not transfer:
+        assumed.append("color_trc=bt709")
+    return transfer, primaries, ":".join(assumed)
+
+
+def pixel_aspect(path, rest):
+    """Width over height of a stored pixel -> Fraction. The container's word goes before
+    the codec's, which stands in brackets."""
+    outside, inside = re.search(r", SAR (\d+):(\d+)", rest), re.search(r"\[SAR (\d+):(\d+)", rest)
+    said = outside or inside
+    if not said or "0" in said.groups():
+        return Fraction(1)
+    aspect = Fraction(int(said[1]), int(said[2]))
+    if not 1 / 8 <= aspect <= 8:
+        raise UserError(f"{path} says that a pixel is {aspect} as wide as high, which cannot be "
+                        "right: mend its header.")
+    return aspect
+
+
+def frame_rate(rest):
+    """Average rate in a stream's line; 25 where there is none."""
+    found = re.search(r"([\d.]+)(k?) fps", rest) or re.search(r"([\d.]+)(k?) tbr", rest)
+    rate = float(found[1]) * (1000 if found[2] else 1) if found else 0
+    return rate or 25.0
+
+
+def duration(text):
+    """Seconds; 0 where the header says nothing."""
+    found = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    hours, minutes, seconds = map(float, found.groups()) if found else (0.0, 0.0, 0.0)
+    return 3600 * hours + 60 * minutes + seconds
+
+
+# ------------------------------------------------------------------ decoding
 
 
 def source(path):
-    """ffmpeg's input arguments for a clip: local files only, whatever their names and whatever a playlist in them refers to."""
+    """ffmpeg's input arguments for a clip: local files only, whatever their names and
+    whatever a playlist in them refers to."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the path of a video file.")
+        why = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {why}: give the path of a video file.")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
     return "-protocol_whitelist", "file,pipe", "-i", f"file:{path}"
 
 
-#: what ffmpeg calls an error though every frame comes out right: slips of the encoder, and times that only a muxer would miss
-HARMLESS = re.compile(r"non-intra slice in an IDR|mmco: unref short failure|reference frames exceeds max|co located POCs|"
-                      r"\[(rawvideo|image2pipe) @")
-NO_REASON = "ffmpeg gives no reason"
+@contextlib.contextmanager
+def ffmpeg(*args):
+    """Run ffmpeg for the length of a `with` -> (the process, its Log)."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats",
+               "-v", "level+info", *args]
+    # a file, not a pipe: a damaged clip brings more complaints than a pipe holds
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        try:
+            yield process, Log(log.fileno())
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
-def complaint(log):
-    """The first error in ffmpeg's log (of level "error") that means damage, without its prefixes, as the end of a sentence; "" if there is none."""
-    serious = (line for line in log.splitlines() if line.strip() and not HARMLESS.search(line))
-    return re.sub(r"^(\[[^\]]*\] )+", "", next(serious, "")).strip(" .")
+#: a line that tells of damage: an error, or a warning of frames that were patched up
+COMPLAINT = re.compile(r"(\[[^\]]* @ [^\]]*\] )*"
+                       r"\[(error|fatal|warning(?=\].*(corrupt|EOI missing)))\] ")
+#: called an error though every frame comes out right: slips of the encoder, times that only a
+#: muxer would miss, the end of `ffmpeg -i`
+HARMLESS = re.compile(
+    "non-intra slice in an IDR|mmco: unref short failure|reference frames exceeds max|"
+    r"co located POCs|\[(rawvideo|out#0/rawvideo) @|Last message repeated|"
+    "At least one output file")
+#: what a decoder says that joins a broadcast in its middle, before the first whole frame
+JOINING = re.compile("non-existing [PS]PS|no frame!|Could not find ref|decode_slice_header|"
+                     r"[PS]PS id out of range|frame dimensions 0x0")
+SHOWN = re.compile(r"\] n: *\d+ .*pts_time:(\S+) .* s:(\d+x\d+)")  # a line of `showinfo`
 
 
-def clip_info(path):
-    """Frame rate, upright size and length of a clip -> ClipInfo, without decoding it."""
-    with ffmpeg(*source(path)) as (_, end):
-        log = end()[1]
-    if not (match := re.search(r"Stream #.*?Video: (.*?)(\d+)x(\d+)[ ,\n](.*)", log)):
-        raise UserError(f"{path} holds no video that ffmpeg can read: give an mp4, mkv, webm, mov, avi or gif.")
-    codec, width, height, rest = match.groups()
-    if (turn := re.search(r"rotation of (-?[\d.]+) degrees", log)) and round(float(turn[1]) / 90) % 2:
-        width, height = height, width
-    rate = re.search(r"([\d.]+) fps", rest) or re.search(r"([\d.]+) tbr", rest)
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
-    seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else 0.0
-    return ClipInfo(float(rate[1]) if rate else 25.0, int(height), int(width), seconds)
+class Log:
+    """What ffmpeg says, read while it runs: the filter `showinfo` writes a line for
+    every frame, between the complaints."""
+
+    def __init__(self, file):
+        self.file, self.place, self.rest = file, 0, ""
+        self.times, self.sizes = [], []  # of the frames: seconds, "64x48"
+        self.complaints = []  # (frames before it, text)
+
+    def update(self):
+        """Read what is new -> its text."""
+        raw = b""
+        while more := os.pread(self.file, 1 << 20, self.place):
+            raw, self.place = raw + more, self.place + len(more)
+        text = self.rest + raw.decode(errors="replace")
+        *lines, self.rest = text.split("\n")
+        for line in lines:
+            if match := SHOWN.search(line):
+                number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", match[1])
+                self.times.append(float(match[1]) if number else math.nan)
+                self.sizes.append(match[2])
+            elif COMPLAINT.match(line) and not HARMLESS.search(line):
+                self._complain(line)
+        return text
+
+    def _complain(self, line):
+        """Note a line. The demuxer runs ahead of the decoder: what it says is about the
+        end."""
+        text = re.sub(r"^(\[[^\]]*\] )+", "", line).strip(" .")
+        if self.times or not JOINING.search(text):
+            ahead = line.startswith("[in#")
+            self.complaints.append((math.inf if ahead else len(self.times), text))
+
+    @property
+    def reason(self):
+        return self.complaints[0][1] if self.complaints else "ffmpeg gives no reason"
 
 
-def iter_clip(path, frames=None, size=None, start=0, piece=16):
-    """The frames of a video file in pieces [3, up to `piece`, h, w], float in [-1, 1]; memory holds one piece.
+SCALING = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+#: Linear light in which the white of a page, 203 cd/m2 (BT.2408), is 1; colours of BT.709; up
+#: to 0.7 all stays as it is, above it 1000 cd/m2 are rolled off to 1; gamma 2.4 (BT.1886).
+TO_LINEAR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709"
+ROLL_OFF = "tonemap=mobius:param=0.7:peak=4.926:desat=0"
+TO_SDR = "zscale=t=bt709:r=full,format=gbrp"
 
-    Every stored frame comes exactly once, upright (the file's rotation is applied). `start`: frames to skip; `frames`: how many to
-    read, all by default. `size=(h, w)`: scaled (bicubic) to cover that size, then cropped in the middle. Raises UserError if the
-    file is unreadable, damaged or cut off before the last frame asked for, or has fewer than `frames`.
+
+def decode(path, info, size=None, box=None, pick=(), options=(), flags=SCALING):
+    """(seconds, uint8 [h, w, 3]) of the frames of a clip, in order, none left out or
+    doubled; seconds are as stored, NaN where they are not.
+
+    box: part of the shown frame, (y, x, h, w); size: that it is scaled to. pick:
+    filters that choose frames; options: of ffmpeg, before the input. UserError behind
+    the last frame if the file is damaged, cut off, or changes its size.
     """
-    if frames is not None and frames < 1 or start < 0:
-        raise UserError(f"there are no {frames} frames from number {start} on: --frames counts from 1.")
-    filters = [f"trim=start_frame={start}", "format=rgb24"]
-    if size:
-        h, w = size
-        filters.append(f"scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}")
-    limit = ["-frames:v", str(frames)] if frames else []
-    # A row of PPM pictures: each says its own size, which ffmpeg alone knows after rotation and scaling.
-    args = [*source(path), "-map", "0:v:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", *limit,
-            "-f", "image2pipe", "-c:v", "ppm", "-"]
-    held, count = [], 0
-    with ffmpeg("-v", "error", *args, stdout=subprocess.PIPE) as (process, end):
-        while process.stdout.readline() == b"P6\n":
-            width, height = map(int, process.stdout.readline().split())
-            process.stdout.readline()  # 255
-            pixels = process.stdout.read(3 * height * width)
-            if len(pixels) < 3 * height * width:  # ffmpeg died
-                break
-            held.append(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
+    h, w = size or (info.height, info.width)
+    channels = 4 if info.alpha else 3
+    filters = ["showinfo=checksum=0", *pick, *conversion(info, (h, w), box, flags)]
+    decoder = ("-c:v", info.decoder) if info.decoder else ()
+    # V: not a cover picture
+    args = [*decoder, *options, *source(path), "-map", "0:V:0", "-vf", ",".join(filters),
+            "-fps_mode", "passthrough", "-f", "rawvideo", "-"]
+    count = 0
+    with ffmpeg(*args) as (process, log):
+        while len(pixels := process.stdout.read(h * w * channels)) == h * w * channels:
+            log.update()
+            yield log.times[count], on_white(np.frombuffer(pixels, np.uint8).reshape(h, w, -1))
             count += 1
-            if len(held) == piece:
-                yield to_tensor(np.stack(held))
-                held = []
-        status, log = end()
-    if status and not count:
-        raise UserError(f"{path} cannot be read as a video ({complaint(log) or NO_REASON}): it may be incomplete or of another kind.")
-    if (status or complaint(log)) and count != frames:
-        raise UserError(f"{path} is damaged or cut off near frame {start + count} ({complaint(log) or NO_REASON}): get the whole file, "
-                        "or read only its beginning with --frames.")
-    if not count or frames and count < frames:
-        raise UserError(f"{path} holds {count} frames from number {start} on, not {frames or 'one'}: lower --frames.")
-    if held:
-        yield to_tensor(np.stack(held))
+            if log.sizes[count - 1] != log.sizes[0]:
+                raise UserError(f"{path} changes its size at frame {count - 1}.")
+        status = process.wait()
+        log.update()
+    if not count and (status or not pick):
+        raise UserError(f"{path} cannot be read as a video ({log.reason}): it may be incomplete "
+                        "or of another kind.")
+    if status or log.complaints:
+        near = min([count, *(before for before, _ in log.complaints if before)])
+        raise UserError(f"{path} is damaged or cut off near frame {near} ({log.reason}): get the "
+                        "whole file, or read only its beginning with --frames.")
 
 
-def read_clip(path, frames=None, size=None, start=0):
-    """A whole video file -> float [3, t, h, w] in [-1, 1]; arguments and errors as for `iter_clip`."""
-    return torch.cat(list(iter_clip(path, frames, size, start)), dim=1)
+def conversion(info, size, box=None, flags=SCALING):
+    """ffmpeg's filters from stored frames to RGB (with alpha: RGBA, premultiplied) ->
+    list. Rotation needs none: ffmpeg applies it on its own, before these."""
+    steps = []
+    if info.assumed:
+        steps.append(f"setparams={info.assumed}")
+    if info.interlaced:
+        steps.append("bwdif=mode=send_frame:deint=interlaced")
+    if info.alpha:  # premultiplied, so that no hidden colour bleeds into the edges
+        steps.append("format=gbrap16,premultiply=inplace=1")
+    if box and info.aspect != "1:1":
+        steps.append(f"scale={info.width}:{info.height}:flags={flags}")
+    if box:
+        y, x, h, w = box
+        steps.append(f"crop={w}:{h}:{x}:{y}:exact=1")
+    steps.append(f"scale={size[1]}:{size[0]}:flags={flags}")
+    if info.transfer or info.primaries:
+        steps.append(TO_LINEAR)
+        steps += [ROLL_OFF] if info.transfer else []
+        steps.append(TO_SDR)
+    steps.append(f"format={'rgba' if info.alpha else 'rgb24'}")
+    return steps
+
+
+# ------------------------------------------------------------------ rates
+
+PAUSE = 10.0  # seconds that a frame may stand; more is a jump in the time stamps
+SLACK = 0.1  # of a tick: time stamps are rounded, to milliseconds in mkv
+
+
+def time_step(before, after, fps):
+    """Seconds from a frame to the next, by their time stamps; 1 / fps where these are
+    missing, go back or jump."""
+    return after - before if 0 < after - before <= PAUSE else 1 / fps
+
+
+def at_rate(frames, fps, stored_fps):
+    """(seconds, frame) as `decode` gives them -> frames at a steady rate: the k-th is
+    the one on screen at time k / fps. What is slower is shown repeatedly, what is
+    faster left out."""
+    tick, now, last, shown = 0, 0.0, None, None
+    for seconds, frame in frames:
+        if shown is not None:
+            now += time_step(last, seconds, stored_fps)
+        while shown is not None and (tick + SLACK) / fps < now:
+            yield shown
+            tick += 1
+        last, shown = seconds, frame
+    while shown is not None and (tick + SLACK) / fps < now + 1 / stored_fps:
+        yield shown
+        tick += 1
+
+
+# ------------------------------------------------------------------ whole clips
+
+
+def crop_box(height, width, size, zoom=1.0, fy=0.5, fx=0.5):
+    """The part of a picture that fills `size` -> (y, x, h, w). `zoom` = 1: the largest
+    with that aspect ratio; less is a part of it, but never one that would have to be
+    enlarged. fy, fx in 0..1 place it."""
+    most = min(height / size[0], width / size[1])
+    k = max(most * zoom, min(most, 1.0))
+    h, w = min(round(size[0] * k), height), min(round(size[1] * k), width)
+    return round((height - h) * fy), round((width - w) * fx), h, w
+
+
+def iter_clip(path, frames=None, size=None, fps=None, piece=16):
+    """The frames of a video file in pieces [3, up to `piece`, h, w], float in [-1, 1];
+    memory holds one piece.
+
+    fps: the rate at which it is read; None: every stored frame exactly once. `frames`:
+    how many, all by default. `size=(h, w)`: cropped in the middle to that aspect and
+    scaled. UserError if the file is unreadable, damaged or cut off before the last
+    frame asked for, or has fewer than `frames`.
+    """
+    if frames is not None and frames < 1:
+        raise UserError(f"there are no {frames} frames: --frames counts from 1.")
+    info = clip_info(path)
+    box = crop_box(info.height, info.width, size) if size else None
+    with contextlib.closing(decode(path, info, size, box)) as stored:
+        stream = at_rate(stored, fps, info.fps) if fps else (frame for _, frame in stored)
+        count, stream = 0, itertools.islice(stream, frames)
+        while held := list(itertools.islice(stream, piece)):
+            count += len(held)
+            yield to_tensor(np.stack(held))
+    if frames and count < frames:
+        raise UserError(f"{path} holds {count} frames, not {frames}: lower --frames.")
+
+
+def read_clip(path, frames=None, size=None, fps=None):
+    """A whole video file -> float [3, t, h, w] in [-1, 1]; arguments and errors as for
+    `iter_clip`."""
+    return torch.cat(list(iter_clip(path, frames, size, fps)), dim=1)
+
+
+#: an mp4 that every player shows: H.264 of high quality, its colours tagged as BT.709
+MP4 = ["-crf", "16", "-movflags", "+faststart", "-vf", "scale=out_color_matrix=bt709:out_range=tv",
+       "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
 
 
 def write_video(path, x, fps, scale=1):
-    """Write an mp4 that every player shows (H.264, yuv420p, BT.709): x is [3, t, h, w] in [-1, 1], or an iterable of such pieces,
-    written as they come. `scale`: nearest-neighbour enlargement, since yuv420p halves the resolution of colour (toy clips: 4).
+    """Write an mp4 (H.264, yuv420p, BT.709): x is [3, t, h, w] in [-1, 1], or an
+    iterable of such pieces, written as they come. `scale`: nearest-neighbour
+    enlargement, since yuv420p halves the resolution of colour (toy clips: 4).
 
-    Odd sizes are padded by repeating the last row or column (H.264 needs even ones). The file appears when it is complete. Raises
-    UserError for NaN or no frames, OSError where the folder is read-only or the disk full.
+    Odd sizes are padded by repeating the last row or column (H.264 needs even ones).
+    The file appears when it is complete. UserError for NaN or no frames, OSError where
+    the folder is read-only or the disk full.
     """
     pieces = map(to_uint8, [x] if isinstance(x, torch.Tensor) else x)
-    first = next(pieces, None)  # what is wrong with the source comes to light before the folder is touched
+    first = next(pieces, None)  # what is wrong with the source comes to light first
     if first is None or len(first) == 0:
         raise UserError(f"there are no frames to write to {path}: ask for at least one.")
     height, width = ((n * scale + 1) // 2 * 2 for n in first.shape[1:3])
-    args = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-            "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
-            "-color_trc", "bt709", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
-    with checkpoint.atomic_path(path) as tmp, ffmpeg("-v", "error", "-y", *args, tmp, stdin=subprocess.PIPE) as (process, end):
-        with contextlib.suppress(BrokenPipeError):  # ffmpeg has given up; `end` says why
-            for frames in itertools.chain([first], pieces):
-                frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-                rest = ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
-                process.stdin.write(np.pad(frames, rest, mode="edge").tobytes())
-            process.stdin.close()
-        status, log = end()
-        if "No space left" in log or status == 256 - errno.ENOSPC:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        if status:
-            raise UserError(f"ffmpeg could not write {path} ({complaint(log) or NO_REASON}): check --out and the frame size.")
+    how = dict(fps=fps, codec="libx264", quality=None, macro_block_size=1, output_params=MP4,
+               ffmpeg_log_level="quiet")
+    count = 0
+    with checkpoint.atomic_path(path) as tmp:
+        with contextlib.closing(imageio.get_writer(tmp, format="FFMPEG", **how)) as writer:
+            for frame in itertools.chain.from_iterable(itertools.chain([first], pieces)):
+                frame = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+                rest = ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0))
+                try:
+                    writer.append_data(np.pad(frame, rest, mode="edge"))
+                except OSError:  # ffmpeg has given up
+                    break
+                count += 1
+        check_written(path, tmp, count)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+def check_written(path, tmp, frames):
+    """OSError or UserError where a file does not hold what was written: imageio does
+    not say how ffmpeg ended."""
+    with contextlib.suppress(UserError):
+        info = clip_info(tmp)
+        if info.seconds * info.fps > frames - 1:
+            return
+    if shutil.disk_usage(Path(path).parent).free < 1 << 20:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    raise UserError(f"ffmpeg could not write {path}: check --out and the frame size.")
+
+
+# ------------------------------------------------------------------ pictures
 
 
 def read_image(path, size=None):
-    """A picture file -> float [3, h, w] in [-1, 1]. Upright (EXIF), transparent parts on white; `size=(h, w)` as for `iter_clip`."""
+    """A picture file -> float [3, h, w] in [-1, 1]. Upright (EXIF), transparent parts
+    on white; `size=(h, w)` as for `iter_clip`."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip it to white
@@ -207,43 +523,53 @@ def read_image(path, size=None):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a picture.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path} is not a picture that can be read, or an incomplete one ({e}): give a PNG, JPEG or WebP.") from e
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        raise UserError(f"{path} is not a picture that can be read, or an incomplete one ({e}): "
+                        "give a PNG, JPEG or WebP.") from e
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
     if size:
         image = ImageOps.fit(image, size[::-1], Image.BICUBIC)
     return to_tensor(np.array(image)[None])[:, 0]
 
 
+FRAME = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white line around each frame of a sheet
+
+
 def contact_sheet(path, videos, columns=8, labels=None, heads=None, scale=2):
-    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as a PNG, enlarged or reduced by `scale`.
+    """One row of `columns` evenly spaced frames per video ([3, t, h, w] in [-1, 1]), as
+    a PNG, enlarged or reduced by `scale`.
 
     `labels` are written into the rows, `heads` above equally wide groups of columns.
     """
     rows = []
     for x in videos:
-        frames = to_uint8(x[:, np.linspace(0, x.shape[1] - 1, columns).round().astype(int)])
-        rows.append(np.concatenate([np.pad(f, ((1, 1), (1, 1), (0, 0)), constant_values=255) for f in frames], axis=1))
-    width = max(r.shape[1] for r in rows)
-    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+        places = np.linspace(0, x.shape[1] - 1, columns).round().astype(int)
+        frames = np.pad(to_uint8(x[:, places]), FRAME, constant_values=255)
+        rows.append(np.concatenate(list(frames), axis=1))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
+            for row in rows]
     sheet = Image.fromarray(np.concatenate(rows))
-    sheet = sheet.resize((round(sheet.width * scale), round(sheet.height * scale)), Image.NEAREST if scale >= 1 else Image.BOX)
+    size = round(sheet.width * scale), round(sheet.height * scale)
+    sheet = sheet.resize(size, Image.NEAREST if scale >= 1 else Image.BOX)
     if labels:
         draw, y = ImageDraw.Draw(sheet), 0
         for row, label in zip(rows, labels):
-            draw.text((5, y + 3), label, fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0))
+            draw.text((5, y + 3), label, fill="white", stroke_width=2, stroke_fill="black")
             y += row.shape[0] * scale
     if heads:
-        sheet = ImageOps.expand(sheet, (0, 16, 0, 0), fill=(255, 255, 255))
+        sheet = ImageOps.expand(sheet, (0, 16, 0, 0), fill="white")
+        draw = ImageDraw.Draw(sheet)
         for i, head in enumerate(heads):
-            ImageDraw.Draw(sheet).text((sheet.width * i / len(heads) + 5, 3), head, fill=(0, 0, 0))
+            draw.text((sheet.width * i / len(heads) + 5, 3), head, fill="black")
     with checkpoint.atomic_path(path) as tmp:
         sheet.save(tmp)
 
 
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, size=(5, 3.2), dpi=110):
-    """Axes [rows, columns] of matplotlib to draw on, `size` inches each; written as a PNG
-    when the block ends."""
+    """Axes [rows, columns] of matplotlib to draw on, `size` inches each; written as a
+    PNG when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
