@@ -13,7 +13,9 @@ header holds a hash of the tensors). Damage costs one entry, which is made again
 
 The three fingerprints of the project are here: of plain values, of tensors, of files.
 """
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +29,9 @@ from files.checkpoint import UserError
 
 # ------------------------------------------------ fingerprints
 
-BLOCK = 16 << 10  # bytes of a file that are looked at in one place
+BLOCK = 4 << 20  # bytes that are read at once
+LARGE = 16 << 20  # bytes of a file from which on its hash is remembered
+REMEMBERED = "out/fingerprints.jsonl"
 
 
 def hash_of(value):
@@ -45,22 +49,40 @@ def hash_tensors(tensors):
 
 
 def hash_file(file, offset=0, size=None):
-    """Size and samples of the bytes of a file (or of a part of it) -> 32 hex digits.
-
-    The same wherever the file lies and whenever it was written; 64 KiB are read of the
-    largest file. Enough to tell clips apart: two encodings differ in their tables of
-    frame sizes.
-    """
-    size = os.path.getsize(file) if size is None else size
-    starts, length = [0], size
-    if size > 4 * BLOCK:
-        starts, length = [round(i * (size - BLOCK) / 3) for i in range(4)], BLOCK
-    digest = hashlib.sha256(str(size).encode())
+    """Of all bytes of a file (or of a part of it) -> 32 hex digits: the same wherever it
+    lies and whenever it was written. What was found for large files is remembered in
+    REMEMBERED, by path, size, time of change and inode."""
+    stat = os.stat(file)
+    size = stat.st_size - offset if size is None else size
+    stamp = [os.path.realpath(file), offset, size, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    if size >= LARGE and (known := remembered().get(hash_of(stamp))):
+        return known
+    digest, left = hashlib.sha256(str(size).encode()), size
     with open(file, "rb") as f:
-        for start in starts:
-            f.seek(offset + start)
-            digest.update(f.read(length))
-    return digest.hexdigest()[:32]
+        f.seek(offset)
+        while block := f.read(min(left, BLOCK)):
+            digest.update(block)
+            left -= len(block)
+    found = digest.hexdigest()[:32]
+    if size >= LARGE:
+        remembered()[hash_of(stamp)] = found
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            Path(REMEMBERED).parent.mkdir(parents=True, exist_ok=True)
+            with open(REMEMBERED, "a") as f:  # a short line is written whole, or not at all
+                f.write(json.dumps([hash_of(stamp), found]) + "\n")
+    return found
+
+
+@functools.cache
+def remembered():
+    """{hash of a file's stamp: hash of its bytes}, as earlier runs found them."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path(REMEMBERED).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                stamp, digest = json.loads(line)
+                found[stamp] = digest
+    return found
 
 
 def hash_network(path):
