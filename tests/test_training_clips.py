@@ -1,6 +1,8 @@
 """A folder of clips as training data: every sample is what its number says, nothing crosses a cut, and bad files are named, not fatal."""
 import importlib.util
+import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 from conftest import ROOT
 from files import video
 from files.checkpoint import UserError
-from test_files_video import cut_off, ffmpeg, lossless, sound, write
+from test_files_video import cut_off, encoded, ffmpeg, lossless, moving, noise, sound, write
 from training import clips
 
 SIZE = (24, 32)  # of the test clips
@@ -70,9 +72,9 @@ def test_clips_are_found_in_all_folders_in_order(folder, tmp_path):
 
 def test_a_scan_counts_frames_and_finds_cuts(folder, index):
     a, b, picture, short = clips.scan_folder(folder, index)
-    assert (a.frames, a.height, a.width, a.fps, a.cuts, a.error) == (50, 24, 32, 10, [], "")
+    assert (a.frames, a.info.height, a.info.width, a.info.fps, a.cuts, a.error) == (50, 24, 32, 10, [], "")
     assert (b.frames, b.cuts, short.frames) == (60, [30], 6)
-    assert picture.picture and (picture.frames, picture.height, picture.width) == (1, 24, 32)
+    assert picture.picture and (picture.frames, picture.info.height, picture.info.width) == (1, 24, 32)
 
 
 def test_motion_is_not_a_cut():
@@ -116,16 +118,89 @@ def test_unusual_clips_are_read_right(tmp_path, how):
     else:
         path = source
     clip = clips.scan(path)
+    info = clip.info
     upright = (32, 24) if how == "rotated" else (33, 51) if how == "odd size" else SIZE
-    assert not clip.error and (clip.frames, clip.height, clip.width) == (20, *upright) and clip.times
-    assert (len(clip.times) == 20) == (how == "variable rate")
-    jumped = clips.read(clip, 6, 3, 1, (0, 0, *upright), upright)
-    clip.times = []
-    assert np.array_equal(jumped, clips.read(clip, 6, 3, 1, (0, 0, *upright), upright))
+    assert not clip.error and (clip.frames, info.height, info.width) == (20, *upright) and clip.seeks
+    assert clip.even != (how == "variable rate")
+    jumped = clips.read(clip, [6, 7, 8], (0, 0, *upright), upright)
+    clip.seeks = False
+    assert np.array_equal(jumped, clips.read(clip, [6, 7, 8], (0, 0, *upright), upright))
+    chosen = clips.read(clip, [6, 6, 8], (0, 0, *upright), upright)
+    assert np.array_equal(chosen, jumped[[0, 0, 2]])
     whole = video.to_uint8(video.read_clip(path))[6:9]
     assert np.abs(jumped.astype(int) - whole).mean() < 3
     if how != "gif":  # whose palette knows no such reds
         assert np.abs(jumped[..., 0].mean((1, 2)) - [12, 14, 16]).max() < 3
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("stored", [12, 24, 30, 48])
+def test_samples_and_whole_clips_are_resampled_alike(tmp_path, stored):
+    """At 16 per second a sample from frame 0 on is what reading the whole clip gives, and in the
+    middle of a clip, where ffmpeg jumps to, motion is as fast."""
+    path = encoded(tmp_path / "a.mkv", moving(3 * stored, 24 / stored, 96), "-crf", "1", "-g", "7", rate=stored)
+    dataset = clips.Clips(path, 16, (16, 96), fps=16, index=tmp_path / "i.json")
+    clip = dataset.clips[str(path)]
+    whole = video.to_uint8(video.read_clip(path, fps=16))
+    box = (0, 0, 16, 96)
+    assert clip.seeks and np.array_equal(dataset.read(clip, 0, box), whole[:16])
+    assert np.array_equal(dataset.read(clip, stored, box), whole[16:32])
+    end = int(0.75 * 3 * stored) / stored  # of what is for training, in seconds
+    ends = np.arange(3 * stored) / stored + 15.1 / 16  # of a sample from each frame on
+    assert dataset.starts(str(path)) == (ends < end).sum()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("make", ["whole", "cut", "cut early", "repeated times", "broken"])
+def test_a_scan_and_a_reading_judge_damage_alike(tmp_path, make):
+    whole = encoded(tmp_path / "w.mp4", noise(24, 48, 64), "-crf", "30", "-movflags", "+faststart")
+    content, path = whole.read_bytes(), tmp_path / "a.mp4"
+    if make == "repeated times":
+        path = tmp_path / "a.mkv"
+        ffmpeg("-i", whole, "-vf", "setpts='PTS+if(gte(N,20),-0.5/TB,0)'", "-fps_mode", "passthrough",
+               "-c:v", "ffv1", path)
+    elif make == "broken":
+        broken(path, whole)
+    else:
+        share = dict(whole=1.0, cut=0.7)
+        write(path, content[: int(len(content) * share.get(make, 0.12))])
+    clip, sentence = clips.scan(path), ""
+    try:
+        assert video.read_clip(path).shape[1] == clip.frames == 24
+    except UserError as e:
+        sentence = str(e)
+    assert clip.error.split(" near frame")[0] == sentence.split(" near frame")[0]
+    assert bool(sentence) == (make not in ("whole", "repeated times"))
+
+
+def test_what_reading_changes_is_shown(tmp_path, capsys):
+    encoded(tmp_path / "a.mp4", moving(48), "-vf", "setsar=2", "-color_range", "tv", rate=48)
+    encoded(tmp_path / "b.mp4", moving(20), rate=10)
+    clips.main([str(tmp_path), "--frames", "4", "--size", "12x16", "--fps", "16", "--index", str(tmp_path / "i.json"),
+                "--out", str(tmp_path / "s.png")])
+    shown = capsys.readouterr().out
+    assert "pixels 2:1 made square; 48 to 16 fps" in shown and "10 to 16 fps, frames repeated" in shown
+    assert "16x128" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_of_any_bytes(folder, tmp_path, capsys):
+    """Of so many clips that some are held out by their names."""
+    for i in range(20):
+        (tmp_path / f"{i}.mkv").symlink_to(folder / "a.mkv")
+    write(tmp_path / "clips-index.json", b"")
+    os.symlink(os.fsencode(folder) + b"/a.mkv", os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m.mkv")
+    clips.main([str(tmp_path), "--frames", "4", "--size", "12x16", "--index", str(tmp_path / "i.json"),
+                "--out", str(tmp_path / "s.png")])
+    shown = capsys.readouterr().out
+    assert "caf\\udce9\\x1b[31m.mkv" in shown and shown.replace("\n", "").isprintable()
+
+
+def test_folders_behind_links_come_once(folder, tmp_path):
+    (tmp_path / "far").symlink_to(folder / "deep")
+    (tmp_path / "again").symlink_to(folder / "deep")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert clips.find_clips(tmp_path) == [tmp_path / "again" / "er" / "b.mkv"]
 
 
 def test_transparent_parts_of_a_clip_are_white(tmp_path):
@@ -140,10 +215,11 @@ def test_transparent_parts_of_a_clip_are_white(tmp_path):
 
 def test_a_container_that_cannot_jump_is_found_out(folder):
     """Times that lead to other frames, as in some MPEG and AVI files, are not used."""
-    clip = clips.Clip(str(folder / "a.mkv"))
-    tiny = clips.scan_video(clip)
+    clip = clips.scan(folder / "a.mkv")
     change = np.full(49, 2.0)
-    assert clips.seeks_well(clip, tiny, change)
+    stream = video.decode(clip.path, clip.info, (32, 32), flags="area")
+    tiny = [clips.grey(frame) for _, frame in stream]
+    assert clip.seeks and clips.seeks_well(clip, tiny, change)
     clip.times[0] += 0.35
     assert not clips.seeks_well(clip, tiny, change)
 
@@ -178,12 +254,16 @@ def test_no_sample_crosses_a_cut(folder, index):
 
 
 def test_stride_and_rate(folder, index):
-    for more in (dict(stride=5), dict(fps=2)):  # of a clip with 10 frames per second
-        dataset = clips.Clips(folder / "a.mkv", 4, (12, 12), index=index, **more)
-        assert dataset.windows == {str(folder / "a.mkv"): [(0, 37 - 15)]}
-        steps = np.diff(numbers(dataset.sample(3)))
-        assert steps == pytest.approx(10, abs=1)
-    assert clips.Clips(folder / "a.mkv", 4, (12, 12), fps=60, index=index).strides[str(folder / "a.mkv")] == 1
+    """Of a clip with 10 frames per second: a fifth of them, and as many per second as asked
+    for, of which a sample may start at any stored frame."""
+    path = str(folder / "a.mkv")
+    for more in (dict(stride=5), dict(fps=2), dict(fps=4, stride=2)):
+        dataset = clips.Clips(path, 4, (12, 12), index=index, **more)
+        assert dataset.windows == {path: [(0, 37 - 15)]}
+        assert np.diff(numbers(dataset.sample(3))) == pytest.approx(10, abs=1)
+    slow = clips.Clips(path, 4, (12, 12), fps=20, index=index)  # each frame is shown twice
+    assert slow.numbers(slow.clips[path], 3).tolist() == [3, 3, 4, 4]
+    assert slow.windows == {path: [(0, 36)]}
 
 
 def test_long_clips_do_not_crowd_out_short_ones(folder, index):
@@ -299,7 +379,7 @@ def test_the_end_of_each_of_few_clips_is_held_out(folder, index):
 
 
 def fake(names, frames=40):
-    return [clips.Clip(name, frames, 24, 32) for name in names]
+    return [clips.Clip(name, frames=frames) for name in names]
 
 
 def test_of_many_clips_some_are_held_out_whole():
