@@ -417,7 +417,8 @@ USED = {
     "score": {"out", "prompts", "results"},
     "compare": set()}
 TOY_ONLY = {"shards", "prompts", "results"}
-NOT_TOY = {"weights", "data", "buckets", "frames", "text_cache", "target"}
+NOT_TOY = {"weights", "data", "buckets", "frames", "fps", "caption_per_line", "text_cache",
+           "target"}
 
 
 def parser():
@@ -457,6 +458,10 @@ def parser():
     add("--buckets", help="family of frame sizes (default: 480F32MS for f32, 480F64MS for f64)")
     add("--frames", type=int, default=80,
         help="of a clip (default: 80; the base sees the first 77)")
+    add("--fps", type=video.rate_arg,
+        help="at which clips are read, or native: every stored frame (default: the model's)")
+    add("--caption-per-line", action="store_true",
+        help="each line of a .txt is a caption (default: the file is one)")
     add("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
     add("--shards", type=int, default=10,
         help=f"toy: clips, in shards of {toy_base.SHARD} (default: 10)")

@@ -223,6 +223,7 @@ class Base:
             teacher=None if args.continue_from else teacher,  # only stage 1 reads its latents
             folder=None if args.cache == "memory" else args.cache,
             buckets=buckets_of(args, student.ae), frames=args.frames,
+            fps=args.fps, caption_per_line=args.caption_per_line,
             seed=settings.seed, drop=settings.drop, null=settings.null,
             workers=WORKERS, verify=args.stage == "cache")
         return source, source.held_out()
