@@ -44,7 +44,7 @@ import dit
 import flow
 import lora
 from dit import ENDS
-from files import checkpoint, layouts
+from files import checkpoint, layouts, video
 from files.checkpoint import UserError
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
