@@ -25,7 +25,7 @@ def test_arms_differ_in_one_thing():
             sizes = {sum(p.numel() for p in ae.DCAEV(arm.config).parameters()) for arm in arms}
         assert len(sizes) == (1 if group != "latent" else len(arms))
     assert {arm.label for arm in ARMS if arm.group == "chunk"} == {"1", "4", "8", "20", "40"}
-    assert len({arm.name for arm in ARMS}) == len(ARMS) and temporal.STEPS["latent"] == temporal.STEPS["temporal"]
+    assert len({arm.name for arm in ARMS}) == len(ARMS) and temporal.GROUPS["latent"][:3] == temporal.GROUPS["temporal"][:3]
     assert BASE.spatial_factor == 8 and 3 * 8 * 8 * 4 / BASE.latent_channels == 384
 
 
@@ -146,7 +146,7 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(temporal, "LONG", 64)
     monkeypatch.setattr(temporal, "LENGTHS", {16: 1, 64: 1})
     monkeypatch.setattr(temporal, "PATCHES", 4)
-    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2"])
+    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--results", "results"])
     result = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert list(result["arms"]) == ["temporal-chunk_causal", "temporal-non_causal"]
     assert set(result["arms"]["temporal-non_causal"]["long"]) == {"whole", "pieces"}
@@ -157,6 +157,6 @@ def test_the_comparison_runs_and_resumes(tmp_path, monkeypatch, capsys):
     assert sorted(p.rsplit("/")[-1] for p in dataset.paths) == ["a.mp4", "b.mp4"]
 
     monkeypatch.setattr(temporal.loop.Run, "_one_step", None)  # nothing is trained again
-    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--score"])
+    ae.main(["compare", "--data", "films", "--groups", "temporal", "--steps", "2", "--score", "--results", "results"])
     again = json.loads((tmp_path / "results" / "compare.json").read_text())
     assert {k: v["psnr"] for k, v in again["arms"].items()} == {k: v["psnr"] for k, v in result["arms"].items()}
