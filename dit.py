@@ -1,27 +1,27 @@
 """The Wan video diffusion transformer, for any latent space.
 
-A transformer that looks at a noisy video latent and predicts the flow velocity
-v = noise - x0 (Wan, arXiv 2503.20314). It is the backbone that DC-VideoGen (arXiv
-2509.25182, section on AE-Adapt-V) moves into a deep latent space, and the move touches only
-its two ends: the patch embedder (first layer) and the head (last layer) meet the latent,
-everything between sees tokens of width D and keeps its weights.
+A transformer that looks at a noisy video latent and predicts the flow velocity v =
+noise - x0 (Wan, arXiv 2503.20314). It is the backbone that DC-VideoGen (arXiv
+2509.25182, section on AE-Adapt-V) moves into a deep latent space, and the move touches
+only its two ends: the patch embedder (first layer) and the head (last layer) meet the
+latent, everything between sees tokens of width D and keeps its weights.
 
     x [B, C, F, H, W]  --patch (pt, ph, pw)-->  L = F/pt * H/ph * W/pw tokens of width D
-    block:  x += gate1 * SelfAttention(LN(x) * (1 + scale1) + shift1)   3-axis rotary positions
-            x += CrossAttention(LN3(x), text [, image])                 prompt (and picture)
+    block:  x += gate1 * SelfAttention(LN(x) * (1 + scale1) + shift1)   rotary positions
+            x += CrossAttention(LN3(x), text [, image])                 prompt, picture
             x += gate2 * MLP(LN(x) * (1 + scale2) + shift2)
-            (shift, scale, gate: from the diffusion time, plus a learned table per block)
+            (shift, scale, gate: from the diffusion time, and a learned table per block)
     head:   Linear(LN(x) * (1 + scale) + shift)  --unpatchify-->  v [B, C, F, H, W]
 
 Why a deep latent space is fast: f32t4 with patch 1 has 4.3x fewer tokens than f8t4 with
 patch 2 (17,600 instead of 75,600 at 720p). Linear layers cost 12 L D^2 + 4 L D f and
-attention 4 L^2 D per block (`flops`), so one step gets 9.5x (14B) to 12x (1.3B) cheaper.
+attention 4 L^2 D per block (`flops`), so one step is 9.5x (14B) to 12x (1.3B) cheaper.
 
-Precision is a policy, stated once: residual stream, norms, modulation, time embedding and
-head are fp32; the matrix products of patch embedder, text and image MLPs and blocks run in
-`matmul_dtype()`: bf16 under autocast (training, fp32 masters) or after
-`cast_weights(torch.bfloat16)` (sampling), else fp32.
-Parameter names are those of the original checkpoints; `load` reads every published layout.
+Precision is a policy, stated once: residual stream, norms, modulation, time embedding
+and head are fp32; the matrix products of patch embedder, text and image MLPs and blocks
+run in `matmul_dtype()`: bf16 under autocast (training, fp32 masters) or after
+`cast_weights(torch.bfloat16)` (sampling), else fp32. Parameter names are those of the
+original checkpoints; `load` reads every published layout.
 """
 import dataclasses
 from contextlib import nullcontext
@@ -90,11 +90,11 @@ PRESETS = {
 
 @lru_cache(maxsize=16)
 def rope_table(grid, head_dim, device):
-    """Rotations e^{i angle} of every token of a (f, h, w) grid: complex64 [L, head_dim/2],
-    made in float64 once per grid.
+    """Rotations e^{i angle} of every token of a (f, h, w) grid: complex64 [L,
+    head_dim/2], made in float64 once per grid.
 
-    The channel pairs of a head are divided among the axes: head_dim//6 each for height and
-    width, the rest (first) for time. Pair j of an axis with N pairs turns by
+    The channel pairs of a head are divided among the axes: head_dim//6 each for height
+    and width, the rest (first) for time. Pair j of an axis with N pairs turns by
     position * 10000^(-j/N).
     """
     side = head_dim // 6
@@ -113,8 +113,8 @@ def rope_table(grid, head_dim, device):
 
 
 def sinusoid(t, dim):
-    """[cos(t w), sin(t w)] with w_i = 10000^(-i / (dim/2)): float64 inside, since t reaches
-    1000; fp32 out."""
+    """[cos(t w), sin(t w)] with w_i = 10000^(-i / (dim/2)): float64 inside, since t
+    reaches 1000; fp32 out."""
     w = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angle = t.double()[..., None] * w
     return torch.cat([angle.cos(), angle.sin()], -1).float()
@@ -123,8 +123,8 @@ def sinusoid(t, dim):
 # -------------------------------------------------------------------------------- layers
 
 class PatchEmbedder(nn.Conv3d):
-    """Non-overlapping patches -> tokens: a convolution whose stride is its kernel, so it is
-    one matrix product."""
+    """Non-overlapping patches -> tokens: a convolution whose stride is its kernel, so
+    it is one matrix product."""
 
     def __init__(self, in_channels, dim, patch):
         super().__init__(in_channels, dim, patch, stride=patch)
@@ -153,15 +153,15 @@ class SelfAttention(nn.Module):
 
 
 class Context(NamedTuple):
-    """What cross-attention looks at: the prompt and perhaps a picture, as tokens of width
-    D."""
+    """What cross-attention looks at: the prompt and perhaps a picture, as tokens of
+    width D."""
     text: torch.Tensor  # b m d
     image: torch.Tensor | None = None  # b m' d
 
 
 class KeysValues(NamedTuple):
-    """The context as one block sees it: the same at every step of a video, since it depends
-    on neither x nor t."""
+    """The context as one block sees it: the same at every step of a video, since it
+    depends on neither x nor t."""
     text: tuple  # keys, values: b m n c
     image: tuple | None = None
 
@@ -172,16 +172,16 @@ class Prompt(NamedTuple):
 
 
 class Time(NamedTuple):
-    """What `WanDiT.times` makes of one timestep and `forward` takes in its place; g is 1,
-    the latent frames or the tokens."""
+    """What `WanDiT.times` makes of one timestep and `forward` takes in its place; g is
+    1, the latent frames or the tokens."""
     e: torch.Tensor  # 1 g d, for the head
     e0: torch.Tensor  # 1 g 6 d, for the blocks
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at the prompt; with an image branch the same queries look at the picture
-    in a second, separate softmax and the two results are added before the output
-    projection. No positions, no mask."""
+    """Tokens look at the prompt; with an image branch the same queries look at the
+    picture in a second, separate softmax and the two results are added before the
+    output projection. No positions, no mask."""
 
     def __init__(self, c):
         super().__init__()
@@ -231,8 +231,8 @@ class Block(nn.Module):
         self.modulation = modulation(6, c.dim)
 
     def forward(self, x, e0, rope, context, dtype):
-        """x fp32 [b l d]; e0 fp32 [b g 6 d]; context (Context or KeysValues) in `dtype`,
-        the type of the matrix products."""
+        """x fp32 [b l d]; e0 fp32 [b g 6 d]; context (Context or KeysValues) in
+        `dtype`, the type of the matrix products."""
         # each b g d
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).unbind(2)
         norm3 = self.norm3.weight, self.norm3.bias, self.eps, dtype
@@ -278,15 +278,15 @@ class ImageEmbedding(nn.Module):
 class WanDiT(nn.Module):
     """net(x, t, context, clip_fea=None) -> velocity.
 
-    Sampling calls the network a hundred times for one video. What does not change between
-    the calls is computed once, exactly:
+    Sampling calls the network a hundred times for one video. What does not change
+    between the calls is computed once, exactly:
 
         prompt = net.prompt(context)      keys and values of every block's cross-attention
         times = net.times(timesteps)      what the timesteps turn into, for all steps at once
         v = net(x, times[i], prompt)      instead of net(x, t, context)
 
-    Set `net.checkpointing = True` to recompute blocks in the backward pass: memory of one
-    block instead of all, for a third more compute.
+    Set `net.checkpointing = True` to recompute blocks in the backward pass: memory of
+    one block instead of all, for a third more compute.
     """
 
     def __init__(self, config):
@@ -325,16 +325,16 @@ class WanDiT(nn.Module):
     # -- precision
 
     def cast_weights(self, dtype):
-        """Store the large matrices in `dtype` and compute with it; norms, modulation, time
-        and head stay fp32."""
+        """Store the large matrices in `dtype` and compute with it; norms, modulation,
+        time and head stay fp32."""
         for name, p in self.named_parameters():
             p.data = p.data.to(torch.float32 if keeps_fp32(name) else dtype)
         self.weight_dtype = dtype
         return self
 
     def matmul_dtype(self, x):
-        """The type in which patches, prompt and blocks are multiplied: autocast's where it
-        is on, else the weights'."""
+        """The type in which patches, prompt and blocks are multiplied: autocast's where
+        it is on, else the weights'."""
         if autocast_is_on(x):
             return torch.get_autocast_dtype(x.device.type)
         return self.weight_dtype
@@ -393,18 +393,18 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def prompt(self, context, clip_fea=None):
-        """The cross-attention's keys and values for a prompt (and picture), for `forward` to
-        take as `context` -> Prompt.
+        """The cross-attention's keys and values for a prompt (and picture), for
+        `forward` to take as `context` -> Prompt.
 
-        Saves 4 (512 + 257) D^2 FLOPs per block and step. In bf16 a 14B prompt takes 420 MB.
+        Saves 4 (512 + 257) D^2 FLOPs per block and step. A 14B prompt in bf16: 420 MB.
         """
         context = self.embed_context(context, clip_fea)
         return Prompt(tuple(block.cross_attn.keys_values(context) for block in self.blocks))
 
     @torch.no_grad()
     def times(self, timesteps):
-        """All timesteps of a solver, [steps] or [steps g] -> tuple of Time, for `forward` to
-        take as `t`, the i-th at step i."""
+        """All timesteps of a solver, [steps] or [steps g] -> tuple of Time, for
+        `forward` to take as `t`, the i-th at step i."""
         e, e0 = self.embed_time(timesteps.to(self.time_embedding[0].weight.device))
         return tuple(map(Time, e.split(1), e0.split(1)))
 
@@ -414,11 +414,12 @@ class WanDiT(nn.Module):
         """-> velocity fp32 [b out_channels f h w]
 
         x: [b in_channels f h w].
-        t: 0..1000, [b]; or [b f/pt], a time for each latent frame (image-to-video in Wan 2.2
-            5B: 0 for the picture); or [b l], for each token; or a Time out of `times`.
-        context: [b m text_dim], clip_fea: [b 257 image_dim]; or only a Prompt out of `prompt`.
-        return_features: block numbers; the result is then (v, {number: residual stream after
-            that block, b f h w d}), for comparing two models depth by depth.
+        t: 0..1000, [b]; or [b f/pt], a time for each latent frame (image-to-video in
+            Wan 2.2 5B: 0 for the picture); or [b l], for each token; or a Time out of
+            `times`.
+        context: [b m text_dim], clip_fea: [b 257 image_dim]; or a Prompt out of `prompt`.
+        return_features: block numbers; the result is then (v, {number: residual stream
+            after that block, b f h w d}), for comparing two models depth by depth.
         """
         h = self.embed_patches(x)
         grid = h.shape[1:4]
@@ -485,8 +486,8 @@ def tokens(config, latent):
 
 
 def flops(config, latent, image_tokens=257):
-    """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The time
-    MLPs (one row) are left out."""
+    """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The
+    time MLPs (one row) are left out."""
     c, L, T = config, tokens(config, latent), config.text_len
     I, width = (image_tokens, c.image_dim) if c.image_dim else (0, 0)
     block = 12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2
@@ -505,8 +506,8 @@ def to_diffusers(sd):
 
 
 def infer_config(sd, heads=None):
-    """Config from the shapes of a state dict in original names; no shape shows the heads:
-    128 channels each by default."""
+    """Config from the shapes of a state dict in original names; no shape shows the
+    heads: 128 channels each by default."""
     return Config(**layouts.sizes(sd, heads))
 
 
@@ -528,13 +529,13 @@ def fresh_embedder(config, seed=None):
 
 @torch.no_grad()
 def inherit(base, config, share=False):
-    """A transformer for another latent space with everything it can take from `base`: all
-    tensors but patch embedder and head matrix (paper: AE-Adapt-V). The head matrix is zero,
-    so it predicts exactly 0; the patch embedder is a fresh one. Both are fp32, whatever the
-    base is stored in.
+    """A transformer for another latent space with everything it can take from `base`:
+    all tensors but patch embedder and head matrix (paper: AE-Adapt-V). The head matrix
+    is zero, so it predicts exactly 0; the patch embedder is a fresh one. Both are fp32,
+    whatever the base is stored in.
 
-    share: the inherited tensors are the base's own, not copies, so both transformers need
-        the memory of one; neither may then be changed in place (adapters are fine:
+    share: the inherited tensors are the base's own, not copies, so both transformers
+        need the memory of one; neither may then be changed in place (adapters are fine:
         `lora.wrap` puts them beside the weights).
     """
     with torch.device("meta"):  # every tensor comes from the base or is made below
@@ -555,9 +556,9 @@ def inherit(base, config, share=False):
 
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu",
                     what="the transformer state dict"):
-    """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode. With
-    `dtype` bf16 the large matrices are stored in it. Strict: a missing, unexpected or
-    wrongly shaped tensor is a UserError that names it, and `what` holds it."""
+    """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode.
+    With `dtype` bf16 the large matrices are stored in it. Strict: a missing, unexpected
+    or wrongly shaped tensor is a UserError that names it, and `what` holds it."""
     sd = layouts.original(sd)
     config = config or infer_config(sd, heads)
     with torch.device("meta"):  # every tensor is filled below, one at a time
@@ -566,9 +567,9 @@ def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cp
 
 
 def load(path, heads=None, dtype=torch.float32, device="cpu"):
-    """A weight file, an index of shards, or a folder with weights and perhaps config.json,
-    in any published layout (files/layouts.py), stored in fp32, bf16, fp16 or fp8 -> WanDiT
-    in eval mode.
+    """A weight file, an index of shards, or a folder with weights and perhaps
+    config.json, in any published layout (files/layouts.py), stored in fp32, bf16, fp16
+    or fp8 -> WanDiT in eval mode.
 
     Needs the memory of the result and of one tensor; the files are never held whole.
     device: where the tensors go directly.
@@ -583,14 +584,14 @@ def read_config(path, heads=None):
 
 
 def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):
-    """Write `net` with its config, so that `load` needs nothing else. `dtype`: store all
-    tensors in it.
+    """Write `net` with its config, so that `load` needs nothing else. `dtype`: store
+    all tensors in it.
 
     path: FILE.safetensors, or a folder: config.json and one file, or shards of at most
         `shard_bytes` and their index.
-    format: "diffusers" makes a folder that diffusers' WanTransformer3DModel.from_pretrained
-        loads, "original" one named like the original release. One tensor at a time is
-        converted or fetched from the GPU.
+    format: "diffusers" makes a folder that diffusers'
+        WanTransformer3DModel.from_pretrained loads, "original" one named like the
+        original release. One tensor at a time is converted or fetched from the GPU.
     """
 
     def later(v):

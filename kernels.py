@@ -13,9 +13,9 @@ An operation has up to three forms, and `use` says which of them run in this pro
     fused     a GPU kernel of that name (gpu/triton_kernels.py), which gpu/choose.py tries
               and installs at the start of a run; for calls without gradients
 
-Tests compare them. Precision, for all: inputs may be bf16, statistics and sums are fp32,
-the result is rounded once at the end.
-Shapes: b batch, l tokens, d model width, n heads, c width of one head (d = n c).
+Tests compare them. Precision, for all: inputs may be bf16, statistics and sums are
+fp32, the result is rounded once at the end. Shapes: b batch, l tokens, d model width, n
+heads, c width of one head (d = n c).
 """
 import warnings
 from functools import lru_cache, wraps
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 
 def operation(twin=None):
-    """Decorator: a call runs the form that was chosen by `use`. twin: the plain form."""
+    """Decorator: a call runs the form that was chosen by `use`. twin: the plain
+    form."""
 
     def decorate(library):
         name = library.__name__
@@ -60,11 +61,12 @@ def attention(q, k, v):
     """Softmax attention softmax(q k^T / sqrt(c)) v without a mask: q [b l n c], k and v
     [b m n c] -> [b l n c].
 
-    Hot because it costs 4 l m d FLOPs, quadratic in the tokens: 57 % of a 1.3B forward at
-    17,600 tokens, 85 % at 75,600. The library's kernel never writes the [l, m] scores to
-    memory and sums in fp32. On the CPU the explicit form is the faster one for a few keys,
-    and for more of them in bf16, above all backwards (one core, 4 heads of 64, forward and
-    backward: 0.11 s against 0.14 s at 400 keys, 0.16 against 0.17 at 1024).
+    Hot because it costs 4 l m d FLOPs, quadratic in the tokens: 57 % of a 1.3B forward
+    at 17,600 tokens, 85 % at 75,600. The library's kernel never writes the [l, m]
+    scores to memory and sums in fp32. On the CPU the explicit form is the faster one
+    for a few keys, and for more of them in bf16, above all backwards (one core, 4 heads
+    of 64, forward and backward: 0.11 s against 0.14 s at 400 keys, 0.16 against 0.17 at
+    1024).
     """
     few = 16
     if q.dtype == torch.bfloat16:
@@ -81,11 +83,12 @@ def linear_gelu_plain(layer, x):
 
 @operation(linear_gelu_plain)
 def linear_gelu(layer, x):
-    """GELU(layer(x)) with the tanh formula, the first half of an MLP: x [... d] -> [... f].
+    """GELU(layer(x)) with the tanh formula, the first half of an MLP: x [... d] -> [...
+    f].
 
-    On its own the activation function reads and writes the widest tensor of a block, and
-    its tanh is slow: on the CPU 9 % of an fp32 step and 12 % of a bf16 one. oneDNN applies
-    it to the product's tiles while they are in registers.
+    On its own the activation function reads and writes the widest tensor of a block,
+    and its tanh is slow: on the CPU 9 % of an fp32 step and 12 % of a bf16 one. oneDNN
+    applies it to the product's tiles while they are in registers.
     """
     if type(layer) is torch.nn.Linear and onednn(x, layer.weight, layer.bias):
         gelu = ("gelu", [], "tanh")
@@ -102,12 +105,12 @@ def layer_norm_modulate_plain(x, scale, shift, eps, dtype=None):
 @operation(layer_norm_modulate_plain)
 def layer_norm_modulate(x, scale, shift, eps, dtype=None):
     """LN(x) * (1 + scale) + shift in `dtype` (default: x's), LN without weights: x fp32
-    [b l d]; scale, shift fp32 [b g d], one for each of g equal runs of tokens (1: the whole
-    clip; its latent frames; or every token), or [1 g d].
+    [b l d]; scale, shift fp32 [b g d], one for each of g equal runs of tokens (1: the
+    whole clip; its latent frames; or every token), or [1 g d].
 
-    Adaptive layer norm: the diffusion time decides scale and shift. Twice per block over
-    the residual stream, and memory bound: one pass where one pair of vectors serves all
-    (they are then the norm's own weight and bias), else two.
+    Adaptive layer norm: the diffusion time decides scale and shift. Twice per block
+    over the residual stream, and memory bound: one pass where one pair of vectors
+    serves all (they are then the norm's own weight and bias), else two.
     """
     width = x.shape[-1:]
     if scale.shape[:2] == (1, 1) and not recorded(x, scale, shift):
@@ -124,8 +127,8 @@ def gate_residual_plain(x, y, gate):
 
 @operation(gate_residual_plain)
 def gate_residual(x, y, gate):
-    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or bf16,
-    gate fp32 [b g d] or [1 g d] for g equal runs of tokens, as above.
+    """x + y * gate in fp32: residual stream x fp32 [b l d], branch output y fp32 or
+    bf16, gate fp32 [b g d] or [1 g d] for g equal runs of tokens, as above.
 
     The residual stream stays fp32 from the first block to the last: 40 blocks add small
     terms to large values, and bf16 (8 bits) would lose them.
@@ -136,11 +139,12 @@ def gate_residual(x, y, gate):
 
 @operation()
 def residual_norm(x, y, gate, scale, shift, eps, dtype, affine=False):
-    """(x + y * gate, and LN of that * (1 + scale) + shift in `dtype`): what lies between
-    two parts of a block. gate None: 1.
+    """(x + y * gate, and LN of that * (1 + scale) + shift in `dtype`): what lies
+    between two parts of a block. gate None: 1.
 
-    affine: scale and shift are the weight and bias [d] of the norm. Two results, so that a
-    fused kernel normalises the sum while it is at hand; here one is made after the other.
+    affine: scale and shift are the weight and bias [d] of the norm. Two results, so
+    that a fused kernel normalises the sum while it is at hand; here one is made after
+    the other.
     """
     x = x + y if gate is None else gate_residual(x, y, gate)
     if affine:
@@ -161,13 +165,14 @@ def rms_norm_plain(x, weight, eps):
 
 @operation(rms_norm_plain)
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [... d], weight fp32 [d];
-    returns x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [... d], weight fp32
+    [d]; returns x's dtype.
 
-    Statistics in fp32; the normalised value is rounded to x's dtype before the fp32 weight
-    multiplies it, as the released models do. Written out because on the CPU autograd
-    through these operations beats the backward of F.rms_norm; without gradients the product
-    is made in place, as a new tensor costs more there than the product, page by page.
+    Statistics in fp32; the normalised value is rounded to x's dtype before the fp32
+    weight multiplies it, as the released models do. Written out because on the CPU
+    autograd through these operations beats the backward of F.rms_norm; without
+    gradients the product is made in place, as a new tensor costs more there than the
+    product, page by page.
     """
     return _rms_norm(x, weight, eps, in_place=not recorded(x, weight)).to(x.dtype)
 
@@ -181,15 +186,16 @@ def rms_norm_rope_plain(x, weight, rope, heads, eps):
 
 @operation(rms_norm_rope_plain)
 def rms_norm_rope(x, weight, rope, heads, eps):
-    """RMSNorm over the full width, split into heads, rotate: x [b l d] -> [b l n c]. For q
-    and k, in every block.
+    """RMSNorm over the full width, split into heads, rotate: x [b l d] -> [b l n c].
+    For q and k, in every block.
 
-    `rope` is complex64 [l, c/2], one unit number e^{i angle} per token and channel pair.
-    Adjacent channels (2p, 2p+1) are the real and imaginary part of one complex number and
-    the rotation is one complex product: (a, b) -> (a cos - b sin, a sin + b cos). Angles
-    that grow with position make q . k depend on the distance only. The norm runs over all
-    heads together, so it must come before the split. (Complex numbers: ten times faster on
-    the CPU than slicing even and odd channels, whose strided access defeats vector units.)
+    `rope` is complex64 [l, c/2], one unit number e^{i angle} per token and channel
+    pair. Adjacent channels (2p, 2p+1) are the real and imaginary part of one complex
+    number and the rotation is one complex product: (a, b) -> (a cos - b sin, a sin + b
+    cos). Angles that grow with position make q . k depend on the distance only. The
+    norm runs over all heads together, so it must come before the split. (Complex
+    numbers: ten times faster on the CPU than slicing even and odd channels, whose
+    strided access defeats vector units.)
     """
     in_place = not recorded(x, weight)
     normed = _rms_norm(x, weight, eps, in_place).view(*x.shape[:2], heads, -1, 2)
@@ -213,16 +219,16 @@ def rms_norm_channels_plain(x, weight, bias, eps=1e-5, silu=False, shortcut=None
 @operation(rms_norm_channels_plain)
 def rms_norm_channels(x, weight, bias, eps=1e-5, silu=False, shortcut=None):
     """x / sqrt(mean_c(x^2) + eps) * weight + bias at every pixel: x [b c t h w] (any
-    trailing axes), weight, bias [c]. With `silu` SiLU of that; `shortcut`, like x, is added
-    last. fp32 inside, x's dtype out.
+    trailing axes), weight, bias [c]. With `silu` SiLU of that; `shortcut`, like x, is
+    added last. fp32 inside, x's dtype out.
 
-    The autoencoder's norm. It looks at one position at a time, so neither frames nor tiles
-    see each other through it: streaming and tiled decoding stay exact. Hot because it
-    passes over full-resolution activations.
+    The autoencoder's norm. It looks at one position at a time, so neither frames nor
+    tiles see each other through it: streaming and tiled decoding stay exact. Hot
+    because it passes over full-resolution activations.
 
     Sampling goes through it in slices of `SLICE` positions times channels: what one
-    operation leaves is still in the cache when the next one reads it, and no fp32 copy of a
-    whole bf16 activation exists (half of the decode's peak memory, once).
+    operation leaves is still in the cache when the next one reads it, and no fp32 copy
+    of a whole bf16 activation exists (half of the decode's peak memory, once).
     """
     size = SLICE.get(x.device.type, 2**24)
     if recorded(x, weight, bias, shortcut) or x.numel() <= size:
@@ -280,14 +286,14 @@ def convolution_plain(x, weight, bias, padding):
 
 @operation(convolution_plain)
 def convolution(x, weight, bias, padding):
-    """Convolution with stride 1: x [b c ...], weight [o c ...] with 2 or 3 trailing axes,
-    `padding` for each of them.
+    """Convolution with stride 1: x [b c ...], weight [o c ...] with 2 or 3 trailing
+    axes, `padding` for each of them.
 
-    Left to itself, torch multiplies an unfolded copy of the input (27 times its size) where
-    batch x channels x frames x rows is at most 20,480, which is where a toy lives: oneDNN's
-    direct convolution is 3 to 8 times faster there (fp32, one core). In the channels-last
-    layout (`tensor.to(memory_format=torch.channels_last_3d)`, of x or weight) it reads and
-    writes as it is, else both are rearranged before and after.
+    Left to itself, torch multiplies an unfolded copy of the input (27 times its size)
+    where batch x channels x frames x rows is at most 20,480, which is where a toy
+    lives: oneDNN's direct convolution is 3 to 8 times faster there (fp32, one core). In
+    the channels-last layout (`tensor.to(memory_format=torch.channels_last_3d)`, of x or
+    weight) it reads and writes as it is, else both are rearranged before and after.
     """
     if onednn(x, weight, bias) and not too_short_for_bf16(x):
         one = (1,) * len(padding)
@@ -304,8 +310,8 @@ _fused = {}  # name of an operation -> the kernel installed for it
 def use(plain=False, fused=None):
     """Choose the forms, from now on, in this process.
 
-    plain: the plain forms everywhere. fused: {operation: kernel with its arguments}, added
-    to what is installed; None takes one out.
+    plain: the plain forms everywhere. fused: {operation: kernel with its arguments},
+    added to what is installed; None takes one out.
     """
     global _plain
     _plain = plain
@@ -318,7 +324,8 @@ def plain():
 
 
 def fusable(*inputs):
-    """Can these go through a fused kernel? They run on a GPU and have no backward pass."""
+    """Can these go through a fused kernel? They run on a GPU and have no backward
+    pass."""
     return inputs[0].is_cuda and not recorded(*inputs)
 
 
@@ -349,14 +356,15 @@ def bf16_units():
 
 
 def matmul_type(device):
-    """The type in which `device` multiplies matrices fastest: bf16, but for a CPU without
-    `bf16_units`, where oneDNN multiplies bf16 numbers one by one (a product of 2048x2048
-    took 190 times as long as in fp32 on a Zen 3)."""
+    """The type in which `device` multiplies matrices fastest: bf16, but for a CPU
+    without `bf16_units`, where oneDNN multiplies bf16 numbers one by one (a product of
+    2048x2048 took 190 times as long as in fp32 on a Zen 3)."""
     return torch.bfloat16 if device.type != "cpu" or bf16_units() else torch.float32
 
 
 def autocast(device, bf16=True):
-    """`torch.autocast` to bf16 where that is the faster type, else one that does nothing."""
+    """`torch.autocast` to bf16 where that is the faster type, else one that does
+    nothing."""
     faster = bf16 and matmul_type(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=faster)
 
@@ -365,8 +373,8 @@ def autocast(device, bf16=True):
 
 
 def record(function, inputs):
-    """Record what `function(*inputs)` does on the GPU -> (a function that does it again,
-    reading and writing the same memory; the output)."""
+    """Record what `function(*inputs)` does on the GPU -> (a function that does it
+    again, reading and writing the same memory; the output)."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function(*inputs)
@@ -374,20 +382,22 @@ def record(function, inputs):
 
 
 class Replay:
-    """A function of tensors of fixed shapes, run as one CUDA graph from its second call on.
+    """A function of tensors of fixed shapes, run as one CUDA graph from its second call
+    on.
 
     A 1.3B pass is some 700 kernels, each launched from Python, which takes some 10
-    microseconds: 7 ms and more, beside 50 ms of work for 7,800 tokens, and far more than
-    the work for few. A graph is launched as a whole: no Python, no gaps. (Estimates.)
+    microseconds: 7 ms and more, beside 50 ms of work for 7,800 tokens, and far more
+    than the work for few. A graph is launched as a whole: no Python, no gaps.
+    (Estimates.)
 
-    The first call runs the function as it is: libraries load their kernels, compiled code
-    is made. The second records the graph, which executes nothing, and from then on inputs
-    are copied to the addresses that the graph reads (a latent: microseconds). The kernels
-    are the same, so the numbers are. Everything else that the function reads (weights,
-    prompt, rotary table) must stay where it is while this object lives.
+    The first call runs the function as it is: libraries load their kernels, compiled
+    code is made. The second records the graph, which executes nothing, and from then on
+    inputs are copied to the addresses that the graph reads (a latent: microseconds).
+    The kernels are the same, so the numbers are. Everything else that the function
+    reads (weights, prompt, rotary table) must stay where it is while this object lives.
 
-    Where the driver refuses, the function goes on being called as it is, and one warning
-    says why.
+    Where the driver refuses, the function goes on being called as it is, and one
+    warning says why.
     """
 
     def __init__(self, function):

@@ -1,16 +1,17 @@
-"""LoRA by hand: low-rank adapters, and the key layouts in which the ecosystem stores them.
+"""LoRA by hand: low-rank adapters, and the key layouts in which the ecosystem stores
+them.
 
-Fine-tuning moves a weight W by a small amount that is nearly of low rank (Hu et al. 2021,
-arXiv 2106.09685). So W stays frozen and only two thin matrices are trained, A [r, in]
-("down") and B [out, r] ("up"):
+Fine-tuning moves a weight W by a small amount that is nearly of low rank (Hu et al.
+2021, arXiv 2106.09685). So W stays frozen and only two thin matrices are trained, A [r,
+in] ("down") and B [out, r] ("up"):
 
     y = W x + (alpha / r) B A x              merged:  W + (alpha / r) B A
 
-B starts at zero, so step 0 is the base model, bit for bit. AE-Adapt-V trains its last stage
-this way (paper: end-to-end fine-tuning with LoRA): rank 256, alpha 512, on self-attention,
-feed-forward and time layers. The patch embedder and the head, whose shapes are new in the
-deep latent space, are trained whole. For Wan 2.1 1.3B that is 183 linear layers and 259.6 M
-LoRA parameters, for 14B 243 and 820.6 M.
+B starts at zero, so step 0 is the base model, bit for bit. AE-Adapt-V trains its last
+stage this way (paper: end-to-end fine-tuning with LoRA): rank 256, alpha 512, on
+self-attention, feed-forward and time layers. The patch embedder and the head, whose
+shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B that is 183
+linear layers and 259.6 M LoRA parameters, for 14B 243 and 820.6 M.
 
     whole = ("patch_embedding", "head")
     lora.wrap(net, rank=256, alpha=512, full=whole)
@@ -80,8 +81,8 @@ def adapters(net):
 
 
 def wrap(net, rank, alpha, targets=TARGETS, full=()):
-    """Freeze `net` and adapt every linear layer whose whole name matches one of the regular
-    expressions `targets`.
+    """Freeze `net` and adapt every linear layer whose whole name matches one of the
+    regular expressions `targets`.
 
     full: modules that are trained whole instead, e.g. ("patch_embedding", "head").
     Returns net; afterwards `requires_grad` marks exactly what is to be trained.
@@ -103,8 +104,8 @@ def wrap(net, rank, alpha, targets=TARGETS, full=()):
 
 @torch.no_grad()
 def merge(net):
-    """Every adapter becomes a plain linear with W + (alpha / rank) B A, computed in fp32,
-    stored in W's own dtype."""
+    """Every adapter becomes a plain linear with W + (alpha / rank) B A, computed in
+    fp32, stored in W's own dtype."""
     for name, adapter in adapters(net):
         update = low_rank(adapter.up, adapter.down, adapter.base.weight)
         add_(adapter.base.weight, adapter.alpha / adapter.rank, update)
@@ -143,11 +144,12 @@ def save(net, path, format="peft", full=(), dtype=None, **metadata):
     peft      transformer.<diffusers>.lora_A/B         in the header    diffusers, PEFT
     comfyui   diffusion_model.<name>.lora_down/up      tensor .alpha    ComfyUI
     kohya     lora_unet_<name with _>.lora_down/up     tensor .alpha    musubi-tuner,
-                                                                        VideoX-Fun, ComfyUI
+                                                                        VideoX-Fun,
+                                                                        ComfyUI
 
-    full: modules stored whole, under their own plain tensor names in every format. `load`
-        puts them in place; other programs have no names for whole tensors in an adapter,
-        and diffusers refuses a file that has any.
+    full: modules stored whole, under their own plain tensor names in every format.
+        `load` puts them in place; other programs have no names for whole tensors in an
+        adapter, and diffusers refuses a file that has any.
     metadata: whatever is worth knowing (base=..., step=...); rank and alpha are added.
     """
     found = adapters(net)
@@ -201,12 +203,12 @@ def load(net, source, strength=1.0, merge=True, expert=None):
         W  = (1 - strength) W + strength full    plain names: what `save(full=...)` wrote
 
     in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers
-    stay live, trainable adapters. Keys of modules this net does not have (an image branch,
-    a text encoder) are skipped and reported. A file for a base of another size is refused
-    before anything is changed.
-    expert: which of Wan 2.2's two transformers `net` is, "high" or "low" (noise). Of a file
-        with a part for each (`transformer.`, `transformer_2.`) only that part is looked at;
-        a file with one part fits either.
+    stay live, trainable adapters. Keys of modules this net does not have (an image
+    branch, a text encoder) are skipped and reported. A file for a base of another size
+    is refused before anything is changed.
+    expert: which of Wan 2.2's two transformers `net` is, "high" or "low" (noise). Of a
+        file with a part for each (`transformer.`, `transformer_2.`) only that part is
+        looked at; a file with one part fits either.
     """
     plain_only(net)
     what = "the adapter" if isinstance(source, dict) else str(source)
@@ -292,8 +294,8 @@ PREFIX = re.compile("^(base_model_model_|model_diffusion_model_|diffusion_model_
 
 
 def spellings(parameters):
-    """Every way a parameter's name is written in adapter files, dots turned to underscores
-    -> its name in the net.
+    """Every way a parameter's name is written in adapter files, dots turned to
+    underscores -> its name in the net.
 
     Once flattened, "blocks_12_self_attn_k" needs no parsing, and names with mixed
     separators are covered too.
@@ -321,16 +323,16 @@ def sort(tensors, table, what):
         if name is None:
             skipped.append(key)
         elif role in updates.setdefault(name, {}):
-            raise UserError(f"{what} holds two updates of {name} (the second is {key}): give a file "
-                            "with one of them.")
+            raise UserError(f"{what} holds two updates of {name} (the second is {key}): give a "
+                            "file with one of them.")
         else:
             updates[name][role] = value
     return updates, skipped
 
 
 def check(updates, name, shape, what):
-    """Refuse an update that cannot be meant for this net -> what was dropped from `updates`
-    instead, for the report."""
+    """Refuse an update that cannot be meant for this net -> what was dropped from
+    `updates` instead, for the report."""
     update, module = updates[name], name.rpartition(".")[0]
     if "dora" in update:
         raise UserError(f"{what} is a DoRA (it has magnitude vectors), which is not supported: use "
@@ -362,8 +364,8 @@ def check(updates, name, shape, what):
 
 
 def scale_of(name, update, config):
-    """alpha / r of one adapter: from its own .alpha tensor, else from PEFT's settings, else
-    1."""
+    """alpha / r of one adapter: from its own .alpha tensor, else from PEFT's settings,
+    else 1."""
     rank = len(update["down"])
     if "alpha" in update:
         return float(update["alpha"]) / rank

@@ -1,12 +1,12 @@
 """Prompt (and image) to video: the guided loop in latent space, then a streaming decode
 (paper: results).
 
-    noise [b z t h w]  --solver: `steps` guided velocities-->  latent  --autoencoder-->  video
+    noise [b z t h w] --solver, `steps` velocities--> latent --autoencoder--> video
 
-    v = v_null + g (v_text - v_null)        classifier-free guidance, two passes of the net
+    v = v_null + g (v_text - v_null)      classifier-free guidance: two passes
 
-One loop for every model, base or DC-VideoGen, text or image; what a model is made of stands
-in wan/models.py. The toy models are embedded:
+One loop for every model, base or DC-VideoGen, text or image; what a model is made of
+stands in wan/models.py. The toy models are embedded:
 
     python sample.py --prompt "a large red circle moving left slowly on a blue background"
     python sample.py --model base --prompt "..."           its base: 4x the tokens
@@ -14,10 +14,10 @@ in wan/models.py. The toy models are embedded:
     python sample.py --model out/adapt --prompt "..."      a model made by adapt.py
     python sample.py --model dc-wan2.1-t2v-14b --weights DIR --prompt "..." --plan
 
-The adapted toy takes a few seconds; --plan says what a run needs, without running it. A step
-is made fast by kernels.py (operations, CUDA graph), gpu/choose.py (choices made by measuring;
-the first lines say what runs, and why) and gpu/fp8.py. All equals the plain path to rounding,
-except what its flag calls approximate; `--slow` runs the plain path.
+The adapted toy takes a few seconds; --plan says what a run needs, without running it. A
+step is made fast by kernels.py (operations, CUDA graph), gpu/choose.py (choices made by
+measuring; the first lines say what runs, and why) and gpu/fp8.py. All equals the plain
+path to rounding, except what its flag calls approximate; `--slow` runs the plain path.
 
 Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and
 NAME.safetensors (the latent before it is decoded: `--decode NAME.safetensors`).
@@ -102,11 +102,12 @@ def generate(model, context, image=None, last_image=None, null=None, noise=None,
              progress=False, sampling=None, **settings):
     """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
 
-    `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional pass
-    (default: the model's own negative prompt). `image`, `last_image`: first and last frame,
-    [b, 3, h, w] in [-1, 1] of any size, or None. The noise of sample i depends on `seed + i`
-    and the shape only, so a batch gives what single runs give; `noise` [b, z, t, h, w]
-    replaces it. `sampling`, `settings`: `Sampling`, and fields of it. NaN is a UserError.
+    `context`, `null`: prompt states [b, m, d] of the prompts and of the unconditional
+    pass (default: the model's own negative prompt). `image`, `last_image`: first and
+    last frame, [b, 3, h, w] in [-1, 1] of any size, or None. The noise of sample i
+    depends on `seed + i` and the shape only, so a batch gives what single runs give;
+    `noise` [b, z, t, h, w] replaces it. `sampling`, `settings`: `Sampling`, and fields
+    of it. NaN is a UserError.
     """
     s = replace(sampling or Sampling(), **settings).resolved(model)
     n, device = len(context), model.device
@@ -141,15 +142,16 @@ def draw_noise(model, shape, seeds):
 
 
 class Velocity:
-    """velocity(x, t) for a solver: a model's transformer under guidance. Called once per
-    step, in order.
+    """velocity(x, t) for a solver: a model's transformer under guidance. Called once
+    per step, in order.
 
     Wan 2.2's experts take turns, each with its own guidance. A model without condition
-    channels sees its picture in place of latent frame 0, at time 0. Computed once, not at
-    every step: keys and values of the prompt, and the time vectors of all steps (dit.py).
+    channels sees its picture in place of latent frame 0, at time 0. Computed once, not
+    at every step: keys and values of the prompt, and the time vectors of all steps
+    (dit.py).
 
-    context, null: prompt states [b m d] of both passes. seen: `ImageCondition`. timesteps:
-    of the solver. sampling: a resolved `Sampling`.
+    context, null: prompt states [b m d] of both passes. seen: `ImageCondition`.
+    timesteps: of the solver. sampling: a resolved `Sampling`.
     """
 
     def __init__(self, model, context, null, seen, timesteps, sampling):
@@ -222,9 +224,9 @@ class Velocity:
         return v_null + scale * (v_text - v_null)
 
     def keep_first(self, x):
-        """Put the picture's latent in place of frame 0. The solvers mix values of the same
-        position only, so the other frames come out as if this had been done after every
-        step."""
+        """Put the picture's latent in place of frame 0. The solvers mix values of the
+        same position only, so the other frames come out as if this had been done after
+        every step."""
         if self.seen.first is None:
             return x
         first = self.seen.first.expand(len(x), -1, -1, -1, -1)
@@ -232,8 +234,8 @@ class Velocity:
 
 
 def joined(context, null):
-    """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as every
-    prompt has after its end."""
+    """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as
+    every prompt has after its end."""
     m = max(context.shape[1], null.shape[1])
     return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
 
@@ -248,8 +250,8 @@ def check_streamed(model, sampling):
 
 @torch.no_grad()
 def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
-    """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h, w],
-    the i-th with seed + i."""
+    """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h,
+    w], the i-th with seed + i."""
     out, s = [], Sampling(**settings).resolved(model)
     starts = range(0, len(prompts), batch)
     for i in tqdm(starts, desc="videos", disable=not progress, leave=False):
@@ -336,7 +338,8 @@ def arguments(argv=None):
 
 
 def lora_arg(text):
-    """FILE, FILE:STRENGTH or FILE:STRENGTH:high (low) -> Lora; a path may have colons."""
+    """FILE, FILE:STRENGTH or FILE:STRENGTH:high (low) -> Lora; a path may have
+    colons."""
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
     file, strength, expert = re.fullmatch(
         rf"(.+?)(?::({number}))?(?::(high|low))?", text).groups()
@@ -394,7 +397,8 @@ class Run:
     plan: memory.Plan | None = None
 
     def file(self, suffix):
-        """Path of a result, named after model, prompt and seed unless --name says otherwise."""
+        """Path of a result, named after model, prompt and seed unless --name says
+        otherwise."""
         args = self.args
         label = Path(args.model).stem if Path(args.model).exists() else args.model
         words = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
@@ -404,7 +408,8 @@ class Run:
 
 
 def resolve(args):
-    """Arguments -> Run: every setting has its value, pictures and model are looked at."""
+    """Arguments -> Run: every setting has its value, pictures and model are looked
+    at."""
     run, stored = Run(args), {}
     if args.decode:
         tensors, metadata = checkpoint.load_tensors(args.decode)
@@ -476,7 +481,8 @@ def prepare(run):
 
 
 def choose_fast_paths(run):
-    """What is decided by trying it on the device -> lines that say what runs, and why."""
+    """What is decided by trying it on the device -> lines that say what runs, and
+    why."""
     args, model, s = run.args, run.model, run.sampling
     lines = [choose.choose_kernels(args.device, plain=args.slow)]
     if args.device.type == "cuda":
@@ -593,8 +599,8 @@ def write(model, z, s, file, tile):
 
 
 def ahead(pieces):
-    """The same pieces, the next one being made in a thread while the consumer works on this
-    one."""
+    """The same pieces, the next one being made in a thread while the consumer works on
+    this one."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, pieces, None)
         while (piece := following.result()) is not None:

@@ -4,12 +4,12 @@ Every weight file of the project goes through this file, in both directions:
 
 * reading: safetensors, or `torch.load(weights_only=True)`. Nothing is ever unpickled
   freely, so a file that tries to run code is refused, not run.
-* writing: to a temporary file beside the target, then one atomic rename. A full disk or a
-  `kill -9` leaves either the old file or the new one, never half of one.
-* one tensor at a time, for models that fill the memory of the machine: `open_tensors` says
-  what a file, or a folder of shards, holds (`Stored`: shape, dtype, and how to fetch it);
-  `load_strict` and `save_tensors` fetch, use and forget each. Renaming, converting and
-  merging are functions on that dict, and read nothing yet.
+* writing: to a temporary file beside the target, then one atomic rename. A full disk or
+  a `kill -9` leaves either the old file or the new one, never half of one.
+* one tensor at a time, for models that fill the memory of the machine: `open_tensors`
+  says what a file, or a folder of shards, holds (`Stored`: shape, dtype, and how to
+  fetch it); `load_strict` and `save_tensors` fetch, use and forget each. Renaming,
+  converting and merging are functions on that dict, and read nothing yet.
 
     tensors, metadata = open_tensors("Wan2.1-T2V-14B")   # 57 GB in six files, milliseconds
     tensors["head.head.weight"].shape                    # (64, 5120)
@@ -46,8 +46,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Wrap a script's `main`: what the user can mend becomes one sentence on stderr and exit
-    status 1. Set `DEBUG=1` to see the traceback instead."""
+    """Wrap a script's `main`: what the user can mend becomes one sentence on stderr and
+    exit status 1. Set `DEBUG=1` to see the traceback instead."""
     try:
         yield
     except KeyboardInterrupt:
@@ -78,8 +78,8 @@ def sentence(error):
 
 
 def refuse_options(parser, gone):
-    """Options that went, {"--old": "what to use instead"}: each is refused in one sentence.
-    They are not in --help."""
+    """Options that went, {"--old": "what to use instead"}: each is refused in one
+    sentence. They are not in --help."""
     class Gone(argparse.Action):
         def __call__(self, parser, namespace, values, option):
             raise UserError(f"{option} is gone: {gone[option]}.")
@@ -93,8 +93,8 @@ def refuse_options(parser, gone):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path` (same suffix); on success it replaces `path`, on
-    failure it is removed."""
+    """Yield a temporary path beside `path` (same suffix); on success it replaces
+    `path`, on failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -125,8 +125,8 @@ def read_json(path):
 
 
 def provenance():
-    """Where a measured number comes from: date, commit, hardware, versions. Part of every
-    file in results/."""
+    """Where a measured number comes from: date, commit, hardware, versions. Part of
+    every file in results/."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
@@ -148,7 +148,8 @@ DTYPES = {  # by safetensors' names
 
 
 class Stored(NamedTuple):
-    """A tensor that is still in its file. Nothing is kept: every `read()` fetches it anew."""
+    """A tensor that is still in its file. Nothing is kept: every `read()` fetches it
+    anew."""
     shape: tuple
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
@@ -166,12 +167,12 @@ def size_of(tensor):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write a flat dict of tensors (or `Stored`) as safetensors, atomically. `metadata`: a
-    JSON-able dict, kept in the header.
+    """Write a flat dict of tensors (or `Stored`) as safetensors, atomically.
+    `metadata`: a JSON-able dict, kept in the header.
 
-    The format is a length, a JSON header, and the bytes of the tensors in a row, so it is
-    written here tensor by tensor: of what is on a GPU, in another file or to be converted,
-    one tensor at a time is in memory.
+    The format is a length, a JSON header, and the bytes of the tensors in a row, so it
+    is written here tensor by tensor: of what is on a GPU, in another file or to be
+    converted, one tensor at a time is in memory.
     """
     # wide types first: everything stays aligned
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
@@ -217,8 +218,8 @@ def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion
         ours = set(files)
     there = {f.name for f in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]}
     if there - ours:
-        raise UserError(f"{folder} already holds other weights ({min(there - ours)}), and together "
-                        "they could not be read: choose an empty folder.")
+        raise UserError(f"{folder} already holds other weights ({min(there - ours)}), and "
+                        "together they could not be read: choose an empty folder.")
     where = {}
     for file, shard in zip(files, shards):
         save_tensors(folder / file, shard, metadata)
@@ -232,13 +233,13 @@ def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion
 
 
 def open_tensors(path):
-    """Look into a weight file, or a folder of them, without reading the tensors -> ({name:
-    Stored}, metadata dict).
+    """Look into a weight file, or a folder of them, without reading the tensors ->
+    ({name: Stored}, metadata dict).
 
-    path: a `.safetensors` file, a torch container (`unwrap`; mapped into memory, so that
-    only what is read is fetched), an index (`*.index.json`) of shards, or a folder with such
-    an index or with one weight file. Metadata: as in `load_tensors`, of the last shard.
-    UserError for whatever is missing, truncated or mixed up.
+    path: a `.safetensors` file, a torch container (`unwrap`; mapped into memory, so
+    that only what is read is fetched), an index (`*.index.json`) of shards, or a folder
+    with such an index or with one weight file. Metadata: as in `load_tensors`, of the
+    last shard. UserError for whatever is missing, truncated or mixed up.
     """
     path = Path(path)
     index = index_in(path)
@@ -346,8 +347,8 @@ def load_tensors(path):
     metadata dict).
 
     `.safetensors` by its own reader; anything else as a torch container with
-    `weights_only=True`, unwrapped by `unwrap`. Metadata values that are JSON are parsed.
-    Raises UserError for a missing, truncated or unsafe file.
+    `weights_only=True`, unwrapped by `unwrap`. Metadata values that are JSON are
+    parsed. Raises UserError for a missing, truncated or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -359,11 +360,11 @@ def load_tensors(path):
 
 
 def load_pickle(path, mmap=False):
-    """`torch.load` of tensors and plain containers only; a pickle that would run code is
-    refused with a UserError.
+    """`torch.load` of tensors and plain containers only; a pickle that would run code
+    is refused with a UserError.
 
-    mmap: leave the tensors in the file until they are used (files of before 2020, which are
-    no zip archives, cannot).
+    mmap: leave the tensors in the file until they are used (files of before 2020, which
+    are no zip archives, cannot).
     """
     with open(path, "rb") as f:
         try:
@@ -372,9 +373,9 @@ def load_pickle(path, mmap=False):
             f.seek(0)
             return torch.load(f, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
-            raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it could "
-                            "run code, so it was not loaded: get the file again from a source you "
-                            "trust, or as .safetensors.") from e
+            raise UserError(f"{path} is damaged or holds more than tensors, and unpickling it "
+                            "could run code, so it was not loaded: get the file again from a "
+                            "source you trust, or as .safetensors.") from e
         except MemoryError:
             raise
         except Exception as e:  # damaged files fail in a dozen ways: OSError, IndexError, ...
@@ -389,8 +390,8 @@ def unwrap(container):
     """Official training container -> bare state dict.
 
     `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then
-    `model_state_dict`, then `state_dict`, then the dict itself. The wrappers of distributed
-    training are removed from the names, wherever they stand.
+    `model_state_dict`, then `state_dict`, then the dict itself. The wrappers of
+    distributed training are removed from the names, wherever they stand.
     """
     sd = container
     if not isinstance(sd, dict):
@@ -412,9 +413,9 @@ def unwrap(container):
 
 
 def load_strict(net, tensors, what):
-    """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype widens
-    or narrows to the parameter's own. Strict: a missing, unexpected or wrongly shaped tensor
-    is a UserError that names it; nothing is copied then."""
+    """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype
+    widens or narrows to the parameter's own. Strict: a missing, unexpected or wrongly
+    shaped tensor is a UserError that names it; nothing is copied then."""
     own = net.state_dict()
     wrong = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys()}
     parts = [f"{len(names)} {how} (first: {min(names)})" for how, names in wrong.items() if names]

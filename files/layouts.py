@@ -1,9 +1,9 @@
 """One Wan transformer, many files: every published layout, read as one dict of tensors
 under their original names.
 
-The same weights are published in many spellings. Values are identical, so changing layout
-is renaming; only two kinds of file also need arithmetic. `original` undoes all of it, tensor
-by tensor and not before a tensor is read:
+The same weights are published in many spellings. Values are identical, so changing
+layout is renaming; only two kinds of file also need arithmetic. `original` undoes all
+of it, tensor by tensor and not before a tensor is read:
 
     original release   blocks.0.self_attn.q.weight
     diffusers          blocks.0.attn1.to_q.weight            another name for every module
@@ -11,8 +11,8 @@ by tensor and not before a tensor is read:
     fp8                the same and .scale_weight            W = fp8 * scale
     adapter training   ...q.base_layer.weight, .lora_A/B     W = base + 2 B A
 
-The other direction, `save_folder`, writes a folder as the hubs have it: config.json, and one
-file or shards with an index.
+The other direction, `save_folder`, writes a folder as the hubs have it: config.json,
+and one file or shards with an index.
 """
 import re
 from math import prod
@@ -50,14 +50,14 @@ TOP_NAMES = [
 
 
 def to_diffusers(name):
-    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name already
-    spelt so is kept)."""
+    """Name of a Wan transformer's tensor or module in diffusers' spelling (a name
+    already spelt so is kept)."""
     return respell(name, source=0)
 
 
 def to_original(name):
-    """Name of a Wan transformer's tensor or module in the original spelling (a name already
-    spelt so is kept)."""
+    """Name of a Wan transformer's tensor or module in the original spelling (a name
+    already spelt so is kept)."""
     return respell(name, source=1)
 
 
@@ -77,8 +77,8 @@ def open_checkpoint(path, heads=None):
     """A weight file, an index of shards, or a folder -> ({original name: Stored}, the
     settings of `dit.Config` as a dict)
 
-    Settings come from the header of files written by `dit.save`, else from the shapes and,
-    in a folder, from config.json in either style for what shapes do not show.
+    Settings come from the header of files written by `dit.save`, else from the shapes
+    and, in a folder, from config.json in either style for what shapes do not show.
     """
     path = Path(path)
     tensors, metadata = checkpoint.open_tensors(path)
@@ -98,8 +98,8 @@ def open_checkpoint(path, heads=None):
 
 
 def sizes(tensors, heads=None):
-    """What the shapes under original names say of `dit.Config` -> dict. They do not show the
-    heads: 128 channels each by default."""
+    """What the shapes under original names say of `dit.Config` -> dict. They do not
+    show the heads: 128 channels each by default."""
 
     def shape(name):
         if name not in tensors:
@@ -126,11 +126,11 @@ def sizes(tensors, heads=None):
 
 
 def original(tensors):
-    """{name: tensor or Stored} in any published layout -> the transformer under its original
-    names, nothing read yet.
+    """{name: tensor or Stored} in any published layout -> the transformer under its
+    original names, nothing read yet.
 
-    Whatever belongs to no known layout stays under its own name, for the strict loader to
-    refuse.
+    Whatever belongs to no known layout stays under its own name, for the strict loader
+    to refuse.
     """
     tensors = renamed(tensors, without_prefix)
     tensors = {k: v for k, v in tensors.items() if not unused(k)}
@@ -158,7 +158,8 @@ def renamed(tensors, spell):
 
 
 def apply_scales(tensors):
-    """fp8 files of ComfyUI: `X.weight` is stored divided by one number, `X.scale_weight`."""
+    """fp8 files of ComfyUI: `X.weight` is stored divided by one number,
+    `X.scale_weight`."""
     tensors = dict(tensors)
 
     def scaled(value, scale):
@@ -185,11 +186,11 @@ def later(make, *parts):
 
 
 def merge_adapters(tensors):
-    """Checkpoints of adapter training: W = base_layer + (alpha / rank) lora_B lora_A; the
-    published recipe has alpha = 2 rank.
+    """Checkpoints of adapter training: W = base_layer + (alpha / rank) lora_B lora_A;
+    the published recipe has alpha = 2 rank.
 
-    With a magnitude vector (DoRA) each row of W is then scaled to the length that the vector
-    says.
+    With a magnitude vector (DoRA) each row of W is then scaled to the length that the
+    vector says.
     """
     tensors = dict(tensors)
 
@@ -218,11 +219,11 @@ def merge_adapters(tensors):
 
 
 def save_folder(folder, tensors, config, format, metadata=None, shard_bytes=5e9):
-    """Write config.json and the weights as diffusers (format "diffusers") or the original
-    release ("original") lays them out.
+    """Write config.json and the weights as diffusers (format "diffusers") or the
+    original release ("original") lays them out.
 
-    tensors: original names; tensors or Stored, of which one at a time is in memory. config:
-    `dit.Config`.
+    tensors: original names; tensors or Stored, of which one at a time is in memory.
+    config: `dit.Config`.
     """
     if format not in ("diffusers", "original"):
         raise UserError(f'the format "{format}" is unknown: use original or diffusers.')

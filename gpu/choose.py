@@ -3,19 +3,20 @@ each choice is told in one line.
 
 * Thin operations: the fused kernels of gpu/triton_kernels.py, where Triton is there and
   one of them computes rightly. They are installed into kernels.py, which knows no GPU.
-* Attention: PyTorch holds several kernels for softmax(q k^T) v: cuDNN's, FlashAttention 2,
-  a memory-efficient one; FlashAttention 3 can be installed. Which is fastest depends on the
-  GPU, the library versions and the shape, and attention is 57 to 85 % of the work. So each
-  is timed on the shape that is coming, checked against the formula in fp32, and the fastest
-  right one is taken.
+* Attention: PyTorch holds several kernels for softmax(q k^T) v: cuDNN's, FlashAttention
+  2, a memory-efficient one; FlashAttention 3 can be installed. Which is fastest depends
+  on the GPU, the library versions and the shape, and attention is 57 to 85 % of the
+  work. So each is timed on the shape that is coming, checked against the formula in
+  fp32, and the fastest right one is taken.
 * Convolution: the decoder is nothing but 3x3x3 convolutions. Several builds (torch 2.9,
-  cuDNN 9.8 to 9.14) compute them in bf16 wrongly or many times too slowly. One is tried in
-  both memory layouts, against fp32; where none is right the autoencoder runs in fp32.
+  cuDNN 9.8 to 9.14) compute them in bf16 wrongly or many times too slowly. One is tried
+  in both memory layouts, against fp32; where none is right the autoencoder runs in
+  fp32.
 * Types: GPUs before Ampere (2020) have no bf16; matrix products then stay fp32.
 
-The libraries differ in rounding, not in what they compute, so no choice changes a result by
-more than that. On the CPU there is nothing to choose. No GPU was at hand: written from the
-libraries' documentation, not run.
+The libraries differ in rounding, not in what they compute, so no choice changes a
+result by more than that. On the CPU there is nothing to choose. No GPU was at hand:
+written from the libraries' documentation, not run.
 """
 import statistics
 import warnings
@@ -74,8 +75,9 @@ def compile_blocks(net, backend="inductor"):
     """Compile each block of a transformer by itself: all are the same code, so one
     compilation serves all, in seconds instead of minutes.
 
-    `fullgraph`: a part that cannot be compiled is an error instead of a slow detour. Shapes
-    are fixed: a new size compiles anew, a new step or prompt of the same length does not.
+    `fullgraph`: a part that cannot be compiled is an error instead of a slow detour.
+    Shapes are fixed: a new size compiles anew, a new step or prompt of the same length
+    does not.
     """
     for block in net.blocks:
         if block._compiled_call_impl is None:
@@ -86,7 +88,8 @@ def compile_blocks(net, backend="inductor"):
 
 
 def choose_kernels(device, plain=False):
-    """Install the form in which kernels.py runs on `device` -> a line that says which."""
+    """Install the form in which kernels.py runs on `device` -> a line that says
+    which."""
     kernels.use(plain=plain)
     if plain:
         return "thin operations: plain (switched off)"
@@ -120,8 +123,8 @@ def set_attention(name):
 
 
 def flash3():
-    """FlashAttention 3 as a function of q, k, v [b l n c]; None where its package is not
-    installed."""
+    """FlashAttention 3 as a function of q, k, v [b l n c]; None where its package is
+    not installed."""
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError:
@@ -137,8 +140,8 @@ def flash3():
 
 
 def try_attention(candidates, q, k, v):
-    """{name: function of q, k, v [b l n c]} -> ({name: seconds} of those that are right,
-    {name: what is wrong with the others})."""
+    """{name: function of q, k, v [b l n c]} -> ({name: seconds} of those that are
+    right, {name: what is wrong with the others})."""
     exact = kernels.attention_plain(q[:, :64].float(), k.float(), v.float())
     times, wrong = {}, {}
     for name, run in candidates.items():
@@ -212,11 +215,11 @@ def try_convolution(x, weight, dtype, layout, clock=seconds):
 
 @torch.no_grad()
 def choose_convolution(device, dtype, trial=try_convolution):
-    """The fastest right way to convolve in `dtype`, or in fp32 where none is right in bf16,
-    -> Convolution.
+    """The fastest right way to convolve in `dtype`, or in fp32 where none is right in
+    bf16, -> Convolution.
 
-    Tried at 128 channels of 8x96x160 (most of the decoder's work is at such a width). In
-    bf16 a right result is off by 0.3 %.
+    Tried at 128 channels of 8x96x160 (most of the decoder's work is at such a width).
+    In bf16 a right result is off by 0.3 %.
     """
     last = torch.channels_last_3d
     if dtype == torch.float32:

@@ -1,18 +1,18 @@
-"""Networks larger than the GPU: blocks stay in host memory and pass through two buffers on
-the device.
+"""Networks larger than the GPU: blocks stay in host memory and pass through two buffers
+on the device.
 
-A transformer of 14B parameters takes 28 GB in bf16, but at any moment it computes with one
-block of 0.7 GB. So the blocks wait in (pinned) host memory, and while the device computes
-block i in one buffer, a second CUDA stream copies block i + 1 into the other:
+A transformer of 14B parameters takes 28 GB in bf16, but at any moment it computes with
+one block of 0.7 GB. So the blocks wait in (pinned) host memory, and while the device
+computes block i in one buffer, a second CUDA stream copies block i + 1 into the other:
 
     copy      | 0 |  1  |  2  |  3  | ...           into buffers A, B, A, B, ...
     compute       |  0  |  1  |  2  | ...           from buffers A, B, A, B, ...
 
-PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes longer
-than that, the copies cost nothing; else they set the pace. (By the roofline an H100 computes
-a block of 17,600 tokens in 23 ms. Estimates: no GPU has run this yet.) Results are the same
-bits as with resident blocks. On the CPU the same code runs without streams or overlap, for
-tests.
+PCIe moves 25 to 50 GB/s, a 14B block every 15 to 30 ms. Where computing a block takes
+longer than that, the copies cost nothing; else they set the pace. (By the roofline an
+H100 computes a block of 17,600 tokens in 23 ms. Estimates: no GPU has run this yet.)
+Results are the same bits as with resident blocks. On the CPU the same code runs without
+streams or overlap, for tests.
 """
 import copy
 from math import prod
@@ -27,8 +27,8 @@ CHUNK = 16 * 2**20  # pinned memory comes in powers of two: whole blocks would w
 
 def stream_blocks(net, device):
     """For GPUs smaller than the model, sampling only: the blocks of `net` wait in host
-    memory, everything else moves to `device`. Merge LoRA before. Returns net; to move or
-    save it again, load it anew."""
+    memory, everything else moves to `device`. Merge LoRA before. Returns net; to move
+    or save it again, load it anew."""
     blocks, net.blocks = list(net.blocks), nn.ModuleList()
     net.to(device)
     net.blocks = StreamedBlocks(blocks, device)
@@ -49,11 +49,11 @@ class Place(NamedTuple):
 
 
 class StreamedBlocks(nn.Module):
-    """Stands in for an nn.ModuleList of equally shaped blocks that is only ever iterated,
-    without gradients: `for block in streamed: x = block(x)`.
+    """Stands in for an nn.ModuleList of equally shaped blocks that is only ever
+    iterated, without gradients: `for block in streamed: x = block(x)`.
 
-    Each block is yielded on the device, and is valid until the next one is asked for. The
-    blocks given are emptied one by one, so that host memory holds them once.
+    Each block is yielded on the device, and is valid until the next one is asked for.
+    The blocks given are emptied one by one, so that host memory holds them once.
     """
 
     def __init__(self, blocks, device):
@@ -83,8 +83,8 @@ class StreamedBlocks(nn.Module):
             self.computed = [torch.cuda.Event() for _ in range(2)]
 
     def pack(self, block, size):
-        """A block -> its bytes, in pinned chunks when they go to a GPU. The block is empty
-        afterwards."""
+        """A block -> its bytes, in pinned chunks when they go to a GPU. The block is
+        empty afterwards."""
         tensors, flat = block.state_dict(), torch.empty(size, dtype=torch.uint8)
         alike = [(p.name, p.shape, p.dtype) for p in self.places]
         if [(name, p.shape, p.dtype) for name, p in tensors.items()] != alike:
@@ -118,8 +118,8 @@ class StreamedBlocks(nn.Module):
             slot = following
 
     def fetch(self, i, slot):
-        """Have block i copied, into buffer `slot` unless a buffer already holds it -> the
-        buffer."""
+        """Have block i copied, into buffer `slot` unless a buffer already holds it ->
+        the buffer."""
         if i in self.holds:
             return self.holds.index(i)
         self.holds[slot] = i

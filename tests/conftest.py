@@ -71,8 +71,8 @@ def tiny_toy(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory):
-    """Tiny models in every official layout (wan/tiny.py) -> the folder that holds theirs.
-    Tests only read there."""
-    from wan import tiny
+    """Tiny models in every official layout (tests/tiny_layouts.py) -> the folder that
+    holds theirs. Tests only read there."""
+    import tiny_layouts
 
-    return tiny.make(tmp_path_factory.mktemp("released"))
+    return tiny_layouts.make(tmp_path_factory.mktemp("released"))

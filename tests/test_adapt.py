@@ -22,7 +22,7 @@ import toy
 from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError
-from wan.tiny import FOLDERS, TEXT_DIM
+from tiny_layouts import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
 from wan import released
 from wan.text import WanText

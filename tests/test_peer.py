@@ -3,7 +3,7 @@ files, part by part and as complete pipelines; and what we export they read.
 
     python -m pytest -m peer tests/test_peer.py         needs requirements-dev.txt; without it the tests are skipped
 
-Tiny random models (wan/tiny.py), fp32. The two programs round differently: diffusers makes sinusoids and rotary tables in fp32.
+Tiny random models (wan/tiny.py, tests/tiny_layouts.py), fp32. The two programs round differently: diffusers makes sinusoids and rotary tables in fp32.
 A transformer agrees to 1e-5 or so, and so does a latent after 20 guided steps; 1e-4 is what is asked for here.
 """
 import numpy as np
@@ -14,8 +14,9 @@ from PIL import Image
 import dit
 import flow
 import sample
-from wan.tiny import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
-from wan import released, tiny, vae
+import tiny_layouts
+from tiny_layouts import FOLDERS, IMAGE_DIM, TEXT_DIM, TRANSFORMERS
+from wan import released, vae
 from wan.image import WanImage
 from wan.text import WanText
 
@@ -206,7 +207,7 @@ def test_exported_transformers_load_in_diffusers(tiny_folders, tmp_path, name):
 @torch.no_grad()
 def test_exported_autoencoders_load_in_diffusers(tiny_folders, tmp_path, file):
     net = vae.load(tiny_folders / file)
-    tiny.write_vae(tmp_path / "vae", net)
+    tiny_layouts.write_vae(tmp_path / "vae", net)
     theirs = strictly(diffusers.AutoencoderKLWan, tmp_path / "vae")
     x = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (theirs.config.latents_mean, theirs.config.latents_std))

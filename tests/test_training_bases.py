@@ -9,7 +9,7 @@ import ae
 import dit
 import lora
 from files.checkpoint import UserError
-from wan.tiny import FOLDERS, TEXT_DIM
+from tiny_layouts import FOLDERS, TEXT_DIM
 from training import bases
 from training.bases import BASES, Base, Settings
 from wan import released

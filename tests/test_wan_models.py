@@ -1,5 +1,5 @@
 """The released models: every published layout through the command line, the files and settings of each, and what is said when something is
-wrong. All on tiny random models in the official layouts (wan/tiny.py), through the code that reads the real files.
+wrong. All on tiny random models in the official layouts (wan/tiny.py, tests/tiny_layouts.py), through the code that reads the real files.
 
 Prompts come from a text cache, as the packages of the real tokenizer may not be there; where they are, one test goes through tokenizer and
 text encoder too. What other programs make of the same files: test_peer.py.
@@ -30,7 +30,7 @@ from conftest import ROOT, golden
 from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
-from wan.tiny import DC_SHIFT, FOLDERS, TEXT_DIM
+from tiny_layouts import DC_SHIFT, FOLDERS, TEXT_DIM
 from wan import models, released, vae
 from wan.image import CLIPVision
 from wan.text import UMT5, WanText, clean_prompt

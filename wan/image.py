@@ -3,13 +3,13 @@
     image [-1, 1] --resize to 224x224--> 16 x 16 patches of 14x14 and one class token
                   --CLIP ViT-H/14--> [b, 257, 1280]
 
-Like the text encoder it never stands beside the transformer: `WanImage` holds a path, loads
-its network for a call and frees it.
+Like the text encoder it never stands beside the transformer: `WanImage` holds a path,
+loads its network for a call and frees it.
 
     WanImage(encoder, device="cuda")(images)                     -> clip_fea [b, 257, 1280]
 
-Parameter names are those of the original checkpoints; `from_state_dict` and `load` also take
-transformers' names.
+Parameter names are those of the original checkpoints; `from_state_dict` and `load` also
+take transformers' names.
 """
 import json
 import math
@@ -35,8 +35,8 @@ def clip_pixels(image, rule="wan", size=224):
     channel, fp32.
 
     "wan", the original programs: the whole picture squeezed to a square, bicubic, no
-    antialiasing. "dc", DC-VideoGen and diffusers: the shorter edge to `size` with pillow's
-    antialiased bicubic filter on 8-bit pixels, then the middle square.
+    antialiasing. "dc", DC-VideoGen and diffusers: the shorter edge to `size` with
+    pillow's antialiased bicubic filter on 8-bit pixels, then the middle square.
     """
     assert rule in ("wan", "dc"), rule
     if rule == "wan":
@@ -84,12 +84,12 @@ class ClipBlock(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """The vision tower of CLIP ViT-H/14: net(pixels) -> the tokens after all blocks but the
-    last, which is not even built.
+    """The vision tower of CLIP ViT-H/14: net(pixels) -> the tokens after all blocks but
+    the last, which is not even built.
 
-    The transformer wants what the picture shows where; the last block, and what follows it,
-    only gathers that into one vector that can be compared with a caption. The defaults are
-    ViT-H's; `layers` counts the last block too.
+    The transformer wants what the picture shows where; the last block, and what follows
+    it, only gathers that into one vector that can be compared with a caption. The
+    defaults are ViT-H's; `layers` counts the last block too.
     """
 
     def __init__(self, dim=1280, mlp_dim=5120, heads=16, layers=32, patch=14, tokens=257):
@@ -114,8 +114,9 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, heads=None, dtype=torch.float32, device="cpu"):
-        """State dict (tensors, or `Stored` ones) in either naming -> CLIPVision in eval mode,
-        sized by the shapes; no shape shows the heads: 80 channels each by default."""
+        """State dict (tensors, or `Stored` ones) in either naming -> CLIPVision in eval
+        mode, sized by the shapes; no shape shows the heads: 80 channels each by
+        default."""
         sd = clip_names(sd)
         try:
             mlp_dim, dim = sd["transformer.0.mlp.0.weight"].shape
@@ -138,8 +139,8 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def load(cls, path, dtype=torch.float32, device="cpu"):
-        """The original .pth (its text tower is left in the file), a .safetensors file, or a
-        transformers folder -> CLIPVision in eval mode."""
+        """The original .pth (its text tower is left in the file), a .safetensors file,
+        or a transformers folder -> CLIPVision in eval mode."""
         config = Path(path) / "config.json"
         config = json.loads(config.read_text()) if config.is_file() else {}
         if config.get("hidden_act", "gelu") != "gelu":
@@ -162,9 +163,9 @@ CLIP_NAMES = [  # transformers -> original, replaced in this order
 
 
 def clip_names(sd):
-    """State dict with the original names, bare of prefix and text tower; of transformers'
-    separate q, k and v one matrix is made. What needs work is `Stored` anew, so that nothing
-    is read here."""
+    """State dict with the original names, bare of prefix and text tower; of
+    transformers' separate q, k and v one matrix is made. What needs work is `Stored`
+    anew, so that nothing is read here."""
     renamed = {}
     for name, value in sd.items():
         if not name.startswith(("textual.", "log_scale")):
@@ -196,14 +197,15 @@ def later(make, *parts):
 
 
 class WanImage:
-    """Images -> CLIP tokens: the network is loaded for a call and freed after it. `rule`: of
-    `clip_pixels`, "wan" or "dc"."""
+    """Images -> CLIP tokens: the network is loaded for a call and freed after it.
+    `rule`: of `clip_pixels`, "wan" or "dc"."""
 
     def __init__(self, encoder_path, device="cpu", dtype=torch.float32, rule="wan"):
         self.encoder_path, self.device, self.dtype, self.rule = encoder_path, device, dtype, rule
 
     def __call__(self, images):
-        """Images [b 3 h w] in [-1, 1] of any size -> tokens [b 257 1280], fp32 on the CPU."""
+        """Images [b 3 h w] in [-1, 1] of any size -> tokens [b 257 1280], fp32 on the
+        CPU."""
         if self.encoder_path is None or not Path(self.encoder_path).exists():
             raise UserError(f"the image encoder ({self.encoder_path or 'none given'}) is missing: "
                             "get it, the model needs it for images.")

@@ -3,8 +3,8 @@
     denoising   weights + one forward without gradients + keys and values of the prompts
     decode      autoencoder + the activations of one tile, over all its chunks
 
-Text and image encoder run before anything else is loaded, so they never stand beside the
-transformer. Figures are estimates; the peak that `sample.py` reports is measured.
+Text and image encoder run before anything else is loaded, so they never stand beside
+the transformer. Figures are estimates; the peak that `sample.py` reports is measured.
 """
 import re
 from math import prod
@@ -31,9 +31,10 @@ class Plan(NamedTuple):
 def plan(model, frames, size, dtype, fold=1, offload=None, free=None):
     """Choose how a run fits into memory -> Plan. Raises UserError where nothing fits.
 
-    offload: "none" (transformer and autoencoder stay on the device), "parts" (one of them
-    at a time), "blocks" (the transformer's blocks stream through two buffers); the first
-    that fits, unless given. The tile is the largest that fits. fold: samples in one pass.
+    offload: "none" (transformer and autoencoder stay on the device), "parts" (one of
+    them at a time), "blocks" (the transformer's blocks stream through two buffers); the
+    first that fits, unless given. The tile is the largest that fits. fold: samples in
+    one pass.
     free: bytes to plan for (default: what is free on the device). Also sets the model's
     tile for encoding, and sends a text encoder larger than the GPU to the CPU.
     """
@@ -97,15 +98,15 @@ def weight_bytes(config, dtype):
 
 
 def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2):
-    """Peak memory that sampling a latent (frames, height, width) takes beside the weights:
-    one forward without gradients, and the `dit.Prompt` of so many prompts (guidance has
-    two).
+    """Peak memory that sampling a latent (frames, height, width) takes beside the
+    weights: one forward without gradients, and the `dit.Prompt` of so many prompts
+    (guidance has two).
 
-    Per token and channel the peak is in cross-attention (22 bytes: the residual stream as
-    the block got it and as it is now, 4 each; input and output of the projection of q, 2
-    each; the latter and its norm in fp32, and the norm rounded) or in the MLP (the same 8,
-    its input, its hidden layer before and after the activation function). Attention itself
-    needs no scores in memory.
+    Per token and channel the peak is in cross-attention (22 bytes: the residual stream
+    as the block got it and as it is now, 4 each; input and output of the projection of
+    q, 2 each; the latter and its norm in fp32, and the norm rounded) or in the MLP (the
+    same 8, its input, its hidden layer before and after the activation function).
+    Attention itself needs no scores in memory.
     """
     c, L, s = config, dit.tokens(config, latent), dtype.itemsize
     block = batch * L * max(22 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)

@@ -1,5 +1,5 @@
-"""A text- or image-to-video model: four networks that meet in few places, and where they
-live.
+"""A text- or image-to-video model: four networks that meet in few places, and where
+they live.
 
     prompt --umT5--> context [b, m, 4096]             once per prompt, then freed (11 GB)
     picture --CLIP--> 257 tokens                      image-to-video only
@@ -8,9 +8,9 @@ live.
     latent --autoencoder--> frames
 
 Base and DC-VideoGen models differ in numbers only: autoencoder 8x8x4 with 1+4k frames
-against 32x32x4 with 4k frames, patch 2 against 1. Wan 2.2 A14B has two transformers, experts
-for high and low noise that take turns. The rows of the released models, their files and how
-they are loaded: wan/released.py.
+against 32x32x4 with 4k frames, patch 2 against 1. Wan 2.2 A14B has two transformers,
+experts for high and low noise that take turns. The rows of the released models, their
+files and how they are loaded: wan/released.py.
 """
 import gc
 import math
@@ -46,8 +46,8 @@ class Lora(NamedTuple):
 
 class Deferred:
     """A transformer on disk. It is read when first called for, which is after the text
-    encoder has gone, and unloaded when its memory is needed: Wan 2.2's experts take turns,
-    and with --offload it makes room for the decode."""
+    encoder has gone, and unloaded when its memory is needed: Wan 2.2's experts take
+    turns, and with --offload it makes room for the decode."""
 
     def __init__(self, path, loras=(), dtype=torch.float32, expert=None, config=None):
         self.path, self.dtype, self.expert = path, dtype, expert
@@ -82,8 +82,8 @@ class ImageCondition(NamedTuple):
 
 @dataclass
 class Model:
-    """A text- or image-to-video model and its defaults. `net` (and `low`) are transformers,
-    or Deferred ones."""
+    """A text- or image-to-video model and its defaults. `net` (and `low`) are
+    transformers, or Deferred ones."""
 
     name: str
     net: dit.WanDiT | Deferred
@@ -114,7 +114,8 @@ class Model:
         with_condition = 2 * z + self.ae.config.temporal_factor
         if c.out_channels != z:
             raise UserError(f"the transformer of {self.name} makes latents of {c.out_channels} "
-                            f"channels, but its autoencoder reads {z}: they do not belong together.")
+                            f"channels, but its autoencoder reads {z}: they do not belong "
+                            "together.")
         if c.in_channels not in (z, with_condition):
             raise UserError(f"the transformer of {self.name} takes {c.in_channels} channels, "
                             f"neither {z} (latent) nor {with_condition} (latent, mask, "
@@ -147,7 +148,8 @@ class Model:
         return part.get(self.device, self.offload == "blocks")
 
     def autoencoder(self):
-        """The autoencoder on the device; with `offload` the transformer is unloaded for it."""
+        """The autoencoder on the device; with `offload` the transformer is unloaded for
+        it."""
         for part in (self.net, self.low):
             if self.offload != "none" and isinstance(part, Deferred):
                 part.unload()
@@ -156,8 +158,8 @@ class Model:
     # -- shapes
 
     def latent_shape(self, frames, size):
-        """(t, h, w) of the latent that covers `frames` frames of `size` pixels and that the
-        patches divide."""
+        """(t, h, w) of the latent that covers `frames` frames of `size` pixels and that
+        the patches divide."""
         c, patch = self.ae.config, self.net.config.patch
         cells = (1 + math.ceil(max(frames - c.lead, 0) / c.temporal_factor),
                  math.ceil(size[0] / c.spatial_factor), math.ceil(size[1] / c.spatial_factor))
@@ -165,7 +167,8 @@ class Model:
 
     def size_for(self, picture):
         """Height and width for a picture [.., h, w]: the model's area in the picture's
-        aspect, whole patches, as the original program ("wan") or diffusers ("dc") rounds."""
+        aspect, whole patches, as the original program ("wan") or diffusers ("dc")
+        rounds."""
         (h, w), area = picture.shape[-2:], self.area
         if not area:
             return self.size
@@ -189,8 +192,8 @@ class Model:
     # -- what conditions the transformer
 
     def contexts(self, prompts, negative=None):
-        """Prompts -> (context, null context), each [b, m, text_dim]. One call, so that a
-        text encoder is loaded once."""
+        """Prompts -> (context, null context), each [b, m, text_dim]. One call, so that
+        a text encoder is loaded once."""
         negative = self.negative if negative is None else negative
         if negative is None:
             return self.text(prompts), self.text.null(len(prompts))
@@ -231,13 +234,14 @@ class Model:
         return ImageCondition(self.condition(n, shape, first, last), clip=clip)
 
     def condition(self, n, shape, image=None, last=None):
-        """What an image-to-video transformer sees beside the noise: mask (4) and condition
-        latent (z), [n, 4 + z, *shape].
+        """What an image-to-video transformer sees beside the noise: mask (4) and
+        condition latent (z), [n, 4 + z, *shape].
 
-        The clip "image for one latent frame, then mid grey" (and at the end `last`, another
-        picture) is encoded. The mask marks the given pixel frames, 4 to a latent frame.
-        image, last: [n, 3, h, w] in [-1, 1], the padded size of the video. Without an image
-        everything is 0. None for transformers without these channels.
+        The clip "image for one latent frame, then mid grey" (and at the end `last`,
+        another picture) is encoded. The mask marks the given pixel frames, 4 to a
+        latent frame.
+        image, last: [n, 3, h, w] in [-1, 1], the padded size of the video. Without an
+        image everything is 0. None for transformers without these channels.
         """
         c, a = self.net.config, self.ae.config
         if c.in_channels == c.out_channels:
@@ -260,15 +264,15 @@ class Model:
     # -- pixels and latents
 
     def encode(self, x):
-        """Pixels [b, 3, t, h, w] -> the latent the transformer sees (scaled, about unit RMS),
-        fp32."""
+        """Pixels [b, 3, t, h, w] -> the latent the transformer sees (scaled, about unit
+        RMS), fp32."""
         x = x.to(self.device, self.ae_dtype)
         pieces = tiling.encode_stream(self.autoencoder(), [x], self.encode_tile)
         return torch.cat(list(pieces), dim=2).float() * self.ae.config.scale
 
     def decode(self, z, frames, size, tile=None):
-        """The transformer's latent -> pieces [b, 3, t, *size] of a video of `frames` frames,
-        chunk by chunk."""
+        """The transformer's latent -> pieces [b, 3, t, *size] of a video of `frames`
+        frames, chunk by chunk."""
         z = (z / self.ae.config.scale).to(self.device, self.ae_dtype)
         for x in tiling.decode_stream(self.autoencoder(), z, tile):
             x = x[:, :, :frames, : size[0], : size[1]]
@@ -278,9 +282,9 @@ class Model:
 
 
 def resize(image, size, rule):
-    """A picture [b, 3, h, w] in [-1, 1] -> `size`. "wan": bicubic without antialiasing, as
-    the original programs; "dc": Lanczos. Where the aspect differs the picture covers the
-    size and is cropped at its centre."""
+    """A picture [b, 3, h, w] in [-1, 1] -> `size`. "wan": bicubic without antialiasing,
+    as the original programs; "dc": Lanczos. Where the aspect differs the picture covers
+    the size and is cropped at its centre."""
     (h, w), (height, width) = image.shape[-2:], size
     if (h, w) == tuple(size):
         return image

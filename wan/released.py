@@ -1,9 +1,10 @@
-"""The released models: which files each is made of, in every published layout, the settings
-it was made for, and how it is loaded.
+"""The released models: which files each is made of, in every published layout, the
+settings it was made for, and how it is loaded.
 
-`load_model` looks for the files of a row of `RELEASED` in the folders it is given, in the
-original, the diffusers and both DC-VideoGen layouts, and says exactly which are missing;
-nothing is downloaded unasked. It also loads the embedded toys and what adapt.py writes.
+`load_model` looks for the files of a row of `RELEASED` in the folders it is given, in
+the original, the diffusers and both DC-VideoGen layouts, and says exactly which are
+missing; nothing is downloaded unasked. It also loads the embedded toys and what
+adapt.py writes.
 """
 import dataclasses
 import json
@@ -137,8 +138,8 @@ def settings_of(row):
 
 
 def find(patterns, folders):
-    """The first of the patterns that exists in one of the folders -> a file, or the folder
-    that holds several; None if there is none."""
+    """The first of the patterns that exists in one of the folders -> a file, or the
+    folder that holds several; None if there is none."""
     for folder in folders:
         for pattern in patterns:
             found = sorted(Path(folder).glob(pattern))
@@ -148,9 +149,9 @@ def find(patterns, folders):
 
 
 def locate(name, folders, optional=()):
-    """Where the parts of a released model lie -> {part: path}. Missing parts are a UserError
-    that lists them and the command that fetches them; parts in `optional` may be missing
-    (their path is None)."""
+    """Where the parts of a released model lie -> {part: path}. Missing parts are a
+    UserError that lists them and the command that fetches them; parts in `optional` may
+    be missing (their path is None)."""
     row = RELEASED[name]
     found = {part: find(patterns, folders) for part, patterns in row.files.items()}
     missing = [part for part in found if found[part] is None and part not in optional]
@@ -168,8 +169,8 @@ def locate(name, folders, optional=()):
 
 
 def wanted(name):
-    """Patterns to download: the repo's own layout, and the small files (configs, indices)
-    beside the weights."""
+    """Patterns to download: the repo's own layout, and the small files (configs,
+    indices) beside the weights."""
     return [*(patterns[0] for patterns in RELEASED[name].files.values()), "*.json"]
 
 
@@ -180,8 +181,8 @@ def download_command(name, folder):
 
 
 def download(name, folder):
-    """Fetch a model's files with the hub's own client, resumable; a UserError says what to
-    install where it is missing."""
+    """Fetch a model's files with the hub's own client, resumable; a UserError says what
+    to install where it is missing."""
     repo = RELEASED[name].repo
     if repo is None:
         raise UserError(f"no place to fetch {name} from is known: leave --download away and name "
@@ -206,10 +207,11 @@ def load_model(name="dc", weights=(), loras=(), dtype=torch.float32, device="cpu
                text_cache=None):
     """A model by name -> Model on `device`.
 
-    "base" and "dc": the embedded toy models. A name of RELEASED: its files in the folders
-    `weights` (default: checkpoints/NAME). A folder written by adapt.py: its merged model; a
-    LoRA file of such a folder is put on the embedded base. `loras`: `models.Lora`, or
-    (file, strength), put on the transformer. dtype: of the transformer's matrix products.
+    "base" and "dc": the embedded toy models. A name of RELEASED: its files in the
+    folders `weights` (default: checkpoints/NAME). A folder written by adapt.py: its
+    merged model; a LoRA file of such a folder is put on the embedded base. `loras`:
+    `models.Lora`, or (file, strength), put on the transformer. dtype: of the
+    transformer's matrix products.
     """
     one = isinstance(weights, (str, Path))
     folders = [Path(w) for w in ([weights] if one else weights)]
@@ -285,15 +287,15 @@ def ends(config):
 
 
 def ae_type(name, dtype):
-    """The released programs run the Wan VAE in fp32 and the DC-AE-V in bf16; on request of
-    fp32 all is fp32."""
+    """The released programs run the Wan VAE in fp32 and the DC-AE-V in bf16; on request
+    of fp32 all is fp32."""
     return dtype if name.startswith("dc-") else torch.float32
 
 
 def stored_settings(folders, dc):
-    """Settings that a folder in diffusers' layout brings: the experts' boundary, and for
-    DC-VideoGen the schedule's shift. (The diffusers conversions of the base models bring
-    one too, but not the one their original programs use.)"""
+    """Settings that a folder in diffusers' layout brings: the experts' boundary, and
+    for DC-VideoGen the schedule's shift. (The diffusers conversions of the base models
+    bring one too, but not the one their original programs use.)"""
 
     def stored(file, key):
         path = find([file], folders)
@@ -306,8 +308,8 @@ def stored_settings(folders, dc):
 
 
 def outline(name, dtype=torch.float32):
-    """A released model without its files, of published shapes: enough to plan memory, not
-    to run."""
+    """A released model without its files, of published shapes: enough to plan memory,
+    not to run."""
     row = RELEASED[name]
     with torch.device("meta"):
         if name.startswith("dc-"):
@@ -349,10 +351,11 @@ def transformer_files(stem):
 
 
 def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", text_cache=None):
-    """A folder written by adapt.py: ae.safetensors and transformer.safetensors (for Wan 2.2
-    also transformer_2, for low noise), or folders of these names in diffusers' layout. How
-    it samples stands in the transformer's header; without that it is taken for the released
-    DC-VideoGen model of the same shape. Text (and image) encoder come from `folders`."""
+    """A folder written by adapt.py: ae.safetensors and transformer.safetensors (for Wan
+    2.2 also transformer_2, for low noise), or folders of these names in diffusers'
+    layout. How it samples stands in the transformer's header; without that it is taken
+    for the released DC-VideoGen model of the same shape. Text (and image) encoder come
+    from `folders`."""
     high = find(transformer_files("transformer"), [path])
     low = find(transformer_files("transformer_2"), [path])
     for stem, there in (("transformer", high), ("ae", (path / "ae.safetensors").is_file())):
@@ -379,8 +382,8 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", tex
 
 
 def is_wan(name):
-    """Is a model, by its name, anything but the toy? A folder is if its transformer reads
-    umT5's prompts."""
+    """Is a model, by its name, anything but the toy? A folder is if its transformer
+    reads umT5's prompts."""
     file = find(transformer_files("transformer"), [name])
     text_dim = dit.read_config(file).text_dim if file else toy.ToyText.text_dim
     return name in RELEASED or text_dim != toy.ToyText.text_dim

@@ -3,18 +3,18 @@
     prompt --clean--> text --SentencePiece--> m <= 512 token ids, the last one EOS
            --umT5-XXL--> context [b, m, 4096]
 
-The encoder is used once per video and is large (5.7 billion parameters, 11.4 GB in bf16), so
-it never stands beside the transformer: `WanText` holds paths, not weights. Called, it loads
-its network, uses it and frees it. Weights go from the file to their place tensor by tensor:
-loading to the CPU takes the model's size once, to a GPU hardly anything of the host.
-`WanText` can also keep what it made (`--text-cache FILE`); whoever has that file needs no
-text encoder and no tokenizer.
+The encoder is used once per video and is large (5.7 billion parameters, 11.4 GB in
+bf16), so it never stands beside the transformer: `WanText` holds paths, not weights.
+Called, it loads its network, uses it and frees it. Weights go from the file to their
+place tensor by tensor: loading to the CPU takes the model's size once, to a GPU hardly
+anything of the host. `WanText` can also keep what it made (`--text-cache FILE`);
+whoever has that file needs no text encoder and no tokenizer.
 
     WanText(encoder, tokenizer, device="cuda")(["a cat", "..."])
         -> context [b, m, 4096], zero rows past the end of each prompt
 
-Parameter names are those of the original checkpoints; `from_state_dict` and `load` also take
-transformers' names.
+Parameter names are those of the original checkpoints; `from_state_dict` and `load` also
+take transformers' names.
 """
 import copy
 import gc
@@ -38,11 +38,11 @@ from kernels import matmul_type, rms_norm
 
 
 def clean_prompt(text):
-    """The cleaning that the models were trained with: repair mojibake, fold wide punctuation
-    ("，" becomes ","), resolve HTML entities, one space between words. The package ftfy does
-    the first two; it is asked for only where it might do more than fold, which plain ASCII
-    and common Chinese without entities never need (so the default negative prompt does
-    without it)."""
+    """The cleaning that the models were trained with: repair mojibake, fold wide
+    punctuation ("，" becomes ","), resolve HTML entities, one space between words. The
+    package ftfy does the first two; it is asked for only where it might do more than
+    fold, which plain ASCII and common Chinese without entities never need (so the
+    default negative prompt does without it)."""
     common = re.fullmatch(r"[\t\n\f\r -~\u4e00-\u9fff\uff01-\uff5e。、《》]*", text)
     if common:  # the wide forms of ASCII stand in its order
         text = re.sub(r"[\uff01-\uff5e]", lambda m: chr(ord(m[0]) - 0xFEE0), text)
@@ -62,8 +62,8 @@ def shorten(text):  # for messages
 
 
 class Tokenizer:
-    """Sentences -> token ids of umT5's SentencePiece vocabulary, from `tokenizer.json`. Ends
-    with EOS, has no BOS; the ids of EOS and padding are the file's."""
+    """Sentences -> token ids of umT5's SentencePiece vocabulary, from `tokenizer.json`.
+    Ends with EOS, has no BOS; the ids of EOS and padding are the file's."""
 
     def __init__(self, path, length=512):
         self.length = length
@@ -93,8 +93,8 @@ class Tokenizer:
         return self.reader.encode(text, add_special_tokens=False).ids
 
     def __call__(self, prompts):
-        """List of b cleaned prompts -> ids, mask [b, l], int64, l = the longest; a prompt cut
-        to `length` tokens brings a warning."""
+        """List of b cleaned prompts -> ids, mask [b, l], int64, l = the longest; a
+        prompt cut to `length` tokens brings a warning."""
         rows = []
         for prompt in prompts:
             row, most = self.encode(prompt), self.length - 1
@@ -110,12 +110,12 @@ class Tokenizer:
 
 
 def position_buckets(length, buckets=32, farthest=128):
-    """Which row of the bias table belongs to each pair (query, key): [l, l]. Half of the
-    buckets for each sign of key - query; in each half one bucket per distance while near,
-    then logarithmically wider ones up to `farthest`, the last for all beyond.
+    """Which row of the bias table belongs to each pair (query, key): [l, l]. Half of
+    the buckets for each sign of key - query; in each half one bucket per distance while
+    near, then logarithmically wider ones up to `farthest`, the last for all beyond.
 
-    On the CPU always: at distances such as 16 and 32 the logarithm's quotient is a whole
-    number and the last bit of a device would decide.
+    On the CPU always: at distances such as 16 and 32 the logarithm's quotient is a
+    whole number and the last bit of a device would decide.
     """
     half, exact = buckets // 2, buckets // 4
     offset = torch.arange(length) - torch.arange(length)[:, None]
@@ -144,8 +144,8 @@ class T5Block(nn.Module):
                                   "fc2": linear(ffn_dim, dim)})
 
     def forward(self, x, buckets, padding):
-        """x [b l d], buckets [l l], padding [b 1 1 l]: True where a key is none. The logits
-        are not divided by sqrt(c)."""
+        """x [b l d], buckets [l l], padding [b 1 1 l]: True where a key is none. The
+        logits are not divided by sqrt(c)."""
         y, split = self.norm1(x), "b l (n c) -> b n l c"
         q, k, v = (rearrange(self.attn[name](y), split, n=self.heads) for name in "qkv")
         bias = self.pos_embedding.embedding(buckets).permute(2, 0, 1)  # n l l
@@ -160,11 +160,12 @@ class T5Block(nn.Module):
 class UMT5(nn.Module):
     """The encoder of umT5: net(ids, mask) -> states. The defaults are umT5-XXL's.
 
-    A T5 encoder: no biases, an RMS norm before each branch, a gated MLP, and no positions
-    but a learned bias on the attention logits, one per head and bucket of the distance.
-    Unlike in T5, each layer has its own table. Norm statistics and softmax in fp32, all else
-    in the weights' dtype; fp16 would overflow. On a CPU without bf16 units a bf16 encoder
-    computes in fp32, one widened block at a time (see `kernels.matmul_type`).
+    A T5 encoder: no biases, an RMS norm before each branch, a gated MLP, and no
+    positions but a learned bias on the attention logits, one per head and bucket of the
+    distance. Unlike in T5, each layer has its own table. Norm statistics and softmax in
+    fp32, all else in the weights' dtype; fp16 would overflow. On a CPU without bf16
+    units a bf16 encoder computes in fp32, one widened block at a time (see
+    `kernels.matmul_type`).
     """
 
     def __init__(self, vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64,
@@ -176,8 +177,8 @@ class UMT5(nn.Module):
         self.norm = RMSNorm(dim, 1e-6)
 
     def forward(self, ids, mask):
-        """Token ids and mask (0: padding) [b l] -> states [b l dim], zero where the mask is.
-        They do not depend on the padded length."""
+        """Token ids and mask (0: padding) [b l] -> states [b l dim], zero where the
+        mask is. They do not depend on the padded length."""
         x = self.token_embedding(ids)
         rows = self.blocks[0].pos_embedding.embedding.num_embeddings
         buckets = position_buckets(ids.shape[1], rows).to(ids.device)
@@ -192,8 +193,8 @@ class UMT5(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, heads=None, dtype=torch.float32, device="cpu"):
-        """State dict (tensors, or `Stored` ones) in either naming -> UMT5 in eval mode, sized
-        by the shapes; `heads`, if given, is checked against them."""
+        """State dict (tensors, or `Stored` ones) in either naming -> UMT5 in eval mode,
+        sized by the shapes; `heads`, if given, is checked against them."""
         sd = {rename(name, UMT5_NAMES): value for name, value in sd.items()}
         try:
             buckets, found = sd["blocks.0.pos_embedding.embedding.weight"].shape
@@ -213,8 +214,8 @@ class UMT5(nn.Module):
 
     @classmethod
     def load(cls, path, dtype=torch.bfloat16, device="cpu"):
-        """The original .pth, a .safetensors file, or a transformers folder (single file or
-        shards with index) -> UMT5 in eval mode."""
+        """The original .pth, a .safetensors file, or a transformers folder (single file
+        or shards with index) -> UMT5 in eval mode."""
         return cls.from_state_dict(open_tensors(path)[0], dtype=dtype, device=device)
 
 
@@ -243,8 +244,8 @@ def count(sd, layers):
 
 
 def release():
-    """After a network was deleted: its memory goes back to the system and the GPU now, not
-    at some later time."""
+    """After a network was deleted: its memory goes back to the system and the GPU now,
+    not at some later time."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -254,11 +255,11 @@ def release():
 
 
 class WanText:
-    """Prompts -> context, through umT5 and its tokenizer: loaded when a prompt is new, freed
-    right after.
+    """Prompts -> context, through umT5 and its tokenizer: loaded when a prompt is new,
+    freed right after.
 
-    encoder_path, tokenizer_path: as `UMT5.load` and `Tokenizer` take them; None or missing
-    will do while every prompt is in the cache.
+    encoder_path, tokenizer_path: as `UMT5.load` and `Tokenizer` take them; None or
+    missing will do while every prompt is in the cache.
     cache: a .safetensors file that keeps what was encoded, {hash of the cleaned prompt:
     states [m, text_dim]}, the prompts in its header.
     """
@@ -273,9 +274,10 @@ class WanText:
         self.known = self.read_cache()  # and what this object encodes
 
     def __call__(self, prompts):
-        """List of sentences -> context [b, m, text_dim], fp32 on the CPU, m = the longest
-        prompt's length, zero rows past the others' ends. One call with all prompts of a run,
-        the negative one included, loads the encoder once; a prompt is encoded only once."""
+        """List of sentences -> context [b, m, text_dim], fp32 on the CPU, m = the
+        longest prompt's length, zero rows past the others' ends. One call with all
+        prompts of a run, the negative one included, loads the encoder once; a prompt is
+        encoded only once."""
         if new := self.uncached(prompts):
             self.known |= self.encode(new)
             self.write_cache(new)
