@@ -98,7 +98,7 @@ def no_graph(model, plain=False):
 
 
 @torch.no_grad()
-def generate(model, context, image=None, last_image=None, null=None, noise=None,
+def generate(model, context, image=None, *, last_image=None, null=None, noise=None,
              progress=False, sampling=None, **settings):
     """The guided loop -> latent [b, z, t, h, w] in the transformer's scale, fp32.
 
@@ -528,8 +528,10 @@ def produce(run):
             context, null = model.contexts([args.prompt], args.negative)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # told now, not after the work
+        first, last = run.images
         with run.seconds("transformer"):
-            latent = generate(model, context, *run.images, null=null, progress=True, sampling=s)
+            latent = generate(model, context, first, last_image=last, null=null, progress=True,
+                              sampling=s)
         settings = {"settings": settings_of(run)}
         checkpoint.save_tensors(run.file(".safetensors"), {"latent": latent}, settings)
     with run.seconds("decode"):

@@ -170,7 +170,7 @@ def test_pipelines(tiny_folders, name, pictures):
 
     context, null = model.contexts([prompt])
     first, last = ([tensor(p) for p in given] + [None, None])[:2]
-    z = sample.generate(model, context, first, FRAMES, SIZE, steps=20, guidance=(low, high) if model.low else high, solver="unipc_diffusers",
+    z = sample.generate(model, context, first, frames=FRAMES, size=SIZE, steps=20, guidance=(low, high) if model.low else high, solver="unipc_diffusers",
                         shift=pipe.scheduler.config.flow_shift, noise=noise, null=null, last_image=last)
     ours = torch.cat(list(model.decode(z, FRAMES, SIZE)), dim=2)[0].transpose(0, 1) / 2 + 0.5
 
