@@ -138,18 +138,24 @@ class PatchEmbedder(nn.Conv3d):
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """What both kinds have: four projections, and norms of queries and keys."""
+
     def __init__(self, c):
         super().__init__()
         self.heads, self.eps = c.heads, c.eps
         self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
 
+    def split(self, x):  # b l d -> b l n c
+        return x.unflatten(2, (self.heads, -1))
+
+
+class SelfAttention(Attention):
     def forward(self, x, rope):  # b l d
         q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.heads, self.eps)
         k = rms_norm_rope(self.k(x), self.norm_k.weight, rope, self.heads, self.eps)
-        v = self.v(x).unflatten(2, (self.heads, -1))  # b l n c
-        return self.o(attention(q, k, v).flatten(2))
+        return self.o(attention(q, k, self.split(self.v(x))).flatten(2))
 
 
 class Context(NamedTuple):
@@ -178,16 +184,13 @@ class Time(NamedTuple):
     e0: torch.Tensor  # 1 g 6 d, for the blocks
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Tokens look at the prompt; with an image branch the same queries look at the
     picture in a second, separate softmax and the two results are added before the
     output projection. No positions, no mask."""
 
     def __init__(self, c):
-        super().__init__()
-        self.heads, self.eps = c.heads, c.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(c.dim, c.eps), nn.RMSNorm(c.dim, c.eps)
+        super().__init__(c)
         if c.image_dim:
             self.k_img, self.v_img = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, c.dim)
             self.norm_k_img = nn.RMSNorm(c.dim, c.eps)
@@ -207,9 +210,6 @@ class CrossAttention(nn.Module):
             return KeysValues(text)
         k = rms_norm(self.k_img(context.image), self.norm_k_img.weight, self.eps)
         return KeysValues(text, (self.split(k), self.split(self.v_img(context.image))))
-
-    def split(self, x):  # b l d -> b l n c
-        return x.unflatten(2, (self.heads, -1))
 
 
 def modulation(n, dim):
@@ -505,12 +505,6 @@ def to_diffusers(sd):
     return {layouts.to_diffusers(k): v for k, v in sd.items()}
 
 
-def infer_config(sd, heads=None):
-    """Config from the shapes of a state dict in original names; no shape shows the
-    heads: 128 channels each by default."""
-    return Config(**layouts.sizes(sd, heads))
-
-
 ENDS = ("patch_embedding", "head")  # the modules that touch the latent
 
 
@@ -556,11 +550,12 @@ def inherit(base, config, share=False):
 
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu",
                     what="the transformer state dict"):
-    """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode.
+    """State dict (tensors or Stored) in any published spelling -> WanDiT in eval mode,
+    sized by `config` or by the shapes (which do not show the heads: 128 channels each).
     With `dtype` bf16 the large matrices are stored in it. Strict: a missing, unexpected
     or wrongly shaped tensor is a UserError that names it, and `what` holds it."""
     sd = layouts.original(sd)
-    config = config or infer_config(sd, heads)
+    config = config or Config(**layouts.sizes(sd, heads))
     with torch.device("meta"):  # every tensor is filled below, one at a time
         net = WanDiT(config).cast_weights(dtype)
     return load_strict(net.to_empty(device=device), sd, what).eval()

@@ -54,6 +54,7 @@ def relative(a, b):
 
 # ---------------------------------------------------------------------------------------------- equal to the reference
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_output_equals_reference(case):
@@ -119,8 +120,8 @@ def test_preset_has_the_published_size_and_is_inferred_from_its_shapes(name):
     with torch.device("meta"):
         net = dit.WanDiT(dit.PRESETS[name])
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
-    assert dit.infer_config(net.state_dict()) == dit.PRESETS[name]
-    assert dit.infer_config(layouts.original(dit.to_diffusers(net.state_dict()))) == dit.PRESETS[name]
+    for sd in (net.state_dict(), layouts.original(dit.to_diffusers(net.state_dict()))):
+        assert dit.Config(**layouts.sizes(sd)) == dit.PRESETS[name]
 
 
 @pytest.mark.parametrize("name, keys, block", [
@@ -135,6 +136,7 @@ def test_key_counts_and_block_sizes(name, keys, block):
 
 # ----------------------------------------------------------------------------------------------------------- exactness
 
+@pytest.mark.core
 @pytest.mark.parametrize("patch, image_dim", [((1, 2, 2), None), ((1, 1, 1), 16), ((3, 2, 1), None)])
 @torch.inference_mode()
 def test_batch_of_two_equals_two_batches_of_one(patch, image_dim):
@@ -177,6 +179,7 @@ def test_times_of_all_steps_at_once(timesteps):
         assert (net(x, time, context) - net(x, t.expand(2, *t.shape), context)).abs().max() < 1e-5
 
 
+@pytest.mark.core
 @torch.inference_mode()
 def test_prompt_computed_once():
     """Keys and values of a prompt serve every step; padded by the caller or not, the result is the plain one."""

@@ -19,6 +19,7 @@ TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), 
 
 # -------------------------------------------------------------------------------------------------- reading and writing
 
+@pytest.mark.core
 def test_tensors_and_metadata_come_back(tmp_path):
     wrote = {"step": 12, "config": {"dim": 3, "patch": [1, 2]}, "note": "1.3b base"}
     save_tensors(tmp_path / "new folder" / "w.safetensors", TENSORS, wrote)
@@ -112,6 +113,7 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.core
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))], ids=["torch", "pickle"])
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, write):
@@ -194,6 +196,7 @@ def test_load_strict_copies_and_converts():
     assert net.weight.dtype == torch.float32 and (net.weight == 1).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("tensors, says", [
     ({"weight": torch.zeros(2, 3)}, "1 missing (first: bias)"),
     ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "scale": W}, "1 unexpected (first: scale)"),

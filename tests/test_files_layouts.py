@@ -65,6 +65,7 @@ PAIRS = {  # original: diffusers
 }
 
 
+@pytest.mark.core
 def test_original_and_diffusers_names():
     pairs = dict(PAIRS)
     for case in CASES.values():
@@ -100,6 +101,7 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_spelling_is_the_same_network(tmp_path, layout):
     net = tiny()

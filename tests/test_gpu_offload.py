@@ -15,6 +15,7 @@ def inputs(net):
     return draw(2, net.config.in_channels, 3, 4, 6), torch.tensor([20.0, 900.0]), draw(2, 5, 8)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()

@@ -46,10 +46,21 @@ def twins_agree(function, twin, *inputs, tolerance=1e-5):
 # ---------------------------------------------------------------------------------------------------- the transformer
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("keys, length", [(8, 40), (100, 40), (300, 40), (300, 300)])
 def test_attention(keys, length):
     q, k, v = (torch.randn(2, n, 3, 32) for n in (length, keys, keys))
     twins_agree(kernels.attention, kernels.attention_plain, q, k, v)
+
+
+@pytest.mark.parametrize("keys, training, explicit", [(400, True, True), (400, False, False), (1200, True, False)])
+def test_the_form_of_attention_on_the_cpu(monkeypatch, keys, training, explicit):
+    """In bf16 the scores are written out for up to 1024 keys where gradients are recorded, for up to 256 where not."""
+    called, library = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: called.append(1) or library(*a))
+    q, k, v = (torch.randn(1, n, 2, 16, dtype=BF16, requires_grad=training) for n in (8, keys, keys))
+    kernels.attention(q, k, v)
+    assert bool(called) != explicit
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 48), (2, 64, 48)])
@@ -102,6 +113,7 @@ def test_rms_norm_and_rotation():
     assert torch.equal(x, kept)  # it works in place, but on its own copy
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_whole_transformer(slow, groups):
     """The switch reaches every operation; fp32 to 1e-5."""
@@ -175,6 +187,7 @@ def test_shuffle_and_its_shortcut(slow, layout, cin, cout, r, t):
     assert torch.equal(chunk_causal.pixel_unshuffle(chunk_causal.pixel_shuffle(y, r, t), r, t), y)
 
 
+@pytest.mark.core
 def test_a_whole_autoencoder(slow):
     """Encode and decode, two chunks, in the layout and grouping that sampling uses, against the plain path in the usual layout."""
     torch.manual_seed(1)

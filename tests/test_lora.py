@@ -49,6 +49,7 @@ def trained(net, rank=4, alpha=8, **more):
 
 # ----------------------------------------------------------------------------------------------------- wrap and merge
 
+@pytest.mark.core
 def test_at_step_0_the_wrapped_net_is_the_base_bit_for_bit():
     base = tiny().requires_grad_(False)    # frozen alike: for trainable weights torch may pick another rounding
     wrapped = lora.wrap(tiny(), rank=4, alpha=8)
@@ -60,6 +61,7 @@ def test_at_step_0_the_wrapped_net_is_the_base_bit_for_bit():
         kernels.use(plain=False)
 
 
+@pytest.mark.core
 def test_merged_equals_wrapped():
     net = trained(tiny())
     live = output(net)
@@ -125,6 +127,7 @@ def test_wrapping_twice_or_nothing_is_refused():
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
+@pytest.mark.core
 @pytest.mark.parametrize("format", ["peft", "comfyui", "kohya"])
 def test_save_and_load_in_every_layout(tmp_path, format):
     net = trained(tiny(), rank=4, alpha=6, full=FULL)

@@ -11,14 +11,12 @@ import pickle
 import re
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ae
 import dit
@@ -29,8 +27,8 @@ import toy
 from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError
-from gpu import choose, fp8
-from wan import memory, released
+from gpu import choose
+from wan import released
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
 
@@ -51,6 +49,7 @@ def spy(model):
 # ---------------------------------------------------------------------------------------------------- the guided loop
 
 
+@pytest.mark.core
 def test_a_seed_is_a_video(model):
     context = model.text(["a red circle"])
     first, again, other = (sample.generate(model, context, seed=s, **SMALL) for s in (1, 1, 2))
@@ -73,6 +72,7 @@ def test_prompts_may_be_attributes(model):
     assert torch.equal(sample.videos(model, words, **SMALL)[0], sample.videos(model, sentence, **SMALL)[0])
 
 
+@pytest.mark.core
 def test_guidance_takes_two_passes_and_guidance_1_only_one(model, spy):
     context = model.text(["a red circle"])
     sample.generate(model, context, guidance=1, plain=True, **SMALL)
@@ -136,6 +136,7 @@ def test_any_length_and_size_is_what_comes_out(model, frames, size):
     assert torch.cat(pieces, dim=2).shape == (1, 3, frames, *size) and all(p.shape[2] for p in pieces)
 
 
+@pytest.mark.core
 def test_the_streamed_decode_equals_the_whole(model):
     z = sample.generate(model, model.text(["a red circle"]), frames=33, size=(50, 70), steps=1)
     pieces = list(model.decode(z, 33, (50, 70)))
@@ -237,50 +238,6 @@ def test_slow_path_equals_the_fast_one(tiny_toy, out):
     kernels.use()
 
 
-# ---------------------------------------------------------------------------------------------------- approximate, off by default
-
-
-def test_eight_bit_products():
-    """Off by 4 % of the result's norm, whatever the width, the scale of a token or of a channel; a token far out does not spoil the others."""
-    for width in (64, 1536):
-        linear, x = torch.nn.Linear(width, 48), torch.randn(2, 5, width)
-        linear.weight.data *= torch.logspace(-3, 3, 48)[:, None]
-        linear.bias.data.zero_()
-        x[0, 0] *= 1e4
-        size = x.norm(dim=-1, keepdim=True) * linear.weight.norm(dim=1)  # what each result is made of
-        exact, error = linear(x) / size, (fp8.Linear(linear)(x) - linear(x)) / size
-        assert 0.03 < error.norm() / exact.norm() < 0.045
-        assert (error.norm(dim=-1) < 0.06 * exact.norm(dim=-1).mean()).all()  # of every token
-
-
-@torch.no_grad()
-def test_eight_bit_products_are_called_as_a_gpu_wants_them(monkeypatch):
-    """Shapes, types and memory order pass the checks of torch's own kernel, on tensors that only pretend to be on a GPU; a wrong scale does not."""
-    monkeypatch.setattr(fp8, "hardware", lambda device: True)
-    with FakeTensorMode():
-        fake = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device="cuda", dtype=dtype)
-        layer = fp8.Linear(types.SimpleNamespace(weight=fake(512, 1536), bias=fake(512)))
-        y = layer(fake(2, 77, 1536))
-        assert y.shape == (2, 77, 512) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
-        with pytest.raises(RuntimeError, match="Invalid scaling configuration"):
-            fp8.multiply(fake(77, 1536, dtype=fp8.DTYPE), fake(77, 2, dtype=torch.float32), layer.weight, layer.scale, layer.bias, torch.bfloat16)
-
-
-@torch.no_grad()
-def test_a_transformer_in_eight_bits(tiny_toy):
-    """The large products of the blocks and nothing else; once converted it stays so."""
-    net = dit.WanDiT(dit.Config(dim=64, ffn_dim=128, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=32)).eval()
-    torch.nn.init.normal_(net.head.head.weight, std=0.1)
-    inputs = torch.randn(1, 4, 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 7, 32)
-    exact = net(*inputs)
-    fp8.convert(net)
-    first = net(*inputs)
-    assert 1e-3 < (first - exact).norm() / exact.norm() < 0.1
-    assert torch.equal(fp8.convert(net)(*inputs), first)
-    kinds = {name: type(module) for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, fp8.Linear))}
-    assert all((kind is fp8.Linear) == (name.startswith("blocks.") and name.split(".", 2)[2] in fp8.LAYERS) for name, kind in kinds.items())
-
-
 def test_eight_bits_from_the_command_line(tiny_toy, out, capsys):
     """On a device that multiplies no fp8 the same numbers are computed in fp32, and the first lines say so."""
     sample.main(["--prompt", "a ring", "--out", str(out), "--name", "a", "--fp8", *QUICK])
@@ -304,54 +261,7 @@ def test_frames_are_made_ahead():
     assert used == made == [0, 1, 2, 3, 4]
 
 
-# ---------------------------------------------------------------------------------------------------- choices by measuring
-
-
-def test_attention_is_chosen_by_time_among_the_right_ones(monkeypatch):
-    """A backend that is wrong, or has no kernel for this GPU, is not taken however fast."""
-    def missing(q, k, v):
-        raise RuntimeError("No available kernel. Aborting execution.\nmore")
-
-    clock = iter([3.0, 2.0])
-    monkeypatch.setattr(choose, "seconds", lambda task: next(clock))
-    q, k, v = torch.randn(3, 1, 80, 2, 16)
-    times, wrong = choose.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
-    assert times == {"slow": 3.0, "right": 2.0}
-    assert wrong["none"] == "No available kernel. Aborting execution." and wrong["wrong"].startswith("relative error ")
-
-
-def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
-    """Switches are torch's own, so this much runs without a GPU; None puts them back."""
-    switched = lambda: (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
-                        torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
-    monkeypatch.setattr(choose, "seconds", lambda task: 1.0 + torch.backends.cuda.flash_sdp_enabled())
-    name, line = choose.choose_attention(torch.device("cpu"), 300, 2, 16, torch.float32)
-    assert name in ("cudnn", "efficient") and re.match(rf"attention: {name}, 1000.00 ms for 300 tokens", line)
-    assert switched() == (name == "cudnn", False, True, True)
-    choose.set_attention(None)
-    assert switched() == (True, True, True, True)
-
-
-@pytest.mark.parametrize("errors, times, dtype, layout, says", [
-    ((0.003, 0.003), (1.0, 2.0), torch.bfloat16, torch.channels_last_3d, "bf16, channels last, .* relative error 0.003$"),
-    ((0.003, 0.003), (9.0, 2.0), torch.bfloat16, torch.contiguous_format, "bf16, channels first"),
-    ((0.9, 0.003), (1.0, 2.0), torch.bfloat16, torch.contiguous_format, "bf16, channels first, .*; channels last is computed wrongly"),
-    ((0.9, float("nan")), (1.0, 2.0), torch.float32, torch.channels_last_3d, "fp32, because this build computes them wrongly in bf16 .relative errors 0.9 and nan"),
-])
-def test_the_convolution_is_checked_before_it_is_used(errors, times, dtype, layout, says):
-    """Several builds compute bf16 convolutions wrongly or slowly; the autoencoder then runs in another layout, or in fp32."""
-    trials = iter(zip(errors, times))
-    found = choose.choose_convolution(torch.device("cpu"), torch.bfloat16, lambda *_: next(trials))
-    assert (found.dtype, found.layout) == (dtype, layout) and re.search(says, found.line)
-
-
-def test_the_check_of_a_convolution_can_fail(monkeypatch):
-    x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
-    check = lambda: choose.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d, clock=lambda task: 1.0)[0]
-    assert 1e-4 < check() < 0.01
-    right = torch.nn.functional.conv3d
-    monkeypatch.setattr(choose.F, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (1 if x.dtype == torch.float32 else 1.05))
-    assert check() > 0.02
+# ---------------------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -385,18 +295,6 @@ def test_streamed_blocks_are_neither_compiled_nor_eight_bits():
         sample.check_streamed(model, sample.Sampling(fp8=True))
 
 
-def test_kernels_say_why_they_are_plain(monkeypatch):
-    """No GPU; no Triton on a machine that has one; switched off."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert "for CUDA, not cpu" in choose.choose_kernels(cpu)
-    monkeypatch.delattr("gpu.triton_kernels", raising=False)
-    monkeypatch.setitem(sys.modules, "gpu.triton_kernels", None)  # importing it now fails, as without Triton
-    assert "plain (ModuleNotFoundError: " in choose.choose_kernels(cuda)
-    assert choose.choose_kernels(cuda, plain=True) == "thin operations: plain (switched off)"
-    assert kernels.plain()
-    kernels.use()
-
-
 # ---------------------------------------------------------------------------------------------------- image to video
 
 
@@ -427,27 +325,6 @@ def test_a_text_to_video_model_refuses_a_picture(model):
         sample.generate(text_only, context, torch.zeros(1, 3, 32, 32), **SMALL)
 
 
-# ---------------------------------------------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize("gib, offload, whole", [(200, "none", True), (48, "none", False), (36, "parts", True), (16, "blocks", False)])
-def test_the_plan_moves_as_little_as_fits(gib, offload, whole):
-    """DC-VideoGen 14B at 720p, 27 GiB of weights, on GPUs of several sizes: known from shapes alone, before anything is loaded."""
-    model = released.outline("dc-wan2.1-t2v-14b", torch.bfloat16)
-    model.device = torch.device("cuda")
-    way, tile, needs = memory.plan(model, 80, (704, 1280), torch.bfloat16, fold=1, free=gib * 2**30)
-    assert (way, tile is None) == (offload, whole)
-    assert max(needs["denoising_peak"], needs["decode_peak"]) <= 0.9 * gib
-    assert 26 < needs["transformer"] < 28
-
-
-def test_what_cannot_fit_is_refused_before_the_work():
-    model = released.outline("wan2.1-t2v-14b", torch.bfloat16)
-    model.device = torch.device("cuda")
-    with pytest.raises(UserError, match=r"denoising of 81 frames of 720x1280 needs about 10\.. GiB, but cuda has 4.0 GiB free: use a smaller --size"):
-        memory.plan(model, 81, (720, 1280), torch.bfloat16, fold=1, free=4 * 2**30)
-
-
 # ---------------------------------------------------------------------------------------------------- command line
 
 QUICK = ["--frames", "5", "--size", "50x70", "--steps", "2"]
@@ -474,6 +351,7 @@ def refusal(capsys, *argv):
     return said
 
 
+@pytest.mark.core
 def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsys):
     sample.main(["--prompt", "a red circle", "--name", "a", "--out", str(out), "--seed", "3", *QUICK])
     assert files(out) == ["a.json", "a.mp4", "a.png", "a.safetensors"]

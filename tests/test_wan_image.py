@@ -21,6 +21,7 @@ def clip_reference():
     return noise | weights, tensors, notes
 
 
+@pytest.mark.core
 @torch.inference_mode()
 def test_clip_equals_reference():
     weights, tensors, notes = clip_reference()

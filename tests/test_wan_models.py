@@ -234,6 +234,7 @@ class Constant(torch.nn.Module):
         return torch.full_like(x, context.mean())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("steps, shift", [(8, 12.0), (5, 2.0)])
 def test_experts_take_turns_at_the_boundary_each_with_its_guidance(load, steps, shift):
     model = load("wan2.2-t2v-a14b")
@@ -297,6 +298,7 @@ def stub_autoencoder(mix, scale, factor=32, lead=4):
     return stub
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_text_to_video_equals_the_reference(solver, plain):
@@ -308,6 +310,7 @@ def test_text_to_video_equals_the_reference(solver, plain):
     torch.testing.assert_close(z[0], tensors[f"latents_{solver}"], rtol=0, atol=2e-4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("plain", [False, True])
 def test_dc_videogen_image_to_video_equals_the_reference(plain):
     """Condition (mask and latent) and the whole guided loop of the released pipeline."""

@@ -178,6 +178,7 @@ def test_a_missing_tokenizer_is_told(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- umT5
 
 
+@pytest.mark.core
 @torch.inference_mode()
 def test_umt5_equals_reference():
     weights, tensors, notes = reference("umt5_tiny")
