@@ -107,8 +107,7 @@ PRESETS = {
     # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches of 4.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),
     # What "small" is measured by: f8t4c16 of about as many operations, causal as the Wan VAE.
-    "small-base": Config(
-        (0, 48, 64, 64), (0, 1, 1, 6), 16, chunk=8, patch=4, temporal="causal"),
+    "small-base": Config((0, 48, 64, 64), (0, 1, 1, 6), 16, 8, patch=4, temporal="causal"),
 }
 
 
@@ -147,11 +146,11 @@ class ConvLayer(nn.Module):
 class ResBlock(nn.Module):
     """x + RMSNorm(conv(SiLU(conv(x)))), the second convolution without bias."""
 
-    def __init__(self, channels, chunk, temporal):
+    def __init__(self, width, chunk, temporal):
         super().__init__()
         self.main = nn.ModuleDict({
-            "conv1": ConvLayer(channels, channels, chunk, temporal, act=True),
-            "conv2": ConvLayer(channels, channels, chunk, temporal, bias=False, norm=True)})
+            "conv1": ConvLayer(width, width, chunk, temporal, act=True),
+            "conv2": ConvLayer(width, width, chunk, temporal, bias=False, norm=True)})
 
     def forward(self, x, state=None):
         state1, state2 = split_state(state, 2)
@@ -196,8 +195,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resampling up plus the duplicating shortcut: each channel of x repeated until a shuffle
-    gives `cout` channels, then shuffled."""
+    """Resampling up plus the duplicating shortcut: channels of x repeated, then shuffled."""
 
     def __init__(self, cin, cout, r, t, chunk, temporal):
         super().__init__()
@@ -254,8 +252,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped. Runs from the last stage to the
-    first."""
+    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped. The last stage runs first."""
 
     def __init__(self, c):
         super().__init__()
@@ -292,6 +289,8 @@ class VideoAutoencoder(nn.Module):
     repeating its last frame, row and column, and what comes back is cropped. Chunk after chunk
     goes through, so memory does not grow with length. (wan/vae.py is another one of these.)
     """
+
+    at_once = 0  # pixels below which the decoder takes several chunks: fixed costs rule there
 
     def encode(self, x):
         """[b, 3, T, H, W] -> latent [b, Z, *latent_shape(T, H, W)]."""
@@ -358,27 +357,23 @@ class VideoAutoencoder(nn.Module):
 
     def chunks_at_once(self, height, width):
         """Chunks of a latent of so many cells that one call of the decoder takes."""
-        return 1
+        c = self.config
+        return max(1, self.at_once // (c.piece * height * width * c.spatial_factor**2))
 
 
 class DCAEV(VideoAutoencoder):
     """DC-AE-V. The diffusion model's latent is `config.scale` times what `encode` gives."""
+
+    at_once = 2**17  # 32 frames of 64x64
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
-    def chunks_at_once(self, height, width):
-        """Several where one is so small that the layers' fixed costs are most of its time: up
-        to 32 frames of 64x64 pixels."""
-        c = self.config
-        return max(1, 2**17 // (c.piece * height * width * c.spatial_factor**2))
-
-    def load_official(self, state_dict):
+    def load_official(self, sd):
         """Copy an official state dict, bare or in its training container -> self, in eval."""
-        tensors = checkpoint.unwrap(state_dict)
-        return checkpoint.load_strict(self, tensors, "the autoencoder weights").eval()
+        return checkpoint.load_strict(self, checkpoint.unwrap(sd), "the autoencoder weights").eval()
 
 
 # ----------------------------------------------------------------------------- weight files
@@ -398,13 +393,12 @@ def infer_config(tensors, name=""):
         stage = int(match[1])
         widths[stage] = tensors[match[0]].shape[1]
         depths[stage] += match[2] == "conv1"  # the other convolution is the resampling's
+    shape = Config(widths, depths, len(tensors.get("encoder.project_out.conv.weight", ())))
     alike = []
-    if any(depths) and "encoder.project_out.conv.weight" in tensors:
-        latent_channels = len(tensors["encoder.project_out.conv.weight"])
-        shape = Config(widths, depths, latent_channels)
-        for c in PRESETS.values():
-            if (len(c.depths), c.first, c.latent_channels) == (n, shape.first, latent_channels):
-                alike.append(c)
+    for c in PRESETS.values() if any(depths) else ():
+        same_stages = len(c.depths) == n and c.first == shape.first
+        if same_stages and c.latent_channels == shape.latent_channels:
+            alike.append(c)
     if not alike:
         raise UserError(f"{name or 'this file'} holds no DC-AE-V of a known preset "
                         f"({', '.join(PRESETS)}): give another file, or in Python its Config.")
@@ -434,8 +428,7 @@ def load(path, config=None):
 def save(net, path, dtype=torch.float32, **metadata):
     """Write weights and config as safetensors, atomically; official key names."""
     tensors = {k: v.to(dtype) for k, v in net.state_dict().items()}
-    metadata = {"config": dataclasses.asdict(net.config), **metadata}
-    checkpoint.save_tensors(path, tensors, metadata)
+    checkpoint.save_tensors(path, tensors, {"config": dataclasses.asdict(net.config), **metadata})
 
 
 # ----------------------------------------------------------------------------- command line
@@ -444,14 +437,13 @@ def save(net, path, dtype=torch.float32, **metadata):
 def main(argv=None):
     """Each command lives in a file above this one, imported only when asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = ("reconstruct", "train", "eval", "compare")
     p = argparse.ArgumentParser(
         description="DC-AE-V, the deep compression video autoencoder.",
         usage="ae.py COMMAND ... (COMMAND --help says more)")
-    p.add_argument("command", choices=commands, help="reconstruct: a video file through the "
-                   "autoencoder; train: on the toy world or on a folder of clips; eval: table "
-                   "of PSNR, SSIM, ... for any autoencoder; compare: chunk-causal against "
-                   "causal and non-causal")
+    p.add_argument(
+        "command", choices=("reconstruct", "train", "eval", "compare"),
+        help="reconstruct: a video file through it; train: on the toy world or a folder of "
+        "clips; eval: a table of PSNR, SSIM, ...; compare: chunk-causal against the others")
     command = p.parse_args(argv[:1]).command
     if command == "reconstruct":
         from training.evaluate import main_reconstruct as run
