@@ -48,6 +48,7 @@ def tail_alone(net, x, chunk):
     return torch.cat([net(x[:, :, :body])[0], net(x[:, :, body:], ISOLATED)[0]], dim=2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", CASES)
 def test_reference_case(net, name):
     case = CASES[name]
@@ -272,6 +273,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------- exact in every cut
 
 
+@pytest.mark.core
 def test_streaming_is_the_whole_clip(net):
     """One call over three chunks, chunk by chunk, tiles of two chunks: equal to rounding."""
     x = clip(3 * CHUNK, 32, 64)
@@ -311,6 +313,7 @@ def test_streams_are_lazy(net):
     assert len(read) == 2
 
 
+@pytest.mark.core
 def test_prefix_and_causality(net):
     """Latents of a chunk depend on it and on earlier chunks, on all of their frames, and on nothing later, to the bit."""
     x = clip(3 * CHUNK)
@@ -335,6 +338,7 @@ def test_a_batch_is_its_clips(net):
     close(net(x), torch.cat([net(x[:1]), net(x[1:])]), 5e-5)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("frames", range(1, 2 * CHUNK + 1))
 def test_any_number_of_frames(net, frames):
     """Padded by repeating the last frame, then cropped. 9 frames give 9 frames."""

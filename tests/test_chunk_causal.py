@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chunk_causal import ISOLATED, TEMPORAL, Conv3d, pixel_shuffle, pixel_unshuffle, run_layers, split_state
+import kernels
+from chunk_causal import (
+    ISOLATED, TEMPORAL, Conv3d, pixel_shuffle, pixel_unshuffle, recut, run_layers, split_state)
 from conftest import golden
+from files.checkpoint import UserError
 
+pytestmark = pytest.mark.core
 CHUNK = 4
 UNITS = torch.load(golden("dc_ae_v_small.pt"), weights_only=True)["units"]
 
@@ -21,22 +25,30 @@ def clip(frames, channels=3, batch=2):
 
 
 def by_definition(conv, x, past=None):
-    """Every chunk X becomes [L | X | 0], L = the last frame of the chunk before; then a convolution without padding in time."""
-    left = torch.zeros_like(x[:, :, :1]) if past is None else past
-    out = []
-    for chunk in x.split(conv.chunk, dim=2):
-        padded = torch.cat([left, chunk, torch.zeros_like(chunk[:, :, :1])], dim=2)
-        out.append(F.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1)))
-        left = chunk[:, :, -1:]
-    return torch.cat(out, dim=2)
+    """y[q c + j] = bias + W0 xe(j - 1) + W1 xe(j) + W2 xe(j + 1), frame by frame."""
+    frames = list(x.unbind(2))
+    zeros = torch.zeros_like(frames[0])
+    taps = [lambda frame, w=w: F.conv2d(frame, w, padding=1) for w in conv.weight.unbind(2)]
+    before_all, c, out = zeros if past is None else past[:, :, 0], conv.chunk, []
+    for i, frame in enumerate(frames):
+        before = frames[i - 1] if i else before_all
+        after = zeros if i % c == c - 1 else frames[i + 1]  # nothing flows back across a border
+        out.append(taps[0](before) + taps[1](frame) + taps[2](after) + conv.bias.view(-1, 1, 1))
+    return torch.stack(out, dim=2)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("with_past", [False, True])
-def test_the_layer_is_its_definition(chunks, with_past):
+def test_the_layer_is_its_definition(chunks, with_past, plain):
+    """Without copies, and chunk by chunk as [L | X | 0], L the frame before the chunk X."""
     conv, x = Conv3d(3, 5, CHUNK), clip(chunks * CHUNK)
     past = clip(1) if with_past else None
-    y, state = conv(x, past)
+    kernels.use(plain=plain)
+    try:
+        y, state = conv(x, past)
+    finally:
+        kernels.use()
     assert torch.allclose(y, by_definition(conv, x, past), atol=1e-5)
     assert torch.equal(state, x[:, :, -1:])  # all that the next chunk needs to know
 
@@ -123,6 +135,15 @@ def stream(layers, x, cuts, state=None):
 def test_a_stream_in_pieces_is_the_whole_clip(temporal, cuts):
     layers, x = [Conv3d(3, 3, CHUNK, temporal) for _ in range(5)], clip(16)
     assert torch.allclose(stream(layers, x, cuts), run_layers(layers, x)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("first, lengths", [(None, [4, 4, 4, 1]), (1, [1, 4, 4, 4])])
+def test_pieces_cut_anywhere_become_chunks(first, lengths):
+    x = clip(13)
+    chunks = list(recut(x.split([3, 1, 7, 2], dim=2), 3, 4, first))
+    assert [c.shape[2] for c in chunks] == lengths and torch.equal(torch.cat(chunks, dim=2), x)
+    with pytest.raises(UserError, match="the layout is"):
+        next(recut([x.transpose(1, 2)], 3, 4))
 
 
 def test_a_non_causal_network_cannot_stream():

@@ -57,6 +57,7 @@ def places(net, side):
 # ---------------------------------------------------------------------------------------------------- exact
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("tile", [(2, 3), (1, 20), (5, 7)])
 def test_tiled_decode_is_the_untiled_one(net, tile):
     """Tiles that do not divide the frame, tiles wider than it, one tile for all; five latent frames, several calls of the layers."""
@@ -109,6 +110,7 @@ def test_longer_videos_hand_the_states_of_all_tiles_on(net, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- the halo
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layer, rows, expected", [
     ([(3, 1, 1)], (4, 8), (3, 9)),  # a 3x3 convolution
     ([(3, 1, 1)], (0, 8), (0, 9)),  # at the border of the frame the window ends there
@@ -132,6 +134,7 @@ def test_the_halo_of_the_published_decoder():
     assert found == (500 - halo, 501 + halo)
 
 
+@pytest.mark.core
 def test_the_halo_is_what_reaches_the_tile_and_no_more(net):
     """The outermost rows of the window change the tile, the rows beyond do not."""
     if any(layer.whole for layer in tiling.costs(type(net), net.config, "decoder", torch.float32)):

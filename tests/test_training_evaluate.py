@@ -99,6 +99,7 @@ def test_any_autoencoder_is_loaded(tmp_path, weights, monkeypatch):
         evaluate.load(tmp_path / "none.pt")
 
 
+@pytest.mark.core
 def test_a_stream_is_the_whole_clip_and_holds_nothing(weights):
     """A film of 64 frames, played twice and a bit: the first 24 frames are those of one call, and every frame comes out."""
     result = evaluate.stream(ae.load(weights), ROOT / "assets" / "bunny.mp4", 150, (32, 32), check=24)

@@ -48,6 +48,7 @@ def close(a, b, tolerance=2e-5):
 # ---------------------------------------------------------------------------------------------------- the reference tensors
 
 
+@pytest.mark.core
 def test_reference_encode_and_decode(net, name):
     data, stride = GOLDEN[name], NOTES[name].get("stride", 1)  # the shipped cut holds every 5th pixel of what comes out
     close(net.encode(data["in/video"]), data["out/latent"])
@@ -94,6 +95,7 @@ def raw(net, z):
     return net.conv2(z * net._constant("std", z) + net._constant("mean", z))
 
 
+@pytest.mark.core
 def test_streaming_is_the_whole_clip(net, name):
     """All frames in one call, or the first latent frames and then the others with the state handed on, give the same."""
     x, z = clip(net, 13), GOLDEN[name]["in/latent"]
@@ -132,6 +134,7 @@ def test_streams_are_lazy(net):
     assert next(frames).shape[2] == 4 and len(read) == 5
 
 
+@pytest.mark.core
 def test_causality(net):
     """A latent frame depends on its own four frames and the past, a decoded frame on its latent frame and the past."""
     x = clip(net, 13)
