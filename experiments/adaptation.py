@@ -13,7 +13,7 @@ First the *gate*: an arm cannot inherit what the base does not know, so attribut
 base misses are reported, but left out of the fit that is compared. Then every arm runs at
 each learning rate of a grid, extended until its best is not at the edge, with as many
 trials for all; the best is chosen on the validation loss inside the data. Then the other
-seeds at that rate. Verdicts are computed from the spread over seeds, whatever they are.
+seeds at that rate. `verdicts.py` says what follows from the spread over seeds.
 
     python -m experiments.adaptation                        two hours on one core
     python -m experiments.adaptation --arms E b ab          with options of E
@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy threads slow others;
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -36,7 +37,6 @@ import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,8 @@ import lora
 import sample
 import toy
 from dit import ENDS
+from experiments import verdicts
+from experiments.verdicts import GROUPS, spread
 from files import checkpoint, video
 from files.checkpoint import UserError
 from training import bases, journal, loop, metrics, toy_base
@@ -135,7 +137,6 @@ PRESETS = {
 # ------------------------------------------------------------------------- narrow data
 
 HELD = {"colour": "purple", "direction": "up"}  # words that no adaptation clip shows
-GROUPS = ("inside", "combination", "word")
 
 
 def group_of(attributes):
@@ -224,7 +225,8 @@ class World:
         tokens = align.Tokens.of((self.base.net.config, self.config), source.pair(0))
         embedder, start = self.base.net.patch_embedding, self.deep.net.patch_embedding
         start = start.weight, start.bias
-        return align.Problem(embedder, start, source.pair, len(source), tokens, TIMES)
+        pair = functools.cache(source.pair)
+        return align.Problem(embedder, start, pair, len(source), tokens, TIMES)
 
     def align(self, method, net, seed):
         """Stage 1a from the embedder that `net` has -> (weight, bias)."""
@@ -235,7 +237,7 @@ class World:
         steps, clips, lr = getattr(self.preset, method)
         plan = loop.Plan(steps, warmup=0, decay="constant", clip=0, save_every=steps,
                          log_every=steps, keep=1)
-        begin = partial(loop.Run, self.out / "starts" / f"{method}-{seed}", {}, plan=plan)
+        begin = functools.partial(loop.Run, self.out / "starts" / f"{method}-{seed}", {}, plan=plan)
         return align.sgd(problem, begin, clips, lr, seed)
 
     def source(self, group, null="empty", **settings):
@@ -597,25 +599,7 @@ def clear(world, rates):
             shutil.rmtree(folder)
 
 
-# ----------------------------------------------------------------------------- verdicts
-
-
-def spread(values):
-    """Mean and range over seeds."""
-    values = list(values)
-    return dict(mean=statistics.fmean(values), low=min(values), high=max(values),
-                seeds=len(values))
-
-
-def against(x, y, higher=True):
-    """How x compares with y: "better" or "worse" where their ranges do not touch."""
-    if min(x["seeds"], y["seeds"]) < 2:
-        return "undecided (one seed)"
-    if not higher:
-        x, y = y, x
-    if x["low"] > y["high"]:
-        return "better"
-    return "worse" if x["high"] < y["low"] else "undecided (ranges overlap)"
+# ------------------------------------------------------------------------------ results
 
 
 def summary(world, rates, seeds):
@@ -650,7 +634,7 @@ def summary(world, rates, seeds):
                                 for group in GROUPS}
     found = dict(once, passed=passed, chance=fit(once["gate"]["chance"]), base=base, half=half,
                  base_held=once["gate"]["base"]["word"]["held"], seeds=seeds, arms=arms)
-    return found | dict(claims=claims(found))
+    return found | dict(claims=verdicts.claims(found))
 
 
 def over_seeds(rows, value):
@@ -668,225 +652,6 @@ def mean_shape(found):
 def first_step(fits, wanted):
     reached = [int(step) for step, found in fits.items() if found["mean"] >= wanted]
     return min(reached, default=None)
-
-
-@dataclass(frozen=True)
-class Duel:
-    """A claim that arm a is better than arm b at equal steps."""
-
-    claim: str
-    text: str
-    a: str
-    b: str
-    tie: str = "undecided"
-
-
-DUELS = [
-    Duel("C3", "naive full fine-tuning is worse than AE-Adapt-V at equal steps", "E", "B"),
-    Duel("C3", "naive LoRA is worse than AE-Adapt-V at equal steps", "E", "C"),
-    Duel("C4", "training from scratch is behind at equal steps", "E", "A"),
-    Duel("C5", "LoRA loses nothing against full fine-tuning", "E", "F",
-         tie="supported within the spread of seeds"),
-    Duel("C7", "the MSE stage matters beyond training the ends", "E", "D"),
-    Duel("C8", "closed-form ends and half of 1b do as well as AE-Adapt-V or better", "G", "E"),
-]
-DUELS += [Duel(f"option {key}", f"E with {option['title']} is better than E", key, "E")
-          for key, option in OPTIONS.items()]
-
-
-def judge(duel, arms):
-    """Four comparisons: fit on seen combinations and on unseen ones, how often an unseen
-    word is right, validation loss. Supported if at least one says so and none the opposite."""
-    (fit_a, held_a, loss_a), (fit_b, held_b, loss_b) = (ends(arms[k]) for k in (duel.a, duel.b))
-    pairs = {group: (fit_a[group], fit_b[group]) for group in GROUPS[:2]}
-    pairs["unseen words"] = held_a, held_b
-    votes, numbers = [], []
-    for what, (a, b) in pairs.items():
-        votes.append(against(a, b))
-        numbers.append(f"{what} {duel.a} {shown(a)}, {duel.b} {shown(b)}: {votes[-1]}")
-    votes.append(against(loss_a, loss_b, higher=False))
-    numbers.append(f"loss inside: {votes[-1]}")
-    verdict = duel.tie
-    if "better" in votes and "worse" in votes:
-        verdict = "mixed"
-    elif "better" in votes:
-        verdict = "supported"
-    elif "worse" in votes:
-        verdict = "contradicted"
-    return dict(claim=duel.claim, text=duel.text, numbers="; ".join(numbers), verdict=verdict)
-
-
-def ends(arm):
-    """({group: fit}, how often the unseen word is right, loss inside) after all steps."""
-    last = str(arm["steps"])
-    fits = {group: arm["fit"][group][last] for group in GROUPS}
-    return fits, arm["held"], arm["loss"]["inside"][last]
-
-
-def shown(found):
-    if found is None:
-        return "-"
-    if found["seeds"] == 1:
-        return f"{found['mean']:.2f}"
-    return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
-def claims(s):
-    """The paper's claims, each with its numbers and the verdict that follows from them."""
-    rows, arms = [], s["arms"]
-    if not s["passed"]:
-        rows.append(dict(claim="C1 to C5, C7", text="all that compares fits", verdict="not tested",
-                         numbers="no attribute passed the gate: there is nothing to inherit"))
-        arms = {}
-    rows += [judge(duel, arms) for duel in DUELS if {duel.a, duel.b} <= arms.keys()]
-    if "E" in arms:
-        rows += [right_after_alignment(s), small_fraction(s)]
-    if {"B", "E"} <= arms.keys():
-        rows.append(less_stable(arms))
-    rows += [follows_tokens(s["speed"]), equals_sgd(s["alignments"])]
-    return sorted(rows, key=lambda row: row["claim"])
-
-
-def right_after_alignment(s):
-    arm = s["arms"]["E"]
-    after, chance, base = arm["fit"]["inside"][str(arm["head_steps"])], s["chance"], s["base"]
-    share = max(0, after["mean"] - chance) / (base["inside"] - chance)
-    verdict = "not shown"
-    if share >= 0.25:
-        verdict = "supported" if share >= 0.75 else "partly"
-    return dict(
-        claim="C1", verdict=verdict,
-        text="after alignment the frozen backbone already generates the right content",
-        numbers=f"E after 1b {shown(after)}, chance {chance:.2f}, base {base['inside']:.2f}: "
-                f"{share:.0%} of the way")
-
-
-def small_fraction(s):
-    reached, numbers = s["arms"]["E"]["steps to 95 %"], []
-    for group, step in reached.items():
-        share = ends(s["arms"]["E"])[0][group]["mean"] / s["base"][group]
-        numbers.append(f"{group}: step {step}" if step else f"{group}: {share:.0%} at the end")
-    verdict = "supported" if all(reached.values()) else "not within this budget"
-    if any(reached.values()) and not all(reached.values()):
-        verdict = "partly"
-    return dict(claim="C2", numbers=", ".join(numbers), verdict=verdict,
-                text="aligned + LoRA reaches 95 % of the base in a small fraction of its training")
-
-
-def less_stable(arms):
-    rose, numbers = [], []
-    for key in "BE":
-        losses = [found["mean"] for found in arms[key]["loss"]["inside"].values()]
-        rose += [key] if losses[-1] > 1.1 * min(losses) else []
-        numbers.append(f"{key}: {arms[key]['spikes']} spikes of the loss, largest gradient norm "
-                       f"{arms[key]['grad_norm']:.1f}")
-    numbers.append(f"loss rose again: {', '.join(rose) or 'none'}")
-    unstable = "B" in rose or arms["B"]["spikes"] > arms["E"]["spikes"]
-    return dict(claim="C3", text="naive full fine-tuning is less stable",
-                numbers="; ".join(numbers), verdict="supported" if unstable else "not shown")
-
-
-def follows_tokens(rows):
-    reach = [row["time ratio"] / row["token ratio"] for row in rows]
-    verdict = "not shown"
-    if max(reach) >= 0.9:
-        verdict = "supported" if min(reach) >= 0.9 else "partly"
-    told = [f"{row['side']} px: tokens {row['token ratio']:.1f}x, time {row['time ratio']:.1f}x"
-            for row in rows]
-    return dict(claim="C6", text="speed follows the token ratio", numbers="; ".join(told),
-                verdict=verdict)
-
-
-def equals_sgd(rows):
-    solved, sgd = rows["closed_form"], rows["sgd_published"]
-    ratio = solved["inside"]["mse"] / sgd["inside"]["mse"]
-    solve = solved["seconds"] / sgd["seconds"]
-    both = solve + rows["pass"]["seconds"] / sgd["seconds"]
-    return dict(claim="C8", text="the closed form equals converged SGD",
-                numbers=f"held-out MSE {ratio:.4f} of SGD's; the solve takes {solve:.2g} of its "
-                        f"time, with the pass over the clips {both:.2g}",
-                verdict="supported" if ratio <= 1.01 else "contradicted")
-
-
-# ------------------------------------------------------------------------------- report
-
-
-def report(found, results):
-    """{autoencoder: summary} -> adaptation.json and .md in `results`."""
-    text = dict(**checkpoint.provenance(), autoencoders=found)
-    checkpoint.write_json(results / "adaptation.json", text)
-    lines = []
-    for name, s in found.items():
-        lines += [f"## {name}", "", *table(s), ""]
-        lines += ["| claim | numbers | verdict |", "|---|---|---|"]
-        for row in s["claims"]:
-            claim = f"{row['claim']}: {row['text']}"
-            lines.append(f"| {claim} | {row['numbers']} | **{row['verdict']}** |")
-        lines.append("")
-    with checkpoint.atomic_path(results / "adaptation.md") as tmp:
-        tmp.write_text("\n".join(lines))
-
-
-COLUMNS = ("arm", "rate", "fit inside after 1a", "after 1b", "at the end", "combination", "word",
-           "unseen word", "shape", "loss after 1a", "after 1b", "at the end", "95 % of base, steps",
-           "trained", "s")
-
-
-def table(s):
-    """Markdown lines: the base, the base at half size, every arm."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
-    for key, arm in s["arms"].items():
-        fit, loss, first = arm["fit"], arm["loss"]["inside"], str(arm["head_steps"])
-        aligned = shown(fit["inside"].get(first)) if arm["head_steps"] else "-"
-        last, held, _ = ends(arm)
-        steps = [str(step or "-") for step in arm["steps to 95 %"].values()]
-        rows.append([
-            f"{key} {arm['title']}", f"{arm['rate']:g}", shown(fit["inside"].get("0")), aligned,
-            *(shown(last[group]) for group in GROUPS), shown(held), shown(arm["shape"]),
-            *(f"{loss[step]['mean']:.3f}" for step in ("0", first, str(arm["steps"]))),
-            " / ".join(steps), f"{arm['trained']:,}", f"{arm['seconds']['mean']:.0f}"])
-    for title, fits in (("base", s["base"]), ("base at half size, enlarged", s["half"])):
-        fits = [f"{fits[group]:.2f}" for group in GROUPS]
-        rows.append([title, "", "", "", *fits, *[""] * (len(COLUMNS) - 7)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def draw(s, path):
-    """Losses and fits over steps, what alignment leaves of the base's features. Bands are
-    ranges over seeds."""
-    core = {key: arm for key, arm in s["arms"].items() if key in ARMS}
-    colours = {key: f"C{i}" for i, key in enumerate(ARMS)}
-    with video.figure(path, rows=2, columns=4, size=(5.2, 4.2), dpi=80) as axes:
-        for row, what in enumerate(("loss", "fit")):
-            for ax, group in zip(axes[row], GROUPS):
-                for key, arm in core.items():
-                    curve(ax, arm[what][group], colours[key], f"{key} {arm['title']}")
-                ax.set(title=f"{what}, {group}", xlabel="steps (stage 1b counts)")
-        for ax, group in zip(axes[1], GROUPS):
-            ax.axhline(s["base"][group], color="k", ls="--", lw=1)
-            ax.axhline(s["chance"], color="k", ls=":", lw=1)
-            ax.set_ylim(0, 1.03)
-        axes[0, 0].legend(fontsize=7)
-        for key, arm in core.items():
-            for step, style in (("0", "o:"), (str(arm["steps"]), "o-")):
-                axes[0, 3].semilogy(list(arm["depth"][step].values()), style, ms=3,
-                                    color=colours[key])
-        axes[0, 3].set(title="feature distance to the base, dotted: before any step",
-                       xlabel="after block")
-        for key, arm in s["arms"].items():
-            held = arm["held"]
-            errors = [[held["mean"] - held["low"]], [held["high"] - held["mean"]]]
-            axes[1, 3].bar(key, held["mean"], yerr=errors, color=colours.get(key, "gray"))
-        axes[1, 3].axhline(s["base_held"], color="k", ls="--", lw=1)
-        axes[1, 3].set(title="unseen word comes out right, at the end")
-
-
-def curve(ax, spreads, colour, label):
-    steps = [int(step) for step in spreads]
-    mean, low, high = ([found[k] for found in spreads.values()] for k in ("mean", "low", "high"))
-    ax.plot(steps, mean, "o-", ms=3, color=colour, label=label)
-    ax.fill_between(steps, low, high, color=colour, alpha=0.15)
-    ax.grid(alpha=0.3)
 
 
 def show(world, path):
@@ -943,8 +708,8 @@ def main(argv=None):
             base = replace(base, net=dit.load(args.base_weights))
         world = World(preset, args.out / name, autoencoder, base, args.device)
         for found[name] in compare(world, args.arms, args.seeds or preset.seeds, half):
-            report(found, results)
-            draw(found[name], results / f"adaptation_{name}.png")
+            verdicts.report(found, results)
+            verdicts.draw(found[name], results / f"adaptation_{name}.png")
         show(world, results / f"adaptation_{name}_videos.png")
 
 

@@ -2,7 +2,6 @@
 finished work, verdicts; then the program on tiny models."""
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,9 @@ import torch
 import ae
 import dit
 import toy
-from experiments import adaptation
-from experiments.adaptation import ARMS, GROUPS, HELD, Ledger, Preset, Trial
+from experiments import adaptation, verdicts
+from experiments.adaptation import HELD, Ledger, Preset, Trial
+from experiments.verdicts import GROUPS, spread
 from files.checkpoint import UserError
 
 # ------------------------------------------------------------------------ narrow data
@@ -109,23 +109,23 @@ def test_a_diverged_trial_is_never_the_best(search):
 
 
 def test_an_arm_is_better_only_where_the_ranges_over_seeds_do_not_touch():
-    low, high, wide = map(adaptation.spread, ([0.1, 0.2], [0.3, 0.4], [0.15, 0.35]))
+    low, high, wide = map(spread, ([0.1, 0.2], [0.3, 0.4], [0.15, 0.35]))
     assert low == dict(mean=pytest.approx(0.15), low=0.1, high=0.2, seeds=2)
-    assert adaptation.against(high, low) == "better"
-    assert adaptation.against(low, high) == "worse"
-    assert adaptation.against(low, high, higher=False) == "better"
-    assert adaptation.against(wide, low) == "undecided (ranges overlap)"
-    assert adaptation.against(adaptation.spread([0.9]), low) == "undecided (one seed)"
+    assert verdicts.against(high, low) == "better"
+    assert verdicts.against(low, high) == "worse"
+    assert verdicts.against(low, high, higher=False) == "better"
+    assert verdicts.against(wide, low) == "undecided (ranges overlap)"
+    assert verdicts.against(spread([0.9]), low) == "undecided (one seed)"
 
 
-def verdicts(**fits):
+def judged(**fits):
     """Claims from made-up results: `fits` gives each arm's fit, for two seeds 0.02 apart."""
     def arm(fit):
         def curve(*values):
-            return {step: adaptation.spread([v - 0.01, v + 0.01]) for step, v in zip("28", values)}
+            return {step: spread([v - 0.01, v + 0.01]) for step, v in zip("28", values)}
 
         return dict(
-            steps=8, head_steps=2, held=adaptation.spread([fit - 0.01, fit + 0.01]),
+            steps=8, head_steps=2, held=spread([fit - 0.01, fit + 0.01]),
             fit={group: curve(fit / 2, fit) for group in GROUPS},
             loss={group: curve(1 - fit, 1 - fit) for group in GROUPS},
             spikes=0, grad_norm=1.0,
@@ -137,20 +137,20 @@ def verdicts(**fits):
         passed=["colour"], chance=0.1, base=dict.fromkeys(GROUPS, 0.96), alignments=alignments,
         speed=[{"side": 64, "time ratio": 3.9, "token ratio": 4.0}],
         arms={key: arm(fit) for key, fit in fits.items()})
-    rows = adaptation.claims(summary)
+    rows = verdicts.claims(summary)
     return {(row["claim"], row["text"].split()[0]): row["verdict"] for row in rows}
 
 
 @pytest.mark.core
 def test_verdicts_follow_from_the_numbers():
-    found = verdicts(A=0.2, B=0.5, C=0.5, D=0.6, E=0.95, F=0.95, G=0.95)
+    found = judged(A=0.2, B=0.5, C=0.5, D=0.6, E=0.95, F=0.95, G=0.95)
     for claim in (("C2", "aligned"), ("C3", "naive"), ("C4", "training"), ("C6", "speed"),
                   ("C7", "the"), ("C8", "the")):
         assert found[claim] in ("supported", "not shown")
     assert found["C4", "training"] == found["C7", "the"] == found["C2", "aligned"] == "supported"
     assert found["C5", "LoRA"] == "supported within the spread of seeds"
     assert found["C1", "after"] == "partly"  # 0.475 of 0.96
-    found = verdicts(A=0.8, B=0.8, C=0.8, D=0.61, E=0.6, F=0.9, G=0.5)
+    found = judged(A=0.8, B=0.8, C=0.8, D=0.61, E=0.6, F=0.9, G=0.5)
     for claim in (("C4", "training"), ("C5", "LoRA"), ("C8", "closed-form")):
         assert found[claim] == "contradicted"
     assert found["C7", "the"] == "undecided"
@@ -227,7 +227,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
 
 
 def test_deep_autoencoders_side_by_side(program, tiny_toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(adaptation, "draw", lambda *args: None)
+    monkeypatch.setattr(verdicts, "draw", lambda *args: None)
     config = ae.load(tiny_toy / "toy.safetensors").config
     ae.save(ae.DCAEV(config), tmp_path / "other.safetensors")
     files = [str(tiny_toy / "toy.safetensors"), str(tmp_path / "other.safetensors")]
@@ -249,8 +249,8 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
 def test_another_base_may_be_named(program, tiny_toy, tmp_path, monkeypatch):
     """A base trained longer takes the place of the embedded one, and is told from it."""
     monkeypatch.setattr(adaptation, "compare", lambda *args: [{}])
-    for name in ("report", "draw", "show"):
-        monkeypatch.setattr(adaptation, name, lambda *args: None)
+    for module, name in ((verdicts, "report"), (verdicts, "draw"), (adaptation, "show")):
+        monkeypatch.setattr(module, name, lambda *args: None)
     adaptation.main(["--out", str(tmp_path)])
     other = dit.load(tiny_toy / "toy-base-dit.safetensors")
     torch.nn.init.zeros_(other.head.head.weight)
