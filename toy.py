@@ -1,19 +1,23 @@
-"""The toy world: a video data set that fits in a function, the words for it, and a score that needs no network.
+"""The toy world: a video data set that fits in a function, the words for it, and a
+score that needs no network.
 
-Each clip shows one sprite moving over a plain, slightly shaded background, and is described by a sentence:
+Each clip shows one sprite that moves over a plain, slightly shaded background, and is
+described by a sentence:
 
     "a large red circle moving left slowly on a blue background"
 
-Six attributes are named by the caption (WORLD); position, angle, spin, shading and brightness vary continuously and are not, so no two
-clips are equal and nothing can be memorised. Direction exists only in time. `read_attributes` reads the attributes back from the pixels.
+Six attributes are named by the caption (WORLD); position, angle, spin, shading and
+brightness vary continuously and are not, so no two clips are equal and nothing can be
+memorised. Direction exists only in time. `read_attributes` reads the attributes back
+from the pixels.
 
     render(scene, frames)            one clip, uint8 [t, h, w, 3]
     random_scene(rng), caption(...)  draw attributes, say them
-    toy_batch(seed, n, ...)          n clips as a tensor [n, 3, t, h, w] in [-1, 1], with their scenes
-    ToyText()(["a red circle"])      context [b, 8, 32] for the transformer: a vocabulary in place of a network
-    prompt_fit(videos, prompts)      share of attributes that a video shows as its prompt asks
+    toy_batch(seed, n, ...)          n clips [n, 3, t, h, w] in [-1, 1], with their scenes
+    ToyText()(["a red circle"])      context [b, 8, 32]: a vocabulary, not a network
+    prompt_fit(videos, prompts)      share of attributes that a video shows as asked
 
-    python toy.py --out out/toy      a contact sheet and an mp4 of the toy world (three seconds)
+    python toy.py --out out/toy      a contact sheet and an mp4 of it (three seconds)
 """
 import argparse
 import re
@@ -29,7 +33,7 @@ from files import checkpoint
 from files.checkpoint import UserError
 from files.video import contact_sheet, to_tensor, write_video
 
-# ---------------------------------------------------------------------------------------------------- clips
+# ------------------------------------------------------------------ clips
 
 #: attribute -> the words for it, in the order a caption names them
 WORLD = {
@@ -40,10 +44,12 @@ WORLD = {
     "speed": ("slowly", "quickly"),
     "background": ("black", "gray", "white", "blue", "green", "brown"),
 }
-COLOURS = {"red": (230, 30, 30), "yellow": (240, 215, 20), "green": (20, 185, 40), "cyan": (20, 205, 220),
-           "blue": (30, 60, 235), "purple": (190, 30, 210)}
-BACKGROUNDS = {"black": (22, 22, 24), "gray": (120, 120, 120), "white": (226, 226, 224), "blue": (78, 98, 146),
-               "green": (80, 128, 92), "brown": (138, 100, 82)}
+COLOURS = {
+    "red": (230, 30, 30), "yellow": (240, 215, 20), "green": (20, 185, 40),
+    "cyan": (20, 205, 220), "blue": (30, 60, 235), "purple": (190, 30, 210)}
+BACKGROUNDS = {
+    "black": (22, 22, 24), "gray": (120, 120, 120), "white": (226, 226, 224),
+    "blue": (78, 98, 146), "green": (80, 128, 92), "brown": (138, 100, 82)}
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FRAMES, SIZE = 32, 64  # of a clip
 RADIUS = {"small": 0.15, "large": 0.23}  # of the frame's side
@@ -52,7 +58,8 @@ TRAVEL = {"slowly": 0.24, "quickly": 0.48}  # of the frame's side, in FRAMES fra
 
 @dataclass
 class Scene:
-    """One clip of the toy world: six named attributes, and what the caption leaves open (fractions of the frame, radians)."""
+    """One clip of the toy world: six named attributes, and what the caption leaves open
+    (fractions of the frame, radians)."""
 
     size: str
     colour: str
@@ -79,13 +86,22 @@ def random_scene(rng):
 
 
 def scene_of(attributes, rng):
-    """A scene with these attributes; what the caption leaves open is drawn from `rng`."""
-    return Scene(**attributes, along=rng.uniform(-1, 1), across=rng.uniform(-1, 1), angle=rng.uniform(-0.25, 0.25),
-                 spin=rng.uniform(-0.3, 0.3), shade=tuple(rng.uniform(-12, 12, 2)), light=rng.uniform(0.9, 1.05))
+    """A scene with these attributes; what the caption leaves open is drawn from
+    `rng`."""
+    return Scene(
+        **attributes,
+        along=rng.uniform(-1, 1),
+        across=rng.uniform(-1, 1),
+        angle=rng.uniform(-0.25, 0.25),
+        spin=rng.uniform(-0.3, 0.3),
+        shade=tuple(rng.uniform(-12, 12, 2)),
+        light=rng.uniform(0.9, 1.05),
+    )
 
 
 def caption(scene):
-    """The sentence that describes a scene (or a dict of attributes; missing ones are left out)."""
+    """The sentence that describes a scene (or a dict of attributes; missing ones are
+    left out)."""
     a = scene if isinstance(scene, dict) else scene.attributes()
     words = ["a", a.get("size"), a.get("colour"), a.get("shape", "shape")]
     if "direction" in a or "speed" in a:
@@ -96,9 +112,11 @@ def caption(scene):
 
 
 def render(scene, frames=FRAMES, size=SIZE, start=0):
-    """Draw a scene -> uint8 [frames, size, size, 3], anti-aliased through the sprite's signed distance function.
+    """Draw a scene -> uint8 [frames, size, size, 3], anti-aliased through the sprite's
+    signed distance function.
 
-    The first frame is number `start` of the scene. Speeds are per frame: a longer clip goes on in the same direction (and may leave the frame).
+    The first frame is number `start` of the scene. Speeds are per frame: a longer clip
+    goes on in the same direction (and may leave the frame).
     """
     r = RADIUS[scene.size] * size
     travel = TRAVEL[scene.speed] * size
@@ -111,11 +129,15 @@ def render(scene, frames=FRAMES, size=SIZE, start=0):
     angle = scene.angle + scene.spin * t / FRAMES
 
     grid = np.arange(size, dtype=np.float32) + 0.5
-    dx, dy = grid[None, None, :] - centre[:, 0, None, None], grid[None, :, None] - centre[:, 1, None, None]  # t h w
-    distance = SHAPES[scene.shape](dx, dy, r, np.cos(angle)[:, None, None], np.sin(angle)[:, None, None])
+    x, y = grid[None, None, :], grid[None, :, None]
+    dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]  # t h w
+    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    distance = SHAPES[scene.shape](dx, dy, r, cos, sin)
     alpha = np.clip(0.5 - distance, 0, 1)[..., None]
 
-    slope = scene.shade[0] * (grid[None, :] / size - 0.5) * 2 + scene.shade[1] * (grid[:, None] / size - 0.5) * 2
+    slope_x = scene.shade[0] * (grid[None, :] / size - 0.5) * 2
+    slope_y = scene.shade[1] * (grid[:, None] / size - 0.5) * 2
+    slope = slope_x + slope_y
     ground = np.array(scene.ground or BACKGROUNDS[scene.background], np.float32)
     ground = ground + slope[..., None].astype(np.float32)  # h w 3
     paint = np.array(scene.paint or COLOURS[scene.colour], np.float32) * scene.light
@@ -144,11 +166,11 @@ SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "ring": _
 
 
 def toy_batch(seed, n, frames=FRAMES, size=SIZE, any_colour=False):
-    """`n` random clips -> (float tensor [n, 3, frames, size, size] in [-1, 1], list of Scene).
-    The same seed gives the same batch.
+    """`n` random clips -> (float tensor [n, 3, frames, size, size] in [-1, 1], list of
+    Scene). The same seed gives the same batch.
 
-    any_colour: every other clip has colours that no word names. An autoencoder that has seen
-    them can draw more than the toy's vocabulary.
+    any_colour: every other clip has colours that no word names. An autoencoder that has
+    seen them can draw more than the toy's vocabulary.
     """
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng) for _ in range(n)]
@@ -164,21 +186,29 @@ def held_out_prompts(n, seed=10_000_019):
     return [random_scene(rng).attributes() for _ in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------------- the vocabulary
+# ------------------------------------------------------------------ the vocabulary
 
-SYNONYMS = {"grey": "gray", "big": "large", "huge": "large", "tiny": "small", "little": "small", "disc": "circle", "disk": "circle",
-            "ball": "circle", "box": "square", "donut": "ring", "magenta": "purple", "violet": "purple", "fast": "quickly",
-            "quick": "quickly", "rapidly": "quickly", "slow": "slowly", "leftward": "left", "leftwards": "left", "rightward": "right",
-            "rightwards": "right", "upward": "up", "upwards": "up", "downward": "down", "downwards": "down", "backdrop": "background"}
-FILLERS = set("a an the is on over in of at to towards with and it that which moves moving moved drifting going flying gliding sliding "
-              "shape object background before against front video clip showing".split())
+SYNONYMS = {
+    "big": "large", "huge": "large", "tiny": "small", "little": "small",
+    "magenta": "purple", "violet": "purple", "grey": "gray", "backdrop": "background",
+    "disc": "circle", "disk": "circle", "ball": "circle", "box": "square", "donut": "ring",
+    "leftward": "left", "leftwards": "left", "rightward": "right", "rightwards": "right",
+    "upward": "up", "upwards": "up", "downward": "down", "downwards": "down",
+    "fast": "quickly", "quick": "quickly", "rapidly": "quickly", "slow": "slowly"}
+FILLERS = set(
+    "a an the is on over in of at to towards with and it that which moves moving moved drifting "
+    "going flying gliding sliding shape object background before against front video clip "
+    "showing".split())
 
 
 class ToyText:
-    """Toy prompts -> context rows: rules in place of a network. "a large red circle moving left slowly on a blue background" becomes one
-    row per attribute (size, colour, shape, direction, speed, background), each a one-hot vector of the word; rows of attributes that the
-    prompt leaves out, and the rows up to text_len, are zeros, like the rows past the end of a Wan prompt. The null prompt of
-    classifier-free guidance is all zeros."""
+    """Toy prompts -> context rows: rules in place of a network.
+
+    A prompt becomes one row per attribute of WORLD, each a one-hot vector of the word;
+    rows of attributes that it leaves out, and the rows up to text_len, are zeros, like
+    the rows past the end of a Wan prompt. The null prompt of classifier-free guidance
+    is all zeros.
+    """
 
     text_len, text_dim = 8, 32
 
@@ -188,12 +218,14 @@ class ToyText:
         self.column = {key: i for i, key in enumerate(words)}
 
     def parse(self, prompt):
-        """Prompt -> ({attribute: word}, [words left out]). A colour right before "background" is the background's. Left out is what the
-        toy does not know, and a second word for the same attribute: there is one object."""
+        """Prompt -> ({attribute: word}, [words left out]). A colour right before
+        "background" is the background's. Left out is what the toy does not know, and a
+        second word for the same attribute: there is one object."""
         words = [SYNONYMS.get(w, w) for w in re.findall(r"[^\W\d_]+", prompt.lower())]
         found, unknown = {}, []
         for word, following in zip(words, words[1:] + [""]):
-            slots = ["background"] if following == "background" else [name for name in WORLD if name != "background"]
+            of_ground = following == "background"
+            slots = [name for name in WORLD if (name == "background") == of_ground]
             slot = next((name for name in slots if word in WORLD[name]), None)
             if slot and found.setdefault(slot, word) == word or word in FILLERS:
                 continue
@@ -209,14 +241,16 @@ class ToyText:
         return context
 
     def __call__(self, prompts):
-        """List of sentences -> context [b, 8, 32]. Warns of words it does not know; a prompt without any known word is a UserError."""
+        """List of sentences -> context [b, 8, 32]. Warns of words it does not know; a
+        prompt without any known word is a UserError."""
         attributes = []
         for prompt in prompts:
             found, unknown = self.parse(prompt)
             if not found:
                 raise UserError(f"the toy model knows no word of {prompt!r}. {self.vocabulary()}")
             if unknown:
-                warnings.warn(f"the toy model leaves out {', '.join(map(repr, dict.fromkeys(unknown)))}. {self.vocabulary()}")
+                words = ", ".join(map(repr, dict.fromkeys(unknown)))
+                warnings.warn(f"the toy model leaves out {words}. {self.vocabulary()}")
             attributes.append(found)
         return self.encode(attributes)
 
@@ -226,33 +260,34 @@ class ToyText:
 
     @staticmethod
     def vocabulary():
-        return "It knows " + "; ".join(f"{name}: {', '.join(words)}" for name, words in WORLD.items()) + "."
+        lists = [f"{name}: {', '.join(words)}" for name, words in WORLD.items()]
+        return f"It knows {'; '.join(lists)}."
 
 
-# ---------------------------------------------------------------------------------------------------- prompt fit
+# ------------------------------------------------------------------ prompt fit
 
 
 def read_attributes(x):
-    """Read the toy world's attributes back from a video: [3, t, h, w] in [-1, 1] -> {attribute: word, or None where undecidable}.
+    """Read the toy world's attributes back from a video: [3, t, h, w] in [-1, 1] ->
+    {attribute: word, or None where undecidable}.
 
-    No network: the background is the median of the border, the object is what differs from it in chroma (brightness slopes cancel),
-    motion is the slope of the object's centroid. The shape is told by its rotational harmonics
-    c_k = |sum m (dx + i dy)^k| / sum m |d|^k over the object's mask m: a triangle has c_3, a square c_4, a disc neither, and a
-    ring has a hole. Checked on clean, blurred, noisy and half-resolution clips in tests/test_toy.py.
+    No network: the background is the median of the border, the object is what differs
+    from it in chroma (brightness slopes cancel), motion is the slope of the object's
+    centroid. Checked on clean, blurred, noisy and half-resolution clips in
+    tests/test_toy.py.
     """
     rgb = x.float().clamp(-1, 1).add(1).div(2)  # 3 t h w in [0, 1]
-    t, h, w = rgb.shape[1:]
-    border = torch.cat([rgb[:, :, :2].flatten(1), rgb[:, :, -2:].flatten(1), rgb[..., :2].flatten(1), rgb[..., -2:].flatten(1)], 1)
-    ground = border.median(dim=1).values
+    edges = rgb[:, :, :2], rgb[:, :, -2:], rgb[..., :2], rgb[..., -2:]
+    ground = torch.cat([edge.flatten(1) for edge in edges], dim=1).median(dim=1).values
     found = dict.fromkeys(WORLD)
     found["background"] = _nearest(ground, BACKGROUNDS)
 
-    chroma = lambda c: c - c.mean(dim=0, keepdim=True)
-    distance = (chroma(rgb) - chroma(ground)[:, None, None, None]).norm(dim=0)  # t h w
-    distance = F.avg_pool2d(distance, 3, stride=1, padding=1, count_include_pad=False)  # single noisy pixels do not count
+    distance = (_chroma(rgb) - _chroma(ground)[:, None, None, None]).norm(dim=0)  # t h w
+    # single noisy pixels do not count
+    distance = F.avg_pool2d(distance, 3, stride=1, padding=1, count_include_pad=False)
     peak = distance.flatten().kthvalue(max(1, int(0.98 * distance.numel()))).values
     mask = (distance > peak / 2).float()
-    if peak < 0.15 or mask.mean() > 0.4:  # nothing stands out, or nearly everything does: the largest object fills 0.15 of a frame
+    if peak < 0.15 or mask.mean() > 0.4:  # nothing, or nearly all, stands out
         return found
     area = mask.sum(dim=(1, 2))
     seen = area > 0.5 * area.median().clamp(min=12)
@@ -260,46 +295,91 @@ def read_attributes(x):
         return found
     core = distance > 0.8 * peak
     found["colour"] = _nearest(torch.stack([c[core].median() for c in rgb]), COLOURS)
+    found |= _read_motion(mask, area, seen)
 
-    ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    cx, cy = (mask * xs).sum((1, 2)) / area.clamp(min=1), (mask * ys[:, None]).sum((1, 2)) / area.clamp(min=1)
-    time = torch.arange(t)[seen].float()
-    time = time - time.mean()
-    slope = lambda c: ((c[seen] * time).sum() / time.square().sum()).item()
-    travel = [FRAMES * slope(c) / side for c, side in ((cx, w), (cy, h))]
-    if max(map(abs, travel)) > 0.06:
-        axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
-        found["direction"] = (("left", "right"), ("up", "down"))[axis][travel[axis] > 0]
-        found["speed"] = "quickly" if abs(travel[axis]) > sum(TRAVEL.values()) / 2 else "slowly"
-
-    inside = seen & (mask[:, 0].sum(1) + mask[:, -1].sum(1) + mask[..., 0].sum(1) + mask[..., -1].sum(1) == 0)
+    edges = mask[:, 0], mask[:, -1], mask[..., 0], mask[..., -1]
+    inside = seen & (sum(edge.sum(dim=1) for edge in edges) == 0)
     if inside.any():
-        m, cx, cy = mask[inside], cx[inside], cy[inside]
-        d = torch.complex(xs - cx[:, None, None], (ys - cy[:, None])[:, :, None])
-        radius = (d.abs().square() * m).sum((1, 2)).div(m.sum((1, 2))).mul(2).sqrt()  # of the disc with this second moment
-        centre = (d.abs() < 0.3 * radius[:, None, None]).float()
-        fill = ((m * centre).sum((1, 2)) / centre.sum((1, 2)).clamp(min=1)).mean()
-        c3, c4 = (((m * d**k).sum((1, 2)).abs() / (m * d.abs() ** k).sum((1, 2))).mean() for k in (3, 4))
-        found["shape"] = "ring" if fill < 0.5 else "triangle" if c3 > 0.2 else "square" if c4 > 0.1 else "circle"
-        area = m.sum((1, 2)).mean().item() / (h * w)
-        found["size"] = "large" if area > SIZE_BORDER[found["shape"]] else "small"
+        found |= _read_shape(mask[inside])
     return found
 
 
+def _chroma(colours):
+    return colours - colours.mean(dim=0, keepdim=True)
+
+
+def _centroids(mask):
+    """mask [t, h, w] -> x, y [t] in pixels, and the coordinates x [w], y [h]."""
+    h, w = mask.shape[1:]
+    ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    area = mask.sum(dim=(1, 2)).clamp(min=1)
+    return (mask * xs).sum((1, 2)) / area, (mask * ys[:, None]).sum((1, 2)) / area, xs, ys
+
+
+def _read_motion(mask, area, seen):
+    """Direction and speed of a mask [t, h, w], by the frames in which it is seen."""
+    t, h, w = mask.shape
+    cx, cy, _, _ = _centroids(mask)
+    time = torch.arange(t)[seen].float()
+    time = time - time.mean()
+    travel = []  # in x and y, as shares of the side, in FRAMES frames
+    for centre, side in ((cx, w), (cy, h)):
+        slope = (centre[seen] * time).sum() / time.square().sum()
+        travel.append(FRAMES * slope.item() / side)
+    if max(map(abs, travel)) <= 0.06:
+        return {}
+    axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
+    words = (("left", "right"), ("up", "down"))[axis]
+    speed = "quickly" if abs(travel[axis]) > 0.36 else "slowly"
+    return dict(direction=words[travel[axis] > 0], speed=speed)
+
+
+def _read_shape(m):
+    """Shape and size of masks m [t, h, w] that lie inside their frames.
+
+    The shape is told by its rotational harmonics, c_k = |sum m (dx + i dy)^k| / sum m
+    |d|^k: a triangle has c_3, a square c_4, a disc neither, and a ring has a hole.
+    """
+    cx, cy, xs, ys = _centroids(m)
+    d = torch.complex(xs - cx[:, None, None], (ys - cy[:, None])[:, :, None])
+    area = m.sum((1, 2))
+    # of the disc with this second moment
+    radius = (d.abs().square() * m).sum((1, 2)).div(area).mul(2).sqrt()
+    centre = (d.abs() < 0.3 * radius[:, None, None]).float()
+    fill = ((m * centre).sum((1, 2)) / centre.sum((1, 2)).clamp(min=1)).mean()
+
+    def harmonic(k):
+        return ((m * d**k).sum((1, 2)).abs() / (m * d.abs() ** k).sum((1, 2))).mean()
+
+    if fill < 0.5:
+        shape = "ring"
+    elif harmonic(3) > 0.2:
+        shape = "triangle"
+    else:
+        shape = "square" if harmonic(4) > 0.1 else "circle"
+    share = area.mean().item() / (m.shape[1] * m.shape[2])
+    return dict(shape=shape, size="large" if share > SIZE_BORDER[shape] else "small")
+
+
 def _nearest(colour, palette):
-    return min(palette, key=lambda name: sum((c - p / 255) ** 2 for c, p in zip(colour.tolist(), palette[name])))
+    def distance(name):
+        return sum((c - p / 255) ** 2 for c, p in zip(colour.tolist(), palette[name]))
+
+    return min(palette, key=distance)
 
 
-#: area of each shape (fraction of the frame) halfway between its small and its large version
-SIZE_BORDER = {shape: factor * sum(r**2 for r in RADIUS.values()) / 2
-               for shape, factor in {"circle": 2.78, "square": 2.56, "triangle": 1.3, "ring": 2.32}.items()}
+AREA = {"circle": 2.78, "square": 2.56, "triangle": 1.3, "ring": 2.32}  # over radius^2
+#: share of the frame halfway between a shape's small and its large version
+MIDDLE = sum(r**2 for r in RADIUS.values()) / 2
+SIZE_BORDER = {shape: factor * MIDDLE for shape, factor in AREA.items()}
 
-#: the four attributes whose mean accuracy is "the" prompt fit; size and speed are reported beside it
+#: whose mean accuracy is "the" prompt fit; size and speed are reported beside it
 FIT = ("colour", "shape", "direction", "background")
 
 
 def prompt_fit(videos, prompts):
-    """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT. `prompts`: dicts of attributes."""
+    """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT.
+    `prompts`: dicts of attributes."""
     right = {name: [] for name in WORLD}
     for video, prompt in zip(videos, prompts, strict=True):
         found = read_attributes(video)
@@ -315,7 +395,7 @@ def chance(name):
     return sum(map(chance, FIT)) / len(FIT) if name == "mean" else 1 / len(WORLD[name])
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------ command line
 
 
 def main():

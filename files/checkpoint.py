@@ -56,7 +56,7 @@ def user_errors():
     except (UserError, torch.cuda.OutOfMemoryError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {printable(sentence(error))}", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -75,6 +75,13 @@ def sentence(error):
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} does not exist: check the path."
     return str(error)
+
+
+def printable(text):
+    """Words that may hold names of files, for people: without control characters, and
+    always UTF-8."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
 
 
 def refuse_options(parser, gone):

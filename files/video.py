@@ -89,13 +89,6 @@ def rate_arg(text):
     raise argparse.ArgumentTypeError(f'{text!r} is neither a rate of 0.1 to 1000 nor "native"')
 
 
-def printable(name):
-    """A file's name for people: without control characters, and always UTF-8."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode()
-             for c in str(name))
-    return "".join(shown)
-
-
 # ------------------------------------------------------------------ what a header says
 
 #: transfer functions of high dynamic range -> their names

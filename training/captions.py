@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from files import video
-from files.checkpoint import UserError
+from files.checkpoint import UserError, printable
 from training.clips import VIDEOS, iter_files
 from training.entries import hash_file
 
@@ -85,7 +85,7 @@ def find_samples(data, per_line=False):
     for sample in samples:
         sample.captions = dict(sorted(sample.captions.items()))  # whichever place spoke first
     if not samples:
-        where = video.printable(", ".join(map(str, places)))
+        where = printable(", ".join(map(str, places)))
         raise UserError(f"there are no clips with captions in {where}{summary(skipped)}: give "
                         "x.mp4 with x.txt or x.json beside it, a CSV or JSONL with the columns "
                         "path and caption, or web-dataset tars.")
@@ -125,7 +125,7 @@ def summary(skipped, examples=1):
     for reason, names in groups.items():
         more = ", ..." if len(names) > examples else ""
         words.append(f"{len(names)} x {reason}: {', '.join(names[:examples])}{more}")
-    return f" ({video.printable('; '.join(words))})" if words else ""
+    return f" ({printable('; '.join(words))})" if words else ""
 
 
 def iter_samples(place, skipped, per_line=False):
@@ -177,7 +177,13 @@ def add_captions(sample, said, skipped):
     try:
         sample.captions |= said()
     except (ValueError, RecursionError, OverflowError, OSError) as e:
-        skipped[sample.name] = f"unreadable captions ({str(e)[:200]})"
+        skipped[sample.name] = f"unreadable captions ({reason_of(e)})"
+
+
+def reason_of(error):
+    """What is wrong with a text, without the place: equal reasons are counted together."""
+    reason = getattr(error, "msg", getattr(error, "reason", None))  # of JSON, of Unicode
+    return str(reason or error)[:200]
 
 
 def read_captions(file, per_line):
@@ -302,7 +308,7 @@ def json_rows(lines):
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as e:
-            yield number, f"row that is no JSON ({e})"
+            yield number, f"row that is no JSON ({reason_of(e)})"
 
 
 def csv_rows(lines):

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import checkpoint, video
-from files.checkpoint import UserError
+from files.checkpoint import UserError, printable
 from files.video import crop_box
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif "
@@ -229,7 +229,7 @@ def scan_folder(folder, index=INDEX, workers=2):
     paths, index = find_clips(folder), Path(index)
     keys, known = {p: file_stamp(p) for p in paths}, read_index(index)
     new = [p for p in paths if keys[p] not in known]
-    bar = tqdm(total=len(new), desc=video.printable(f"scan {folder}"), unit="clip",
+    bar = tqdm(total=len(new), desc=printable(f"scan {folder}"), unit="clip",
                disable=len(new) < 20)
     with ThreadPoolExecutor(max(workers, 1)) as pool, bar:
         for i in range(0, len(new), 256):  # so that little is lost when it is interrupted
@@ -438,7 +438,7 @@ class Clips:
             except (UserError, OSError) as e:
                 if clip.path not in self.skipped:
                     self.skipped[clip.path] = str(e)
-                    warnings.warn(f"{video.printable(e)} Another clip takes its place.")
+                    warnings.warn(f"{printable(e)} Another clip takes its place.")
                 continue
             x = np.ascontiguousarray(x[:, :, ::-1]) if mirrored else x
             return torch.from_numpy(x).permute(3, 0, 1, 2).contiguous()
@@ -583,7 +583,7 @@ def table(folder, frames, size, fps, index, workers):
           f"found and converted   (train, val: starts of {frames} frames)")
     for c in every:
         if not c.error:
-            name = video.printable(os.path.relpath(c.path, folder))[-40:]
+            name = printable(os.path.relpath(c.path, folder))[-40:]
             shown = f"{c.info.height}x{c.info.width}"
             train, val = (usable.get((c.path, split), 0) for split in ("train", "val"))
             print(f"{name:40} {c.frames:7} {shown:>10} {c.info.fps:7.2f} {len(c.cuts):5} "
@@ -592,7 +592,7 @@ def table(folder, frames, size, fps, index, workers):
     read = f"{len(every) - len(skipped)} of {len(every)} files can be read"
     print(f"{read}; skipped:" if skipped else f"{read}.")
     for c in skipped:
-        print(f"  {video.printable(c.error)}")
+        print(f"  {printable(c.error)}")
 
 
 def main(argv=None):
@@ -615,7 +615,7 @@ def main(argv=None):
     labels = []
     for i in range(12):
         clip, start, box, _ = dataset.draw(dataset.rng(i))
-        labels.append(f"{video.printable(clip.path)} {start} {box}")
+        labels.append(f"{printable(clip.path)} {start} {box}")
     samples = next(loader(dataset, 12, 0, args.workers))
     video.contact_sheet(args.out, samples, labels=labels, scale=1)
     print(f"wrote {args.out}")
