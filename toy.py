@@ -13,7 +13,7 @@ from the pixels.
 
     render(scene, frames)            one clip, uint8 [t, h, w, 3]
     random_scene(rng), caption(...)  draw attributes, say them
-    toy_batch(seed, n, ...)          n clips [n, 3, t, h, w] in [-1, 1], with their scenes
+    toy_batch(seed, n, ...)          n clips [n, 3, t, h, w] in [-1, 1], and scenes
     ToyText()(["a red circle"])      context [b, 8, 32]: a vocabulary, not a network
     prompt_fit(videos, prompts)      share of attributes that a video shows as asked
 

@@ -2,8 +2,8 @@
 header says, and one writer.
 
     clip_info(path)                 what the header says: rate, size, conversions
-    decode(path, info, ...)         frame by frame, with its time: all reading is made of it
-    iter_clip(path, ...)            pieces of a clip, [3, t, h, w];  read_clip: the whole
+    decode(path, info, ...)         frame by frame, with times; all reading is this
+    iter_clip(path, ...)            pieces of a clip, [3, t, h, w]; read_clip: all of it
     write_video(path, pieces, fps)  H.264 mp4 from a tensor or from pieces as they come
     read_image, contact_sheet       stills
 

@@ -1,17 +1,17 @@
 """Clips with captions: finding them in whatever form they come, and cutting them to the
 sizes that a transformer is trained on.
 
-    find     a folder (with its subfolders) of  x.mp4 + x.txt  or  x.mp4 + x.json;  tables
+    find     a folder (with its subfolders) of x.mp4 + x.txt or x.mp4 + x.json; tables
              (CSV, TSV, JSONL) with a column for the file and one for the caption;
              web-dataset tars. A clip may have several captions, each with a score;
              `caption_chances` says how often each is drawn.
     bucket   clips are trained on in a few sizes ("buckets") of about equal area and
-             different aspect, so that a portrait clip stays one. A batch is of one bucket.
-             A family has a name: 480F32MS is area 480 x 832, sides multiples of 32 (so that
-             32x32 pixels become one latent cell), multi-scale. Its sizes follow from a rule,
-             h = round(sqrt(A r) / m) m,  w = round(sqrt(A / r) / m) m.
-    read     the first frames of a clip at the model's rate, scaled to cover its bucket and
-             cropped in the middle
+             different aspect, so that a portrait clip stays one. A batch is of one
+             bucket. A family has a name: 480F32MS is area 480 x 832, sides multiples of
+             32 (so that 32x32 pixels become one latent cell), multi-scale. Its sizes
+             follow from a rule, h = round(sqrt(A r) / m) m, w = round(sqrt(A / r) / m) m.
+    read     the first frames of a clip at the model's rate, scaled to cover its bucket
+             and cropped in the middle
 
 What cannot be used is named with the reason and left out: nothing in a folder stops a
 run, unless nothing is left, and a bad row of a table costs that row.
@@ -181,7 +181,8 @@ def add_captions(sample, said, skipped):
 
 
 def reason_of(error):
-    """What is wrong with a text, without the place: equal reasons are counted together."""
+    """What is wrong with a text, without the place: equal reasons are counted
+    together."""
     reason = getattr(error, "msg", getattr(error, "reason", None))  # of JSON, of Unicode
     return str(reason or error)[:200]
 
@@ -388,8 +389,8 @@ def members(archive, skipped, per_line=False):
 
 
 def check_end(archive, offset):
-    """ValueError where a tar's last header is cut off or damaged, which tarfile takes for the
-    end: there must be nothing, or zeros."""
+    """ValueError where a tar's last header is cut off or damaged, which tarfile takes
+    for the end: there must be nothing, or zeros."""
     with open(archive, "rb") as f:
         f.seek(offset)
         block = f.read(tarfile.BLOCKSIZE)

@@ -3,26 +3,22 @@
 Any mix of videos of any size, rate and length, and pictures, becomes an endless stream
 of batches of one bucket (frames x height x width):
 
-    scan   every file is decoded once, at 32x32 grey: how many frames and when, where the
-           cuts are, whether it is whole. Kept in a small JSON file, so that the next
+    scan   every file is decoded once, at 32x32 grey: how many frames and when, where
+           the cuts are, whether it is whole. Kept in a small JSON file, so that the next
            run starts at once. What cannot be used is skipped, counted and named.
-    draw   sample i of seed s is a function of (s, i) alone: clip, start, crop and flip. So a
-           resumed run sees what an uninterrupted one sees, whatever the number of
+    draw   sample i of seed s is a function of (s, i) alone: clip, start, crop and flip.
+           So a resumed run sees what an uninterrupted one sees, whatever the number of
            workers. A sample never crosses a cut.
-    read   one ffmpeg per sample seeks, decodes, crops and scales. Or, with `cache`, every
-           clip is decoded once, scaled down, into a file of raw bytes, from which
-           samples are cut: 0.17 s of processor time against 0.004 s at 16x128x128, 0.38
-           s against 0.06 s at 80x256x256 (results/data.json, by this file as of commit
-           bfdbccb).
+    read   one ffmpeg per sample seeks, decodes, crops and scales. Or, with `cache`,
+           every clip is decoded once, scaled down, into a file of raw bytes, from which
+           samples are cut: 0.17 s of processor time against 0.004 s at 16x128x128
+           (results/data.json, by this file as of commit bfdbccb).
 
     train = Clips("folder", frames=16, size=(128, 128), cache="out/cache")
-    for x in loader(train, batch=8, start_step=1000): ...   # [8, 3, 16, 128, 128], for ever
-    held_out = validation("folder", 16, (128, 128), n=32)   # the same 32 clips every time
+    for x in loader(train, batch=8): ...                  # [8, 3, 16, 128, 128], for ever
+    held_out = validation("folder", 16, (128, 128), n=32) # the same 32 clips every time
 
-Held out for validation (`split_clips`): a subfolder `val`, where there is one; else a
-tenth of the files; and of fewer than 20 videos the end of each, in time. It depends on
-the files alone, not on frames, size or rate, so that no phase of a training sees what
-another is judged by.
+What is held out depends on the files alone, not on frames, size or rate (`split_clips`).
 
     python -m training.clips FOLDER   a table of clips, cuts, conversions, and what was
                                       skipped; a contact sheet of samples
@@ -265,7 +261,12 @@ def file_stamp(path):
 
 def split_clips(clips, folder, split):
     """What of a folder's usable videos, or of its usable pictures, belongs to the split
-    "train" or "val" -> [(clip, first frame, end)]."""
+    "train" or "val" -> [(clip, first frame, end)].
+
+    Held out is a subfolder `val`, where there is one; else a tenth of the files; and of
+    fewer than 20 videos the end of each, in time: no phase of a training sees what
+    another is judged by.
+    """
     if split not in ("train", "val"):
         raise UserError(f'there is no split "{split}": it is "train" or "val".')
     names = {c.path: Path(os.path.relpath(c.path, folder)).as_posix() for c in clips}
