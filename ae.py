@@ -1,24 +1,25 @@
 """DC-AE-V: the deep compression video autoencoder (paper, section on DC-AE-V).
 
-A deterministic, purely convolutional autoencoder: no attention, no KL term, no quantisation.
-A video [b, 3, T, H, W] in [-1, 1] becomes a latent [b, Z, T/4, H/32, W/32] (H/64 for f64).
-`fXtYcZ` names spatial factor, temporal factor and latent channels.
+A deterministic, purely convolutional autoencoder: no attention, no KL term, no
+quantisation. A video [b, 3, T, H, W] in [-1, 1] becomes a latent [b, Z, T/4, H/32,
+W/32] (H/64 for f64). `fXtYcZ` names spatial factor, temporal factor and latent
+channels.
 
     encoder:  conv + unshuffle(2) | stage | down(2) | ... | down(t=4) | stage | conv
-    decoder:  conv | stage | up(t=4) | ... | up(2) | stage | norm, SiLU, conv + shuffle(2)
+    decoder:  conv | stage | up(t=4) | ... | up(2) | stage | norm, SiLU, conv + shuffle
 
-A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up blocks
-have parameter-free shortcuts (channel averaging and duplicating, from the image DC-AE): they
-rearrange space into channels, and the convolution only learns what that misses. The temporal
-resampling is the innermost one. Every convolution is chunk-causal (`chunk_causal.py`): one
-pass over a clip, or chunk after chunk with the state handed on, give the same latent.
+A stage is a row of residual blocks  y = x + RMSNorm(conv(SiLU(conv(x)))). Down and up
+blocks have parameter-free shortcuts (channel averaging and duplicating, from the image
+DC-AE): they rearrange space into channels, and the convolution only learns what that
+misses. The temporal resampling is the innermost one. Every convolution is chunk-causal
+(`chunk_causal.py`): one pass over a clip, or chunk after chunk with the state handed
+on, give the same latent.
 
-    python ae.py reconstruct assets/bunny.mp4       a clip through the toy autoencoder: mp4
-                                                    side by side, contact sheet, PSNR, SSIM
+    python ae.py reconstruct assets/bunny.mp4       the toy's on a film: mp4, PSNR, SSIM
     python ae.py reconstruct CLIP --weights FILE    the same through official weights
     python ae.py train --data CLIPS --preset small  trains one on a folder of film
-    python ae.py eval FILE ... --data CLIPS         PSNR, SSIM, LPIPS, FVD, flicker, grid
-    python ae.py compare                            chunk-causal against causal, non-causal
+    python ae.py eval FILE ... --data CLIPS         PSNR, SSIM, LPIPS, FVD, flicker
+    python ae.py compare                            chunk-causal against the others
 """
 import os
 
@@ -45,7 +46,7 @@ from files.checkpoint import UserError
 
 @dataclass(frozen=True)
 class Config:
-    """Size of a DC-AE-V. One width and depth per stage; a stage of depth 0 is skipped."""
+    """Size of a DC-AE-V. One width and depth per stage; depth 0: no such stage."""
 
     widths: tuple
     depths: tuple
@@ -74,7 +75,7 @@ class Config:
 
     @property
     def lead(self):
-        """Frames of the first latent frame: as many as any other here, one in the Wan VAE."""
+        """Frames of the first latent frame: as of any other; one in the Wan VAE."""
         return self.temporal_factor
 
     @property
@@ -88,7 +89,7 @@ class Config:
         return self.latent_chunk * self.temporal_factor
 
     def resample(self, i):
-        """(spatial, temporal) factor between stage i and i+1: time for the innermost pair."""
+        """(spatial, temporal) factor between stages i, i+1: time for the innermost."""
         return (1, self.temporal_factor) if i == len(self.widths) - 2 else (2, 1)
 
 
@@ -101,17 +102,20 @@ PRESETS = {
     "f32t4c128": Config(**_F32, latent_channels=128, scale=0.4457),
     "f32t4c256": Config(**_F32, latent_channels=256, scale=0.4752),
     "f64t4c128": Config(**_F64, latent_channels=128, scale=0.4752),
-    # For the toy world of toy.py: the deep autoencoder, and the moderate one of its base model.
+    # For the toy world of toy.py: the deep autoencoder, and the moderate one of its
+    # base model.
     "toy": Config((0, 16, 32, 32, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=8),
     "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
-    # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches of 4.
+    # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches
+    # of 4.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),
-    # What "small" is measured by: f8t4c16 of about as many operations, causal as the Wan VAE.
+    # What "small" is measured by: f8t4c16 of about as many operations, causal as the
+    # Wan VAE.
     "small-base": Config((0, 48, 64, 64), (0, 1, 1, 6), 16, 8, patch=4, temporal="causal"),
 }
 
 
-# ----------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
@@ -162,7 +166,8 @@ class ResBlock(nn.Module):
 class Resample(nn.Module):
     """Convolution, then space-time to depth (down) or depth to space-time (`up`).
 
-    Down: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r]. Up: -> [b, cout, T*t, H*r, W*r].
+    Down: [b, cin, T, H, W] -> [b, cout, T/t, H/r, W/r]. Up: -> [b, cout, T*t, H*r,
+    W*r].
     """
 
     def __init__(self, cin, cout, r, t, chunk, temporal, up=False):
@@ -195,7 +200,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resampling up plus the duplicating shortcut: channels of x repeated, then shuffled."""
+    """Resampling up plus the duplicating shortcut: repeated channels, shuffled."""
 
     def __init__(self, cin, cout, r, t, chunk, temporal):
         super().__init__()
@@ -212,7 +217,7 @@ def stage(blocks):
 
 
 class Encoder(nn.Module):
-    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f]. Names are those of the official checkpoints."""
+    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f]. Official names of parameters."""
 
     def __init__(self, c):
         super().__init__()
@@ -252,7 +257,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W], not clamped. The last stage runs first."""
+    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W]. The last stage runs first."""
 
     def __init__(self, c):
         super().__init__()
@@ -279,15 +284,16 @@ class Decoder(nn.Module):
         return run_layers(self.layers, z, state)
 
 
-# -------------------------------------------------------------------------- the autoencoder
+# ---------------------------------------------------------------------- the autoencoder
 
 
 class VideoAutoencoder(nn.Module):
     """Pixels [b, 3, T, H, W] in [-1, 1] <-> latents, of any length and size.
 
-    `encoder` and `decoder` take whole chunks of whole cells. A clip is padded to that by
-    repeating its last frame, row and column, and what comes back is cropped. Chunk after chunk
-    goes through, so memory does not grow with length. (wan/vae.py is another one of these.)
+    `encoder` and `decoder` take whole chunks of whole cells. A clip is padded to that
+    by repeating its last frame, row and column, and what comes back is cropped. Chunk
+    after chunk goes through, so memory does not grow with length. (wan/vae.py is
+    another one of these.)
     """
 
     at_once = 0  # pixels below which the decoder takes several chunks: fixed costs rule there
@@ -297,7 +303,7 @@ class VideoAutoencoder(nn.Module):
         return torch.cat(list(self.encode_stream([x])), dim=2)
 
     def decode(self, z, frames=None, size=None):
-        """Latent -> [b, 3, frames, *size], not clamped. Default: everything the latent holds."""
+        """Latent -> [b, 3, frames, *size], not clamped; by default all it holds."""
         x = torch.cat(list(self.decode_stream(z)), dim=2)
         h, w = size or x.shape[3:]
         return x[:, :, :frames, :h, :w]
@@ -314,7 +320,7 @@ class VideoAutoencoder(nn.Module):
             yield self.to_latent(features)
 
     def decode_stream(self, z):
-        """Latents (a tensor, or pieces cut anywhere) -> frames [b, 3, t, H, W], by chunks."""
+        """Latents (a tensor, or pieces cut anywhere) -> frames, chunk by chunk."""
         state = None
         for features, surplus in self.latent_chunks(z):
             x, state = self.decoder(features, state)
@@ -331,7 +337,7 @@ class VideoAutoencoder(nn.Module):
             yield x.to(dtype)
 
     def latent_chunks(self, z):
-        """Latents, cut anywhere -> (what the decoder takes, surplus frames), call by call."""
+        """Latents, cut anywhere -> (what the decoder takes, surplus frames)."""
         c, together = self.config, 1
         if isinstance(z, torch.Tensor):
             z, together = [z], self.chunks_at_once(*z.shape[3:])
@@ -362,7 +368,7 @@ class VideoAutoencoder(nn.Module):
 
 
 class DCAEV(VideoAutoencoder):
-    """DC-AE-V. The diffusion model's latent is `config.scale` times what `encode` gives."""
+    """DC-AE-V. The diffusion model sees `config.scale` times what `encode` gives."""
 
     at_once = 2**17  # 32 frames of 64x64
 
@@ -372,18 +378,19 @@ class DCAEV(VideoAutoencoder):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def load_official(self, sd):
-        """Copy an official state dict, bare or in its training container -> self, in eval."""
+        """Copy an official state dict, bare or in its container -> self, in eval."""
         return checkpoint.load_strict(self, checkpoint.unwrap(sd), "the autoencoder weights").eval()
 
 
-# ----------------------------------------------------------------------------- weight files
+# ------------------------------------------------------------------------- weight files
 
 
 def infer_config(tensors, name=""):
     """Config from the shapes of official weights. UserError if no preset is like them.
 
-    What shapes do not show (chunk, scale) is that of the preset with as many stages and latent
-    channels; if several have, of the one with these widths and depths, else of the first.
+    What shapes do not show (chunk, scale) is that of the preset with as many stages and
+    latent channels; if several have, of the one with these widths and depths, else of
+    the first.
     """
     block = re.compile(r"encoder\.stages\.(\d+)\.op_list\.\d+\.main\.(conv1?)\.conv\.weight")
     found = [match for match in map(block.fullmatch, tensors) if match]
@@ -411,8 +418,9 @@ def infer_config(tensors, name=""):
 def load(path, config=None):
     """Weights of a DC-AE-V -> DCAEV in eval mode, fp32 (bf16 files are widened).
 
-    `path`: an official container (bare state dict, `model_state_dict`, `ema_model_state_dict`),
-    whose preset is inferred from the shapes, or our own .safetensors, which carries its config.
+    `path`: an official container (bare state dict, `model_state_dict`,
+    `ema_model_state_dict`), whose preset is inferred from the shapes, or our own
+    .safetensors, which carries its config.
     """
     tensors, metadata = checkpoint.load_tensors(path)
     if config is None:
@@ -431,7 +439,7 @@ def save(net, path, dtype=torch.float32, **metadata):
     checkpoint.save_tensors(path, tensors, {"config": dataclasses.asdict(net.config), **metadata})
 
 
-# ----------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------- command line
 
 
 def main(argv=None):

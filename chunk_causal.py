@@ -1,23 +1,27 @@
-"""Chunk-causal temporal modelling: the idea that makes DC-AE-V work (paper, section on DC-AE-V).
+"""Chunk-causal temporal modelling: the idea that makes DC-AE-V work (paper, section on
+DC-AE-V).
 
 A video autoencoder must decide what a frame may see.
 
 * **causal**: only the past. Any length works, but half of the useful context is lost.
 * **non-causal**: past and future. Best inside the training length, degrades beyond it,
   needs the whole clip at once.
-* **chunk-causal**: time is cut into chunks of c frames. Inside a chunk information flows
-  both ways, across a chunk border only forward. Quality of non-causal, length of causal.
+* **chunk-causal**: time is cut into chunks of c frames. Inside a chunk information
+  flows both ways, across a border only forward: the quality of one, the length of the
+  other.
 
-All of it happens in one layer, a 3x3x3 convolution. Chunk q has frames x[q*c] .. x[q*c+c-1]:
+All of it happens in one layer, a 3x3x3 convolution. Chunk q has frames x[q*c] ..
+x[q*c+c-1]:
 
     y[q*c + j] = bias + W0 * xe(j-1) + W1 * xe(j) + W2 * xe(j+1)
     xe(-1) = last frame of chunk q-1 at this layer's input (zeros for the first chunk)
     xe(c)  = zeros, always: nothing flows back across a border
 
-The state of a stream is explicit: every layer is called as `y, state = layer(x, state)`,
-with None at the start of a stream. One call over 2c frames, or two calls over c frames each
-with the state handed on, give the same result to rounding, so a clip of any length is
-processed in the memory of one chunk. `tests/test_chunk_causal.py` says the same in code.
+The state of a stream is explicit: every layer is called as `y, state = layer(x,
+state)`, with None at the start of a stream. One call over 2c frames, or two calls over
+c frames each with the state handed on, give the same result to rounding, so a clip of
+any length is processed in the memory of one chunk. `tests/test_chunk_causal.py` says
+the same in code.
 """
 import torch
 import torch.nn as nn
@@ -35,9 +39,10 @@ class _Isolated:
         return "ISOLATED"
 
 
-#: A state that says: this clip stands alone. Every convolution starts from zeros (and, unless
-#: it is causal, ends in zeros), whatever the clip's length, and hands the state on untouched.
-#: The released DC-AE-V treats single images so: repeated for the frames of one latent frame.
+#: A state that says: this clip stands alone. Every convolution starts from zeros (and,
+#: unless it is causal, ends in zeros), whatever the clip's length, and hands the state
+#: on untouched. The released DC-AE-V treats single images so: repeated for the frames
+#: of one latent frame.
 ISOLATED = _Isolated()
 
 
@@ -49,8 +54,8 @@ def split_state(state, n):
 def run_layers(layers, x, state=None):
     """Apply streaming layers one after the other -> (y, list of their states).
 
-    The list that comes in is used up: each state is replaced when its layer has run, so that
-    old and new do not pile up (at 4K the state of a layer is a GB).
+    The list that comes in is used up: each state is replaced when its layer has run, so
+    that old and new do not pile up (at 4K the state of a layer is a GB).
     """
     states = split_state(state, len(layers))
     for i, layer in enumerate(layers):
@@ -59,7 +64,8 @@ def run_layers(layers, x, state=None):
 
 
 class Conv3d(nn.Conv3d):
-    """3x3x3 convolution, stride 1, zero padding in space; `temporal` chooses what a frame sees.
+    """3x3x3 convolution, stride 1, zero padding in space; `temporal` chooses what a
+    frame sees.
 
     Called as `y, state = conv(x, state)` with x of shape [b, c, t, h, w].
 
@@ -105,36 +111,36 @@ class Conv3d(nn.Conv3d):
             padded = torch.cat([before, chunks, torch.zeros_like(before)], dim=2)
             y = F.conv3d(padded, self.weight, self.bias, padding=(0, 1, 1))
         else:
-            # The zeros at both ends of a chunk come free with the convolution's own padding.
-            # What they leave out is one tap on one frame: W0 on L. Adding that afterwards
-            # avoids copying the whole activation.
+            # The zeros at both ends of a chunk come free with the convolution's own
+            # padding. What they leave out is one tap on one frame: W0 on L. Adding that
+            # afterwards avoids copying the whole activation.
             y = kernels.convolution(chunks, self.weight, self.bias, (1, 1, 1))
             if n > 1 or past is not None:
                 y[:, :, 0] += kernels.convolution(before, self.weight[:, :, 0], None, (1, 1))
         return rearrange(y, "(b n) c t h w -> b c (n t) h w", n=n), last[:, :, -1:].clone()
 
 
-# ------------------------------------------------------------------------ space-time to depth
+# ------------------------------------------------------------------ space-time to depth
 
 
 def pixel_unshuffle(x, r, t=1):
-    """Space-time to depth: [b, c, T*t, H*r, W*r] -> [b, c*t*r*r, T, H, W], channel slowest."""
+    """Space-time to depth: [b, c, T*t, H*r, W*r] -> [b, (c t r r), T, H, W]."""
     pattern = "b c (T t) (h p) (w q) -> b (c t p q) T h w"
     return kernels.rearrange(x, pattern, t=t, p=r, q=r)
 
 
 def pixel_shuffle(x, r, t=1):
-    """Depth to space-time, the inverse: [b, c*t*r*r, T, H, W] -> [b, c, T*t, H*r, W*r]."""
+    """The inverse: [b, (c t r r), T, H, W] -> [b, c, T*t, H*r, W*r]."""
     pattern = "b (c t p q) T h w -> b c (T t) (h p) (w q)"
     return kernels.rearrange(x, pattern, t=t, p=r, q=r)
 
 
 def pixel_shuffle_add(y, x, r, t=1):
-    """An upsampling and its shortcut: pixel_shuffle(y) + pixel_shuffle(x, every channel repeated
-    until it has as many as y).
+    """An upsampling and its shortcut: pixel_shuffle(y) + pixel_shuffle(x, every channel
+    repeated until it has as many as y).
 
-    The same numbers are added before both are shuffled, so that neither the repeated copy nor
-    a second shuffle is made.
+    The same numbers are added before both are shuffled, so that neither the repeated
+    copy nor a second shuffle is made.
     """
     n = y.shape[1] // x.shape[1]
     if kernels.plain():
@@ -143,12 +149,12 @@ def pixel_shuffle_add(y, x, r, t=1):
     return pixel_shuffle((y.unflatten(1, (-1, n)) + x.unsqueeze(2)).flatten(1, 2), r, t)
 
 
-# ------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------ streams
 
 
 def recut(pieces, channels, size, first=None):
-    """Pieces of a video [b, channels, t, h, w], cut anywhere -> one of `first` frames (default:
-    `size`), then of `size`. The last may be shorter."""
+    """Pieces of a video [b, channels, t, h, w], cut anywhere -> one of `first` frames
+    (default: `size`), then of `size`. The last may be shorter."""
     held, missing = [], first or size
     for piece in pieces:
         if piece.ndim != 5 or piece.shape[1] != channels or 0 in piece.shape:

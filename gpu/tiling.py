@@ -1,28 +1,29 @@
-"""Exact spatial tiling: decode (or encode) a large frame in the memory of a small one, without
-a seam and without blending.
+"""Exact spatial tiling: decode (or encode) a large frame in the memory of a small one,
+without a seam and without blending.
 
-A pixel of the decoder's output depends on a patch of the latent only: every 3x3 convolution
-looks one position further to each side, every enlargement by r divides positions by r. Walk
-from the end to the start, and the rows [a, b) that are wanted of the output become those that
-are needed of the input of each layer, cut off at the borders of the frame, where the zero
-padding of the convolutions is the true one:
+A pixel of the decoder's output depends on a patch of the latent only: every 3x3
+convolution looks one position further to each side, every enlargement by r divides
+positions by r. Walk from the end to the start, and the rows [a, b) that are wanted of
+the output become those that are needed of the input of each layer, cut off at the
+borders of the frame, where the zero padding of the convolutions is the true one:
 
     3x3 convolution           [a, b)  <-  [a - 1, b + 1)
     enlargement by r          [a, b)  <-  [floor(a / r), ceil(b / r))
     reduction by r            [a, b)  <-  [a r, b r)
 
-So a tile is decoded from a window that is larger by a *halo*. After each layer the window is
-trimmed to what is still needed; what is wrong near its inner borders never reaches the tile.
+So a tile is decoded from a window that is larger by a *halo*. After each layer the
+window is trimmed to what is still needed; what is wrong near its inner borders never
+reaches the tile.
 
-The deeper a layer, the more latent cells its halo spans, and an attention over the frame needs
-all of them. But deep layers are small. So they run whole, and the shallow ones, where nearly
-all the memory goes, are swept tile by tile. Where to `cut`, and how large a tile to `choose`,
-follows from an estimate of the `peak`.
+The deeper a layer, the more latent cells its halo spans, and an attention over the
+frame needs all of them. But deep layers are small. So they run whole, and the shallow
+ones, where nearly all the memory goes, are swept tile by tile. Where to `cut`, and how
+large a tile to `choose`, follows from an estimate of the `peak`.
 
     latent --deep layers, whole--> features --window--> shallow layers --> tile
 
-Time is the inner loop: `GROUP` latent frames go through the deep layers, then each tile goes
-through all of them, so the streaming state of one tile only is in use at a time.
+Time is the inner loop: `GROUP` latent frames go through the deep layers, then each tile
+goes through all of them, so the streaming state of one tile only is in use at a time.
 """
 import itertools
 import math
@@ -38,7 +39,7 @@ GROUP = 32  # latent frames whose features are held at once: 128 frames of video
 
 
 def encode_stream(net, clips, tile=None):
-    """`net.encode_stream` in tiles of (rows, columns) latent cells; None: whole frames."""
+    """`net.encode_stream` in tiles of (rows, columns) cells; None: whole frames."""
     if tile is None:
         yield from net.encode_stream(clips)
         return
@@ -47,7 +48,7 @@ def encode_stream(net, clips, tile=None):
 
 
 def decode_stream(net, z, tile=None):
-    """`net.decode_stream` in tiles of (rows, columns) latent cells; None: whole frames."""
+    """`net.decode_stream` in tiles of (rows, columns) cells; None: whole frames."""
     if tile is None:
         yield from net.decode_stream(z)
         return
@@ -62,9 +63,9 @@ def decode_stream(net, z, tile=None):
 
 
 def axis_ops(module):
-    """What a layer does to positions along an axis, in order: (kernel, stride, padding) of a
-    convolution, or a factor where it changes the resolution otherwise, which it says itself:
-    `zoom` is 2 where sides are doubled, 1/2 where they are halved."""
+    """What a layer does to positions along an axis, in order: (kernel, stride, padding)
+    of a convolution, or a factor where it changes the resolution otherwise, which it
+    says itself: `zoom` is 2 where sides are doubled, 1/2 where they are halved."""
     if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
         yield module.kernel_size[-1], module.stride[-1], module.padding[-1]
     for child in module.children():
@@ -84,7 +85,7 @@ def scale_of(ops):
 
 
 def scales(ops, start=1):
-    """layer_ops -> positions at the input of every layer and at the end; `start` at first."""
+    """layer_ops -> positions at the input of every layer, and at the end."""
     found = [start]
     for layer in ops:
         found.append(round(found[-1] * scale_of(layer)))
@@ -92,7 +93,7 @@ def scales(ops, start=1):
 
 
 def needed_rows(layer, a, b, size):
-    """Rows [a, b) of a layer's output -> those of its input, of `size`, they depend on."""
+    """Rows [a, b) of a layer's output -> those needed of its input, of `size`."""
     r = max(1, round(1 / scale_of(layer)))
     for op in reversed(layer):
         if isinstance(op, tuple):
@@ -104,8 +105,8 @@ def needed_rows(layer, a, b, size):
 
 
 def row_spans(ops, size, a, b):
-    """Rows [a, b) of the last layer's output -> those needed of every layer's input, of which
-    the first has `size`, in order, and [a, b) itself."""
+    """Rows [a, b) of the last layer's output -> those needed of every layer's input, of
+    which the first has `size`, in order, and [a, b) itself."""
     sizes = scales(ops, size)
     spans = [(a, min(b, sizes[-1]))]
     for layer, n in zip(reversed(ops), reversed(sizes[:-1])):
@@ -114,8 +115,8 @@ def row_spans(ops, size, a, b):
 
 
 def tile_spans(ops, size, tile):
-    """Cut the last layer's output into tiles -> row_spans of every row of tiles, and of every
-    column. `size`: (height, width) of the first layer's input."""
+    """Cut the last layer's output into tiles -> row_spans of every row of tiles, and of
+    every column. `size`: (height, width) of the first layer's input."""
     axes = []
     for n, step in zip(size, tile):
         starts = range(0, scales(ops, n)[-1], step)
@@ -127,8 +128,8 @@ def tile_spans(ops, size, tile):
 
 
 def run(layers, x, states, window=None):
-    """One chunk of a video through streaming layers, only the `window` (row spans, column
-    spans) of it -> y. The list `states`, one for each layer, is updated as it goes."""
+    """One chunk of a video through streaming layers, only the `window` (row spans,
+    column spans) of it -> y. The list `states` is updated."""
     for i, layer in enumerate(layers):
         x = x if window is None else trim(x, layers, window, i)
         x, states[i] = layer(x, states[i])
@@ -136,7 +137,7 @@ def run(layers, x, states, window=None):
 
 
 def trim(x, layers, window, i):
-    """What comes out of layer i - 1, cut to what layer i needs. A copy: the rest is freed."""
+    """What comes out of layer i - 1, cut to what layer i needs: a copy."""
     scale = scale_of(tuple(axis_ops(layers[i - 1]))) if i else 0
     top, left = (round(axis[max(i - 1, 0)][0] * scale) for axis in window)  # x in the frame
     (a, b), (c, d) = (axis[i] for axis in window)
@@ -144,8 +145,8 @@ def trim(x, layers, window, i):
 
 
 def sweep(net, side, chunks, tile):
-    """Consecutive chunks of a video through `net.encoder` or `net.decoder` (side), the shallow
-    layers tile by tile -> generator of what they become."""
+    """Consecutive chunks of a video through `net.encoder` or `net.decoder` (side), the
+    shallow layers tile by tile -> generator of what they become."""
     c, layers = net.config, getattr(net, side).layers
     pixels = scales(layer_ops(layers), c.spatial_factor if side == "encoder" else 1)
     deep_states, waiting, at = [None] * len(layers), {}, None
@@ -166,10 +167,11 @@ def sweep(net, side, chunks, tile):
 
 
 def sweep_tiles(layers, chunks, tile, waiting, last):
-    """Consecutive chunks through shallow `layers`, tile by tile -> list of what they become.
+    """Consecutive chunks through shallow `layers`, tile by tile -> list of what they
+    become.
 
-    waiting: {tile: its states} between groups of chunks, in the memory of the host, kept by
-    the caller; after the `last` they are dropped.
+    waiting: {tile: its states} between groups of chunks, in the memory of the host,
+    kept by the caller; after the `last` they are dropped.
     """
     out, ops, size, device = [], layer_ops(layers), chunks[0].shape[3:], chunks[0].device
     for window in itertools.product(*tile_spans(ops, size, tile)):
@@ -189,7 +191,7 @@ def sweep_tiles(layers, chunks, tile, waiting, last):
 
 
 def shallow_layers(layers, side, at):
-    """The layers lo to hi that are tiled: in the decoder from `at` on, in the encoder up to it."""
+    """The layers lo to hi that are tiled: from `at` on, in the encoder up to it."""
     return (at, len(layers)) if side == "decoder" else (0, at)
 
 
@@ -211,13 +213,13 @@ def groups(chunks, size):
 class Meter(TorchDispatchMode):
     """Counts the bytes of the tensors that are created while it is on, and their peak.
 
-    A convolution is charged a copy of its input and output on top: libraries rearrange both
-    into the layout that their kernels want.
+    A convolution is charged a copy of its input and output on top: libraries rearrange
+    both into the layout that their kernels want.
     """
 
     @classmethod
     def _should_skip_dynamo(cls):
-        """Torch's compiler need not know this class: it would be imported for that, 2 s."""
+        """Torch's compiler need not know it: it would be imported, 2 s."""
         return False
 
     def __init__(self):
@@ -272,10 +274,10 @@ class Layer(NamedTuple):
 def costs(kind, config, side, dtype):
     """What the layers of `kind(config).encoder` or `.decoder` (side) need -> [Layer].
 
-    Two calls are run under a `Meter`, over 8x8 cells on the meta device, where tensors have
-    shapes and no numbers; it knows no layer by name. A network of at most 16 million
-    parameters really runs, over 2x2 cells: with the meta device torch would import its
-    compiler first, 2 s.
+    Two calls are run under a `Meter`, over 8x8 cells on the meta device, where tensors
+    have shapes and no numbers; it knows no layer by name. A network of at most 16
+    million parameters really runs, over 2x2 cells: with the meta device torch would
+    import its compiler first, 2 s.
     """
     with torch.device("meta"):
         net = getattr(kind(config).to(dtype), side).requires_grad_(False)
@@ -304,10 +306,11 @@ def costs(kind, config, side, dtype):
 
 
 def run_peak(layers, areas, calls, together=1):
-    """`run`, called `calls` times, with layers whose frames have `areas` latent cells -> bytes
-    at its peak, and of the states it leaves.
+    """`run`, called `calls` times, with layers whose frames have `areas` latent cells
+    -> bytes at its peak, and of the states it leaves.
 
-    together: of `areas`, so many are chunks of the same cells in a call, which share a state.
+    together: of `areas`, so many are chunks of the same cells in a call, which share a
+    state.
     """
     states, peak = 0, 0
     for layer, area in zip(layers, areas):
@@ -320,16 +323,17 @@ def run_peak(layers, areas, calls, together=1):
 
 
 def peak(net, side, shape, tile=None, dtype=torch.float32, at=None):
-    """Estimated peak bytes of `encode_stream` or `decode_stream` (side: "encoder", "decoder")
-    for a latent of shape (t, h, w), batch 1, beside the weights: tensors, and the workspace of
-    convolutions, for a consumer that keeps no more than one chunk. at: the layer where the
-    network is cut (default: as `cut` chooses)."""
+    """Estimated peak bytes of `encode_stream` or `decode_stream` (side: "encoder",
+    "decoder") for a latent of shape (t, h, w), batch 1, beside the weights: tensors,
+    and the workspace of convolutions, for a consumer that keeps no more than one chunk.
+    at: the layer where the network is cut (default: as `cut` chooses)."""
     layers, (t, h, w) = costs(type(net), net.config, side, dtype), shape
     calls = math.ceil(t / net.config.latent_chunk)
     if tile is None:
         together = min(calls, net.chunks_at_once(h, w)) if side == "decoder" else 1
         calls, area = math.ceil(calls / together), h * w * together
-        # What went in is there all the while, and the consumer may hold what came out before.
+        # What went in is there all the while, and the consumer may hold what came out
+        # before.
         held = layers[0].later.input + layers[-1].later.output * (calls > 1)
         return round(run_peak(layers, [area] * len(layers), calls, together)[0] + held * area)
     at = cut(net, side, shape, tile, dtype) if at is None else at
@@ -337,8 +341,8 @@ def peak(net, side, shape, tile=None, dtype=torch.float32, at=None):
 
 
 def tiled_peak(net, side, layers, calls, cells, tile, at):
-    """`peak` with tiles: what is held between deep and shallow layers, plus the larger of the
-    two peaks, of the deep layers and of the largest window through the shallow ones."""
+    """`peak` with tiles: what is held between deep and shallow layers, plus the larger
+    of two peaks: of the deep layers, and of the shallow ones' largest window."""
     c, (lo, hi), (h, w) = net.config, shallow_layers(layers, side, at), cells
     ops = [layer.ops for layer in layers]
     pixels = scales(ops, c.spatial_factor if side == "encoder" else 1)
@@ -371,9 +375,9 @@ def tiled_peak(net, side, layers, calls, cells, tile, at):
 
 
 def cut(net, side, shape, tile, dtype):
-    """Where to part deep and tiled layers -> `at` of `peak`: the deepest halo costs most
-    arithmetic, so the change of resolution with the smallest halo among those whose peak is
-    within 5 % of the best."""
+    """Where to part deep and tiled layers -> `at` of `peak`: the deepest halo costs
+    most arithmetic, so the change of resolution with the smallest halo among those
+    whose peak is within 5 % of the best."""
     layers, peaks = costs(type(net), net.config, side, dtype), {}
     n = len(layers)
     for at in range(n) if side == "decoder" else range(n, 0, -1):  # largest halo first
@@ -386,11 +390,12 @@ def cut(net, side, shape, tile, dtype):
 
 
 def choose(net, shape, budget, dtype=torch.float32, side="decoder"):
-    """The largest tile whose estimated peak fits into `budget` bytes: None (whole frames), or
-    (rows, columns) in latent cells. Where none fits: the one that needs least.
+    """The largest tile whose estimated peak fits into `budget` bytes: None (whole
+    frames), or (rows, columns) in latent cells. Where none fits: the one that needs
+    least.
 
-    shape: (t, h, w) of the latent, batch 1. Tiles come from halving the longer side, down to
-    128 pixels: with smaller ones nearly all the arithmetic goes into halos.
+    shape: (t, h, w) of the latent, batch 1. Tiles come from halving the longer side,
+    down to 128 pixels: with smaller ones nearly all the arithmetic goes into halos.
     """
     rows, columns = shape[1:]
     needs, tile = {}, None

@@ -1,12 +1,13 @@
-"""What an autoencoder does to video, and what that costs: a film beside its reconstruction, the
-table of the published evaluation, and the memory of a stream that does not end. For DC-AE-V and
-Wan VAE files alike.
+"""What an autoencoder does to video, and what that costs: a film beside its
+reconstruction, the table of the published evaluation, and the memory of a stream that
+does not end. For DC-AE-V and Wan VAE files alike.
 
-    python ae.py reconstruct assets/bunny.mp4          mp4 side by side, contact sheet, PSNR, SSIM
+    python ae.py reconstruct assets/bunny.mp4
+                                        mp4 side by side, contact sheet, PSNR, SSIM
     python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS
-                                                       a line for each; --results: pictures too
+                                        a line for each; --results: pictures too
     python ae.py eval weights/toy.safetensors --stream 2000
-                                                       2,000 frames in the memory of one chunk
+                                        2,000 frames in the memory of one chunk
 """
 import argparse
 import itertools
@@ -25,15 +26,15 @@ from training import clips, latents, metrics
 from training.latents import load_autoencoder as load
 
 
-# --------------------------------------------------------------------------------- one film
+# ----------------------------------------------------------------------------- one film
 
 
 @torch.no_grad()
 def reconstruct(net, clip, out, frames=None, size=None):
     """A video file through the autoencoder, chunk by chunk -> dict of the results.
 
-    Writes OUT/CLIP_reconstruction.mp4 (original | reconstruction), .png (evenly spaced frames
-    of both) and .json (the results; PSNR and SSIM as published).
+    Writes OUT/CLIP_reconstruction.mp4 (original | reconstruction), .png (evenly spaced
+    frames of both) and .json (the results; PSNR and SSIM as published).
     """
     c, like, info = net.config, next(net.parameters()), video.clip_info(clip)
     expected = frames or int(info.seconds * info.fps)
@@ -91,12 +92,12 @@ def timed(pieces, name, spent):
         yield piece
 
 
-# --------------------------------------------------------------------------- many clips: the table
+# ---------------------------------------------------------------- many clips: the table
 
 
 def evaluate(net, held_out):
-    """`metrics.evaluate` for either kind of autoencoder, and the statistics of its raw latents.
-    held_out: list of (name, x [3, t, h, w])."""
+    """`metrics.evaluate` for either kind of autoencoder, and the statistics of its raw
+    latents. held_out: list of (name, x [3, t, h, w])."""
     c, like, seen = net.config, next(net.parameters()), []
 
     def reconstruction(x):
@@ -114,7 +115,8 @@ def evaluate(net, held_out):
 
 @torch.no_grad()
 def show(path, nets, held_out, frames=4):
-    """A contact sheet: clip by clip, the original and what each of {name: autoencoder} makes."""
+    """A contact sheet: clip by clip, the original and what each of {name: autoencoder}
+    makes."""
     rows, labels = [], []
     for _, x in held_out:
         rows, labels = [*rows, x.cpu()], [*labels, "original", *nets]
@@ -124,7 +126,7 @@ def show(path, nets, held_out, frames=4):
     video.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
 
 
-# ------------------------------------------------------------------------- a film without end
+# ------------------------------------------------------------------- a film without end
 
 
 def resident():
@@ -134,11 +136,11 @@ def resident():
 
 @torch.no_grad()
 def stream(net, clip, frames, size, check=80):
-    """Encode and decode `frames` frames of `clip`, played over and over, as one stream -> dict
-    with the memory over frame index.
+    """Encode and decode `frames` frames of `clip`, played over and over, as one stream
+    -> dict with the memory over frame index.
 
-    Nothing is kept but the state. The first `check` frames are also done in one call over all
-    of them: `error` is the largest difference.
+    Nothing is kept but the state. The first `check` frames are also done in one call
+    over all of them: `error` is the largest difference.
     """
     c, first, kept, seen, memory = net.config, [], [], 0, []
     plays = (video.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
@@ -174,7 +176,7 @@ def stream(net, clip, frames, size, check=80):
         whole_clip_mib=round(pixels / 2**20, 1), growth_mib=round(growth, 2), rss_mib=memory)
 
 
-# ----------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------- command line
 
 
 def main_eval(argv):

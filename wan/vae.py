@@ -1,25 +1,28 @@
-"""The Wan video autoencoders, 2.1 and 2.2: the latent space that the base models live in (Wan,
-arXiv 2503.20314, section 4.1).
+"""The Wan video autoencoders, 2.1 and 2.2: the latent space that the base models live
+in (Wan, arXiv 2503.20314, section 4.1).
 
-Where DC-AE-V goes deep (32x32 pixels to a cell), these are shallow: 2.1 makes 16 channels of
-8x8 pixels, 2.2 makes 48 of 16x16. Both are causal in time, the plainest of the three designs in
-`chunk_causal.py`: a frame sees itself and the past. The first frame becomes a latent frame of
-its own and every further one stands for four frames, so an image is a video of one frame:
+Where DC-AE-V goes deep (32x32 pixels to a cell), these are shallow: 2.1 makes 16
+channels of 8x8 pixels, 2.2 makes 48 of 16x16. Both are causal in time, the plainest of
+the three designs in `chunk_causal.py`: a frame sees itself and the past. The first
+frame becomes a latent frame of its own and every further one stands for four frames, so
+an image is a video of one frame:
 
     [b, 3, 1 + 4k, H, W]  ->  [b, 16, 1 + k, H/8, W/8]
 
-    encoder:  conv | level, down | level, down (t) | level, down (t) | level | middle | head
-    decoder:  conv | middle | level, up (t) | level, up (t) | level, up | level | head
+    encoder: conv | level, down | level, down (t) | level, down (t) | level | mid | head
+    decoder: conv | mid | level, up (t) | level, up (t) | level, up | level | head
 
-A level is a row of residual blocks  y = x + conv(SiLU(norm(conv(SiLU(norm(x)))))), the middle a
-block, an attention within each frame and a block, the head norm, SiLU, conv. 2.2 puts a shortcut
-without parameters around every level (DC-AE-V has the same around its resampling), and moves 2x2
-pixels into the channels before all else. `encode` gives the mean of the posterior, normalised
-per channel to about unit variance: what the diffusion model sees, so `scale` is 1.
+A level is a row of residual blocks  y = x + conv(SiLU(norm(conv(SiLU(norm(x)))))), the
+mid a block, an attention within each frame and a block, the head norm, SiLU, conv.
+2.2 puts a shortcut without parameters around every level (DC-AE-V has the same around
+its resampling), and moves 2x2 pixels into the channels before all else. `encode` gives
+the mean of the posterior, normalised per channel to about unit variance: what the
+diffusion model sees, so `scale` is 1.
 
-It is in the layers, `y, state = layer(x, state)` with None at the start of a video, that the
-first frame is treated apart. So a video may be cut between any two latent frames, and memory
-does not grow with length. `load` takes the original names of tensors and diffusers'.
+It is in the layers, `y, state = layer(x, state)` with None at the start of a video,
+that the first frame is treated apart. So a video may be cut between any two latent
+frames, and memory does not grow with length. `load` takes the original names of tensors
+and diffusers'.
 """
 import math
 import re
@@ -98,12 +101,12 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
-    """x / ||x|| * sqrt(C) * gamma over the channels of each pixel; the length in fp32. `axes`:
-    how many axes follow the channels."""
+    """x / ||x|| * sqrt(C) * gamma over the channels of each pixel; the length in fp32.
+    `axes`: how many axes follow the channels."""
 
     def __init__(self, channels, axes=3):
         super().__init__()
@@ -121,7 +124,7 @@ def conv3(cin, cout):
 
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); 1x1x1 on the shortcut to change channels."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); 1x1x1 to change channels."""
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -139,7 +142,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of one head among all positions of a frame; frames do not see each other."""
+    """x + attention of one head among all positions of a frame."""
 
     whole_frame = True  # cannot be tiled (gpu/tiling.py)
 
@@ -168,11 +171,12 @@ class Nearest(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, frame by frame (zeros at the right and the bottom only); `temporal`: then
-    half the frame rate.
+    """Half the size, frame by frame (zeros at the right and the bottom only);
+    `temporal`: then half the frame rate.
 
-    The first frame of a video passes the temporal convolution untouched; from then on two
-    frames and the one before them become one. State: the last frame before that convolution.
+    The first frame of a video passes the temporal convolution untouched; from then on
+    two frames and the one before them become one. State: the last frame before that
+    convolution.
     """
 
     def __init__(self, channels, temporal):
@@ -199,8 +203,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """`temporal`: twice the frame rate; then twice the size, frame by frame.
 
-    The first latent frame of a video passes the temporal convolution untouched, and later ones
-    do not see it: they see zeros instead. State: the last two frames before that convolution.
+    The first latent frame of a video passes the temporal convolution untouched, and
+    later ones do not see it: they see zeros instead. State: the last two frames before
+    that convolution.
     """
 
     def __init__(self, cin, cout, temporal):
@@ -226,11 +231,11 @@ class Upsample(nn.Module):
 
 
 class DownGroup(nn.Module):
-    """Wan 2.2: a level of the encoder, plus its input rearranged into channels (t frames, r x r
-    pixels) and averaged down to `cout`.
+    """Wan 2.2: a level of the encoder, plus its input rearranged into channels (t
+    frames, r x r pixels) and averaged down to `cout`.
 
-    A first call starts with a single frame, so its number of frames is odd: a frame of zeros
-    completes the first pair.
+    A first call starts with a single frame, so its number of frames is odd: a frame of
+    zeros completes the first pair.
     """
 
     def __init__(self, layers, cout, r, t):
@@ -245,8 +250,8 @@ class DownGroup(nn.Module):
 
 
 class UpGroup(nn.Module):
-    """Wan 2.2: a level of the decoder, plus its input with repeated channels rearranged into t
-    frames and r x r pixels.
+    """Wan 2.2: a level of the decoder, plus its input with repeated channels rearranged
+    into t frames and r x r pixels.
 
     The first latent frame of a video makes a single frame: the other t - 1 are dropped.
     """
@@ -310,8 +315,7 @@ def res_blocks(cin, cout, n):
 
 
 class Encoder(nn.Module):
-    """[b, 3, 1 + 4k, H, W] -> moments before the last 1x1x1 convolution [b, 2 Z, 1 + k, H/f,
-    W/f]."""
+    """[b, 3, 1 + 4k, H, W] -> [b, 2 Z, 1 + k, H/f, W/f], not yet the moments."""
 
     def __init__(self, c):
         super().__init__()
@@ -367,7 +371,7 @@ class Decoder(nn.Module):
 
 
 class WanVAE(VideoAutoencoder):
-    """Pixels [b, 3, T, H, W] in [-1, 1] <-> normalised latents, t = 1 + ceil((T - 1) / 4)."""
+    """Pixels [b, 3, T, H, W] <-> normalised latents, t = 1 + ceil((T - 1) / 4)."""
 
     def __init__(self, config):
         super().__init__()
@@ -390,7 +394,7 @@ class WanVAE(VideoAutoencoder):
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------ weights
 
 LEAVES = [  # (original, diffusers), inside a residual block
     ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"),
@@ -426,8 +430,8 @@ def diffusers_name(name, config):
 
 
 def infer_config(tensors, **constants):
-    """Config from the shapes of a state dict in either spelling. `constants`: mean and std,
-    where they are not the published ones."""
+    """Config from the shapes of a state dict in either spelling. `constants`: mean and
+    std, where they are not the published ones."""
     width, cin = _shape(tensors, "encoder.conv1.weight", "encoder.conv_in.weight")[:2]
     decoder_width = _shape(tensors, "decoder.head.2.weight", "decoder.conv_out.weight")[1]
     z = _shape(tensors, "conv2.weight", "post_quant_conv.weight")[0]
@@ -471,18 +475,18 @@ def _shape(tensors, *names):
 
 
 def from_state_dict(sd, config=None, dtype=torch.float32):
-    """State dict in either spelling, or a container of one -> WanVAE in eval mode, without
-    gradients. Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names
-    it. The config follows from the shapes where none is given."""
+    """State dict in either spelling, or a container of one -> WanVAE in eval mode,
+    without gradients. Strict: a missing, unexpected or wrongly shaped tensor is a
+    UserError that names it. The config follows from the shapes where none is given."""
     return _build(checkpoint.unwrap(sd), config, dtype, "the autoencoder state dict")
 
 
 def load(path, config=None, dtype=torch.float32):
-    """`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, a .safetensors in either spelling, or a diffusers
-    `vae/` folder -> WanVAE as `from_state_dict`.
+    """`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, a .safetensors in either spelling, or a
+    diffusers `vae/` folder -> WanVAE as `from_state_dict`.
 
-    Tensors are read one at a time, so the weights are in memory once. A folder's config.json
-    gives the mean and std.
+    Tensors are read one at a time, so the weights are in memory once. A folder's
+    config.json gives the mean and std.
     """
     tensors, _ = checkpoint.open_tensors(path)
     file = Path(path) / "config.json"
