@@ -38,7 +38,7 @@ def main(argv=None):
         gpu.run(report)
     else:
         report = Report(path, suite=args.suite, repeats=args.repeats, clock="processor time")
-        suite = cpu.run if args.suite == "cpu" else cpu.toy
+        suite = cpu.run if args.suite == "cpu" else cpu.toy_models
         suite(report, args.repeats)
     print(f"wrote {path}")
 

@@ -15,6 +15,7 @@ import ae
 import dit
 import kernels
 import sample
+import toy
 from bench import harness
 from bench.harness import TYPES, fresh_process, in_turns, plainly, relative_error, work
 from wan import released
@@ -26,9 +27,9 @@ LATENTS = [(4, 32, 32), (4, 64, 64)]  # 1,024 and 4,096 tokens
 MIDDLE = ae.Config(  # an eighth of f32t4c32's work at each pixel
     (0, 64, 128, 128, 256, 256, 256), (0, 2, 3, 1, 1, 1, 1), 32, chunk=16
 )
-DECODES = {  # name: network, latent
-    "toy": (ae.PRESETS["toy"], (8, 2, 2)),
-    "toy-base": (ae.PRESETS["toy-base"], (8, 8, 8)),
+DECODES = {  # name: network, latent; None: that of a toy clip
+    "toy": (ae.PRESETS["toy"], None),
+    "toy-base": (ae.PRESETS["toy-base"], None),
     "toy, 8x8 cells": (ae.PRESETS["toy"], (2, 8, 8)),
     "small": (ae.PRESETS["small"], (4, 4, 4)),
     "middle": (MIDDLE, (4, 3, 4)),
@@ -103,6 +104,7 @@ def decoding(report, repeats, name):
     config, shape = DECODES[name]
     usual = ae.DCAEV(config).eval()
     ours = copy.deepcopy(usual).to(memory_format=torch.channels_last_3d)  # as ae.load does
+    shape = shape or usual.latent_shape(*toy.toy_batch(0, 1)[0].shape[2:])
     z = torch.randn(1, config.latent_channels, *shape)
     tasks = {}
     for dtype in usable_types():
@@ -119,17 +121,18 @@ def decoding(report, repeats, name):
 def training(report, repeats):
     """Forward and backward. Chunk-causal padding matters here too; other operations take
     their plain forms, which have gradients."""
-    net, base = ae.DCAEV(ae.PRESETS["toy"]), dit.WanDiT(dit.PRESETS["toy-base"])
-    clips = torch.rand(4, 3, 16, 64, 64) * 2 - 1
-    z, t = torch.randn(16, base.config.in_channels, 8, 8, 8), torch.full((16,), 500.0)
-    context = torch.randn(16, base.config.text_len, base.config.text_dim)
+    base, net = released.load_model("base"), ae.DCAEV(ae.PRESETS["toy"])
+    clips, scenes = toy.toy_batch(0, 4)
+    context = base.text.encode([scene.attributes() for scene in scenes])
+    shape = base.latent_shape(clips.shape[2], clips.shape[3:])
+    z, t = torch.randn(4, base.net.config.in_channels, *shape), torch.full((4,), 500.0)
 
     def autoencoder_step():
         made = net.decoder(net.encoder(clips)[0])[0]
         (made - clips).abs().mean().backward()
 
     def transformer_step():
-        base(z, t, context).square().mean().backward()
+        base.net(z, t, context).square().mean().backward()
 
     for name, step in (("autoencoder", autoencoder_step), ("transformer", transformer_step)):
         seconds = in_turns({"ours fp32": step, "plain fp32": plainly(step)}, repeats)
@@ -161,7 +164,7 @@ def start():
 
 
 @torch.no_grad()
-def toy(report, repeats):
+def toy_models(report, repeats):
     """Base and adapted toy model: one pass, guided loop, decode, prompt to pixels."""
     both = {name: released.load_model(name) for name in ("dc", "base")}
     frames, size = both["dc"].frames, both["dc"].size
