@@ -14,6 +14,7 @@ from experiments.temporal import ARMS, BASE
 from files import video
 
 
+@pytest.mark.core
 def test_arms_differ_in_one_thing():
     """Within a group all have the same clips, batches and steps, and but for the latent channels as many weights."""
     for group, field in (("temporal", "temporal"), ("chunk", "chunk"), ("latent", "latent_channels")):
@@ -41,6 +42,7 @@ def still_life():
     return temporal.rearrange(patches, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=4, w=4, p=8, q=8).expand(-1, -1, 16, -1, -1)
 
 
+@pytest.mark.core
 def test_frames_coded_together_share_their_numbers(still_life):
     """A film of stills that 4 numbers per patch describe, one of them kept per latent frame: coded alone, every frame gets the same one. Causal, each
     latent frame adds the next; a chunk of 8 frames has two from the start, the clip as a whole all four."""

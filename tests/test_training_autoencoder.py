@@ -20,7 +20,9 @@ TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4)
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
+    """A preset for seconds, and no charts, which take more time than these networks."""
     monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(loop, "plot", lambda folder: (folder / "log.png").touch())
 
 
 def tiny(seed=0, config=TINY):
@@ -54,7 +56,8 @@ def run_phases(out, films, names, begun, steps, settings=autoencoder.Settings(),
     phases = autoencoder.choose_phases(
         autoencoder.LAPTOP, TINY, names, begun, list(steps), **changes)
     settings = dataclasses.replace(settings, perceptual="random")
-    return autoencoder.train("tiny", phases, autoencoder.Films([films], 0), out, settings)
+    source = autoencoder.Films([films], 0, cache=films.parent / "cache")
+    return autoencoder.train("tiny", phases, source, out, settings)
 
 
 def test_the_phases_for_video(tmp_path, films, monkeypatch):
@@ -160,6 +163,7 @@ def test_a_step_of_stills_takes_each_frame_alone():
     assert 70 < sum(share) < 130
 
 
+@pytest.mark.core
 def test_the_adversary_pulls_the_decoder_and_not_itself():
     """The autoencoder's loss leaves no gradient in the discriminator, whose own loss leaves none in the autoencoder."""
     net, disc, x = tiny(), losses.Discriminator(8, 3), torch.rand(1, 3, 16, 32, 32) * 2 - 1
@@ -185,6 +189,7 @@ def test_recomputed_stages_give_the_same_gradients():
     assert net.state_dict().keys() == again.state_dict().keys()
 
 
+@pytest.mark.core
 def test_latent_noise_spreads_by_a_share_of_the_rms():
     z = 3 * torch.randn(4, 8, 4, 8, 8)
     noise = latents.add_latent_noise(z, 0.1, seed=5) - z
@@ -273,6 +278,7 @@ def test_an_image_autoencoder_is_inflated_under_every_temporal_rule(changes):
         assert y.std() > 0.05 and torch.allclose(through(net, clip(x)), clip(y), atol=1e-4)
 
 
+@pytest.mark.core
 def test_an_inflated_model_is_the_image_model_on_a_clip_that_stands_still():
     """Synthetic 2-D weights, stated in a second way above: every frame of the clip gives the image's latent and reconstruction."""
     config = ae.Config((0, 16, 16, 16, 16), (0, 1, 1, 1, 1), 4, chunk=8)
@@ -357,10 +363,13 @@ def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
         ae.main(["train", "--losses", "beauty=1"])
     with pytest.raises(UserError, match="no phase refine here: use low, decoder"):
         ae.main(["train", "--preset", "toy", "--phases", "refine"])
+    with pytest.raises(UserError, match="--align-to needs a phase that trains the encoder"):
+        ae.main(["train", "--preset", "toy", "--phases", "decoder", "--align-to", "base"])
     with pytest.raises(UserError, match="--size must be multiples of a latent cell"):
         ae.main(["train", "--preset", "toy", "--size", "50x50"])
 
 
+@pytest.mark.core
 def test_the_command_line_is_a_list_of_phases(monkeypatch):
     called = []
     monkeypatch.setattr(autoencoder, "train", lambda *a: called.extend(a))

@@ -18,6 +18,11 @@ TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 6, chunk=8, patch=4)  # f8
 BASE = ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 3, chunk=8)  # f4
 
 
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    monkeypatch.setattr(loop, "plot", lambda folder: None)
+
+
 def tiny(config=TINY):
     torch.manual_seed(0)
     return ae.DCAEV(config)
@@ -128,6 +133,7 @@ def test_a_wan_base_reads_as_many_frames_as_make_the_same_latent_frames(tiny_fol
 # -------------------------------------------------------------- the tricks
 
 
+@pytest.mark.core
 def test_neighbours_and_their_hinge():
     z = torch.randn(2, 16, 4, 8, 8)
     alike = z[:, :, ::2, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
@@ -173,6 +179,7 @@ def test_each_trick_is_a_weight_of_the_same_losses(tmp_path, monkeypatch, field)
 # -------------------------------------------------------------- the report
 
 
+@pytest.mark.core
 def test_the_report_tells_a_smooth_latent_from_noise():
     noise = torch.randn(8, 16, 4, 8, 8)
     basis = torch.randn(16, 2)

@@ -67,6 +67,7 @@ def assert_equal(a, b):
 # ---------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("stop", [0, 2, 3, 5, 7])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
     """Stopped in the middle of any step, with weights half-way: weights, average, log are those of the run that was left in peace."""
@@ -121,11 +122,15 @@ def test_kill_9_in_the_middle_of_a_step(tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
+@pytest.mark.core
 def test_another_config_is_refused_and_the_difference_shown(tmp_path):
     fit(make(tmp_path))
     with pytest.raises(UserError, match=r"other settings \(steps 8 -> 9, lr missing -> 0.1\): use the same ones, or another --out"):
         make(tmp_path, loop.Plan(**{**PLAN.__dict__, "steps": 9}), lr=0.1)
     make(tmp_path, loop.Plan(**{**PLAN.__dict__, "save_every": 1, "keep": 1, "log_every": 1}))  # how often it is saved changes no result
+    (tmp_path / "checkpoint-0000001.pt").touch()
+    with pytest.raises(UserError, match="holds a run of an earlier version: use another --out"):
+        make(tmp_path)
 
 
 def test_so_many_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
@@ -200,6 +205,7 @@ def test_nan_stops_the_run_and_is_traced(tmp_path, where, expected):
 # ---------------------------------------------------------------------------------------------------- the arithmetic
 
 
+@pytest.mark.core
 def test_learning_rate():
     rates = lambda **k: [round(loop.Plan(steps=10, **k).rate(s), 3) for s in (0, 1, 5, 9)]
     assert rates(warmup=4) == [0.25, 0.5, 0.5, 0.1] and rates(warmup=4, decay="constant") == [0.25, 0.5, 1, 1]
@@ -220,6 +226,7 @@ def quadratic(folder, plan, rows, momentum=0.0):
     return run
 
 
+@pytest.mark.core
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
     x = torch.randn(8, 4)
     a = quadratic(tmp_path / "a", loop.Plan(1, warmup=0), [x])

@@ -93,6 +93,7 @@ def test_perceptual_per_frame():
         assert torch.equal(net.per_frame(y, x), d)
 
 
+@pytest.mark.core
 def test_feature_distance_by_hand():
     """Two maps: one equal up to its length, which does not count, one orthogonal (2) at half of its positions: 1 / 2 in the mean."""
     a, b = torch.tensor([[[[3.0, 4.0]], [[0.0, 0.0]]]]), torch.tensor([[[[1.0, 0.0]], [[0.0, 9.0]]]])  # n c h w
@@ -223,6 +224,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- adversarial
 
 
+@pytest.mark.core
 def test_hinge_losses():
     """A discriminator that knows nothing is at 1, one that is sure by 1 or more on both sides at 0; the generator wants high logits."""
     zero, logits = torch.zeros(2, 1, 3, 4, 4), torch.tensor([2.0, 0.5, -1.0])
@@ -231,6 +233,7 @@ def test_hinge_losses():
     assert losses.hinge_g(logits).item() == pytest.approx(-0.5)
 
 
+@pytest.mark.core
 def test_adaptive_weight_is_the_ratio_of_the_gradients():
     """|(3, 4)| / (|(0, 0.5)| + 1e-4); detached; the graphs still stand; a vanishing gradient is held at the maximum."""
     w = torch.tensor([1.0, 2.0], requires_grad=True)

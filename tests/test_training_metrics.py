@@ -12,6 +12,7 @@ from training import judges, metrics
 # ---------------------------------------------------------------------------------------------------- distance to the original
 
 
+@pytest.mark.core
 def test_psnr_and_ssim_equal_published_programs():
     """Three frames from a formula, as 8-bit values. SSIM: torchmetrics 1.9.0, data_range=(0.0, 255.0). PSNR: scikit-image 0.26.0."""
     t, h, w = torch.meshgrid(torch.arange(3.0), torch.arange(40.0), torch.arange(56.0), indexing="ij")
@@ -189,6 +190,7 @@ def test_evaluate_refuses_other_shapes_and_no_clips():
         metrics.evaluate(lambda x: x, [], optional=())
 
 
+@pytest.mark.core
 def test_table():
     rows = {"ours": {"psnr": 31.0825, "flicker chunk": 1.234, "flicker latent": 1.5, "equal_frames": 0, "clips": 12},
             "Wan": {"psnr": 9.5, "ssim": 0.90094, "fvd": 13.7873, "flicker latent": math.nan, "clips": 12}}

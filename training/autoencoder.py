@@ -86,6 +86,7 @@ class Phase:
     masked: float = 0.0  # share of steps in which it does not see some of the cells
 
 
+CLIP_ENCODER = ("all", "inner")  # what trains the encoder of clips, and so can be aligned
 LOSSES = ("l1", "mse", "jumps", "perceptual", "adversarial", "noise",
           "equivariance", "correlation", "front", "masked")  # that --losses may set
 
@@ -465,7 +466,7 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
     torch.manual_seed(seed)
     net.requires_grad_(False)
     aligner = None
-    if teacher and phase.align and phase.trained in ("all", "inner"):
+    if teacher and phase.trained in CLIP_ENCODER:
         aligner = latents.Aligner(teacher, net, stream).to(device)
     trained = part(net, phase.trained).requires_grad_(True)
     nets, optimisers = {"net": net}, {"net": optimiser(phase.optimiser, trained, phase.lr)}
@@ -685,6 +686,8 @@ def main_train(argv):
         changes["align"] = a.align_weight
     begun, config = bool(a.start or a.inflate), ae.PRESETS[a.preset]
     phases = choose_phases(programme, config, a.phases, begun, a.steps, a.batch, **changes)
+    if a.align_to and not any(phase.trained in CLIP_ENCODER for phase in phases):
+        raise UserError("--align-to needs a phase that trains the encoder of clips: low or high.")
     settings = Settings(a.seed, a.save_every, not a.fp32, a.compile, a.perceptual, a.start,
                         a.inflate, tuple(a.align_to))
     path = train(a.preset, phases, source, a.out, settings)
