@@ -7,9 +7,8 @@ training end to end first improves and then collapses to noise. So the ends are 
 first:
 
     cache     latents of the same clips in both spaces: z_T ("teacher"), z_S ("student")
-    stage 1a  align the patch embedder: E_S(z_S) imitates E_T(z_T), averaged over the
-              s x s base tokens that one deep token covers (align.py)
-    assemble  blocks, time and text embedders from the base; E_S from 1a; a new head
+    stage 1a  align the patch embedder (align.py): E_S(z_S) imitates E_T(z_T), averaged
+              over the s x s base tokens that one deep token covers; a new head
     stage 1b  align the head (and embedder) with the flow-matching loss, blocks frozen
     stage 2   LoRA on the blocks, embedder and head in full: a light end-to-end fine-tune
     export    the LoRA in three layouts, and merged: a folder that sample.py takes

@@ -98,8 +98,8 @@ def cache_latents(model, shards, folder, seed=1):
     Latents. A shard that is there already is read instead; one that is damaged is made
     again."""
     entries, parts, attributes = entries_of(model, folder), [], []
-    for shard in tqdm(range(shards), desc=f"cache latents of {model.name}", unit="shard"):
-        key, rng = f"{seed}-{shard:04d}", np.random.default_rng((seed, shard))
+    for shard in tqdm(range(shards), f"cache latents of {model.name}", unit="shard"):
+        key = f"{seed}-{shard:04d}"
         if entries.facts(key) is None:
             clips, _ = toy.toy_batch((seed, shard), SHARD, model.frames, model.size[0])
             entries.put(key, encode(model, clips, WITH_IMAGE))
@@ -107,19 +107,23 @@ def cache_latents(model, shards, folder, seed=1):
         condition = torch.zeros(SHARD, *tensors["condition"].shape[1:], dtype=torch.half)
         condition[:WITH_IMAGE] = tensors["condition"]
         parts.append((tensors["z"], condition))
+        rng = np.random.default_rng((seed, shard))  # as `toy.toy_batch` draws its scenes
         attributes += [toy.random_scene(rng).attributes() for _ in range(SHARD)]
-    index = torch.arange(shards * SHARD)
     z, condition = map(torch.cat, zip(*parts))
-    return Latents(z, condition, index[index % SHARD < WITH_IMAGE], attributes)
+    index = torch.arange(len(z))
+    with_image = index[index % SHARD < WITH_IMAGE]
+    return Latents(z, condition, with_image, attributes)
 
 
 def encode_scenes(model, scenes, folder):
     """Latents of given scenes in the model's space, without image condition; kept in
     `folder`."""
-    entries, key = entries_of(model, folder), f"scenes-{hash_of([asdict(s) for s in scenes])}"
+    entries = entries_of(model, folder)
+    key = f"scenes-{hash_of([asdict(scene) for scene in scenes])}"
     if entries.facts(key) is None:
-        clips = [toy.render(s, model.frames, model.size[0]) for s in scenes]
-        entries.put(key, encode(model, torch.stack([video.to_tensor(x) for x in clips])))
+        clips = [toy.render(scene, model.frames, model.size[0]) for scene in scenes]
+        clips = torch.stack([video.to_tensor(x) for x in clips])
+        entries.put(key, encode(model, clips))
     z = entries.get(key)["z"]
     condition = torch.zeros(len(z), 4 + z.shape[1], *z.shape[2:], dtype=z.dtype)
     return Latents(z, condition, torch.arange(0), [s.attributes() for s in scenes])
@@ -140,8 +144,8 @@ class Source:
     """
 
     def __init__(self, latents, text, teacher=None, seed=0, null=0.1, drop=0.1, image=0.2):
-        self.latents, self.text, self.teacher, self.seed = latents, text, teacher, seed
-        self.null, self.drop = null, drop
+        self.latents, self.text, self.teacher = latents, text, teacher
+        self.seed, self.null, self.drop = seed, null, drop
         self.image = image if len(latents.with_image) else 0.0
         clips = f"toy {len(latents.z)} clips {hash_tensors({'z': latents.z})}"
         self.fingerprint = f"{clips}, seed {seed}, null {null}, drop {drop}, image {self.image}"
@@ -159,10 +163,12 @@ class Source:
         shown = rng.random() < self.image
         choices = self.latents.with_image.numpy() if shown else len(self.latents.z)
         index = int(rng.choice(choices))
-        if rng.random() < self.null:
-            return index, {}, shown
-        said = self.latents.attributes[index].items()
-        return index, {k: word for k, word in said if rng.random() >= self.drop}, shown
+        prompt = {}
+        if rng.random() >= self.null:
+            for name, word in self.latents.attributes[index].items():
+                if rng.random() >= self.drop:
+                    prompt[name] = word
+        return index, prompt, shown
 
     def batch(self, step, positions):
         """The samples at these positions of a step's global batch -> Batch on the
@@ -189,7 +195,8 @@ FIRST_AND_LAST = (r"patch_embedding.*", r"head.*", r".*modulation", r"text_embed
 def pretrain(args):
     """Train the toy base transformer from nothing on the base autoencoder's latents
     -> OUT/toy-base-dit.safetensors, the averaged weights."""
-    out, device = Path(args.out), torch.device(args.device)
+    out = Path(args.out)
+    device = torch.device(args.device)
     torch.manual_seed(args.seed)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
     autoencoder = ae.load(args.ae or released.WEIGHTS / "toy-base.safetensors")
@@ -259,10 +266,10 @@ def score(args):
         rows[f"{name}: prompts"] = toy.prompt_fit(made, prompts)
         rows[f"{name}: image and prompt"] = score_images(model, prompts[:64], clips[:64])
     columns = (*toy.WORLD, "mean", "psnr")
-    print(f"{'':26s}" + "".join(f"{k:>12s}" for k in columns))
+    print(" " * 26 + "".join(f"{k:>12s}" for k in columns))
     for name, row in rows.items():
-        told = [f"{row[k]:12.3f}" if k in row else f"{'':12s}" for k in columns]
-        print(f"{name:26s}" + "".join(told))
+        cells = [f"{row[k]:.3f}" if k in row else "" for k in columns]
+        print(f"{name:26s}" + "".join(cell.rjust(12) for cell in cells))
     found = dict(**checkpoint.provenance(), prompts=len(prompts), rows=rows)
     checkpoint.write_json(args.results, found)
 
