@@ -89,8 +89,8 @@ class Model:
     net: dit.WanDiT | Deferred
     ae: ae.DCAEV | vae.WanVAE
     text: toy.ToyText | WanText
-    frames: int = 32
-    size: tuple = (64, 64)  # height, width
+    frames: int = toy.FRAMES
+    size: tuple = (toy.SIZE, toy.SIZE)  # height, width
     fps: int = 16
     steps: int = 20
     shift: float = 3.0
