@@ -24,7 +24,7 @@ from files import checkpoint, video
 from files.checkpoint import UserError
 from tiny_layouts import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
-from wan import released
+from wan import models, released
 from wan.text import WanText
 
 TEXT = toy.ToyText()
@@ -164,7 +164,7 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     # once more: everything is there, nothing is encoded or trained
     files = {f: checkpoint.load_tensors(f)[0] for f in (out / "transformer.safetensors", out / "lora.safetensors")}
     monkeypatch.setattr(torch.optim.AdamW, "step", None)
-    monkeypatch.setattr(ae.DCAEV, "encode", None)
+    monkeypatch.setattr(models.Model, "encode", None)
     adapt.main([*TINY_RUN, "--out", str(out)])
     for file, before in files.items():
         after = checkpoint.load_tensors(file)[0]

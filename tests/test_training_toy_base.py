@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import adapt
-import ae
 import dit
 import flow
 import sample
@@ -15,7 +14,7 @@ import toy
 from files.checkpoint import UserError
 from training import loop, toy_base
 from training.entries import Entries
-from wan import released
+from wan import models, released
 
 TEXT = toy.ToyText()
 
@@ -49,9 +48,14 @@ def test_the_transformer_takes_latent_mask_and_condition_in_this_order():
 
 
 def count_encodes(monkeypatch):
-    """A list that grows by the number of clips of every call of an autoencoder's encoder."""
-    encoded, encode = [], ae.DCAEV.encode
-    monkeypatch.setattr(ae.DCAEV, "encode", lambda self, x, **more: encoded.append(len(x)) or encode(self, x, **more))
+    """A list that grows by the number of clips of every call of a model's autoencoder."""
+    encoded, encode = [], models.Model.encode
+
+    def counted(self, x):
+        encoded.append(len(x))
+        return encode(self, x)
+
+    monkeypatch.setattr(models.Model, "encode", counted)
     return encoded
 
 
