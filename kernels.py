@@ -331,8 +331,9 @@ def fusable(*inputs):
 
 def recorded(*inputs):
     """Will gradients be asked for?"""
-    tensors = [a for a in inputs if isinstance(a, torch.Tensor)]
-    return torch.is_grad_enabled() and any(a.requires_grad for a in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in inputs)
 
 
 def onednn(*inputs):
