@@ -79,11 +79,11 @@ def test_the_aligner_moves_the_encoder_and_not_the_base(base):
 def test_aligned_training_raises_r_squared_and_resumes(tmp_path, base, monkeypatch):
     """`--align-to`: R^2 stands beside PSNR; killed and started again, the weights are the same."""
     monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(latents.Aligner, "BATCHES", 8)
+    monkeypatch.setattr(latents.Aligner, "BATCHES", 4)
     phases = autoencoder.choose_phases(autoencoder.TOY, TINY, ["low"], False, [20], 2, size=(32, 32),
                                        frames=16, lr=2e-3, warmup=1, align=1.0, l1=0.1, mse=0.1)
 
-    def run(out, save_every=5):
+    def run(out, save_every=10):
         settings = autoencoder.Settings(align_to=tuple(base), save_every=save_every)
         return autoencoder.train("tiny", phases, autoencoder.ToyWorld(), tmp_path / out, settings)
 
