@@ -1,4 +1,5 @@
-"""AE-Adapt-V, stage by stage: what is inherited and what is fresh; then the whole program on tiny models."""
+"""AE-Adapt-V, stage by stage: what is inherited and what is fresh; then the whole
+program on tiny models."""
 import dataclasses
 import errno
 import json
@@ -36,7 +37,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(toy_base, "WITH_IMAGE", 4)
 
 
-# ---------------------------------------------------------------------------------------------------- assemble
+# ------------------------------------------------ assemble
 
 FRESH = {"patch_embedding.weight", "patch_embedding.bias", "head.head.weight", "head.head.bias"}
 
@@ -49,6 +50,7 @@ def trained_base():
     return base.eval()
 
 
+@pytest.mark.core
 def test_everything_but_the_two_ends_is_inherited_bit_for_bit():
     base, config = trained_base(), dit.PRESETS["toy-dc"]
     before = {k: v.clone() for k, v in base.state_dict().items()}
@@ -59,6 +61,7 @@ def test_everything_but_the_two_ends_is_inherited_bit_for_bit():
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(base.parameters(), deep.parameters()))
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_the_assembled_model_predicts_exactly_zero():
     deep = dit.inherit(trained_base(), dit.PRESETS["toy-dc"])
@@ -93,7 +96,7 @@ def test_merged_lora_equals_live_lora_on_the_toy():
     assert live.std() > 0.1 and (lora.merge(deep)(*args) - live).abs().max() < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------- image-to-video input
+# ------------------------------------------------ image-to-video input
 
 
 @pytest.mark.parametrize("name", ["base", "dc"])
@@ -111,7 +114,7 @@ def test_the_image_condition_is_mask_and_latent_of_a_clip_that_begins_with_the_i
     assert not model.condition(2, shape).any()
 
 
-# ---------------------------------------------------------------------------------------------------- the whole program
+# ------------------------------------------------ the whole program
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
     assert json.loads((out / "report.json").read_text()) == report
 
 
-# ---------------------------------------------------------------------------------------------------- Wan, from clips to a sample
+# ------------------------------------------------ Wan, from clips to a sample
 
 
 CAPTIONS = ("a cat", "a dog on the piano")
@@ -191,7 +194,8 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text_cache(tmp_path_factory):
-    """States for the captions and the empty prompt, so that no text encoder is needed."""
+    """States for the captions and the empty prompt, so that no text encoder is
+    needed."""
     text = WanText(None, None, cache=tmp_path_factory.mktemp("text") / "cache.safetensors", text_dim=TEXT_DIM)
     text.known = {prompt: torch.randn(4, TEXT_DIM) for prompt in (*CAPTIONS, "")}
     text.write_cache(list(text.known))
@@ -200,7 +204,8 @@ def text_cache(tmp_path_factory):
 
 @pytest.fixture
 def wan(tiny_folders, clips, text_cache, quick, tmp_path, monkeypatch):
-    """wan(base, *more) -> the folder that `adapt.py --base BASE ...` has written, from tiny checkpoints in the official layout."""
+    """wan(base, *more) -> the folder that `adapt.py --base BASE ...` has written, from
+    tiny checkpoints in the official layout."""
     def run(base, *more, deep="DC-VideoGen-Wan2.1-14B", layout=0, out=tmp_path / "out"):
         name = bases.ALIASES.get(base, base)
         monkeypatch.setitem(bases.BASES, name, dataclasses.replace(bases.BASES[name], validation=4))
@@ -220,7 +225,8 @@ def sampled(out, folders, text_cache, tmp_path, *more):
 
 
 def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp_path):
-    """python adapt.py --base wan2.1 --data CLIPS, as published but for the number of steps; then python sample.py on what it wrote."""
+    """python adapt.py --base wan2.1 --data CLIPS, as published but for the number of
+    steps; then python sample.py on what it wrote."""
     out = wan("wan2.1")
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
     assert list(rows)[-3:] == ["1a, assembled", "1b, head aligned", "2, LoRA"] and "1a sgd" in rows
@@ -234,7 +240,8 @@ def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp
 
 
 def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache, tmp_path):
-    """--continue-from: stage 2 alone, on the exported model, in larger buckets. Nothing of the base's latent space is made or read."""
+    """--continue-from: stage 2 alone, on the exported model, in larger buckets. Nothing
+    of the base's latent space is made or read."""
     first = wan("wan2.1", "--align", "closed_form", "--sample-steps", "0", out=tmp_path / "first")
     out = wan("wan2.1", "--continue-from", str(first), "--buckets", "96x128F32MS", "--sample-steps", "0", out=tmp_path / "second")
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
@@ -253,7 +260,8 @@ def test_an_adapted_model_goes_on_at_another_size(wan, tiny_folders, text_cache,
 
 
 def test_into_f64t4c128(wan, tiny_folders, text_cache, tmp_path):
-    """--target f64t4c128: a deep token covers 4 x 4 of the base's; 128 latent channels; buckets that 64 divides."""
+    """--target f64t4c128: a deep token covers 4 x 4 of the base's; 128 latent channels;
+    buckets that 64 divides."""
     torch.manual_seed(0)
     ae.save(ae.DCAEV(ae.Config((0, *[16] * 7), (0, *[1] * 7), 128, chunk=8)), tmp_path / "f64.safetensors")
     out = wan("wan2.1", "--target", "f64t4c128", "--ae", str(tmp_path / "f64.safetensors"), "--buckets", "128x192F64MS", "--align", "closed_form", "--sample-steps", "0")
@@ -274,7 +282,8 @@ def test_a_continuation_takes_a_share_of_the_steps(monkeypatch):
 
 
 def test_image_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp_path):
-    """From diffusers' layout to diffusers' layout, by regression. The exported model has mask and condition channels and the image branch."""
+    """From diffusers' layout to diffusers' layout, by regression. The exported model
+    has mask and condition channels and the image branch."""
     out = wan("wan2.1-i2v-14b-480p", "--align", "closed_form", "--sample-steps", "0", "--format", "diffusers", layout=1)
     assert json.loads((out / "transformer" / "config.json").read_text())["in_channels"] == 32 + 4 + 32
     rows = {row["stage"]: row for row in json.loads((out / "report.json").read_text())["stages"]}
@@ -289,7 +298,8 @@ def test_image_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tm
 
 @pytest.mark.slow
 def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_cache, tmp_path, monkeypatch):
-    """Two transformers, adapted one after the other; the exported folder samples with both, which take turns at the base's boundary."""
+    """Two transformers, adapted one after the other; the exported folder samples with
+    both, which take turns at the base's boundary."""
     told, loss, train = {"high": [], "low": []}, flow.loss, adapt.train
 
     def spied(job, expert, *rest):
@@ -310,7 +320,7 @@ def test_both_experts_of_wan_2_2_each_in_its_own_times(wan, tiny_folders, text_c
     assert sampled(out, [tiny_folders / "Wan2.2-T2V-A14B"], text_cache, tmp_path, "--steps", "3")[0].shape == (3, 5, 64, 96)
 
 
-# ---------------------------------------------------------------------------------------------------- a run that can be divided, stopped and continued
+# ------------------------------------------------ a run that can be divided, stopped and continued
 
 
 def random_latents(model, shards, folder):
@@ -323,7 +333,8 @@ def random_latents(model, shards, folder):
 
 @pytest.fixture
 def job(tiny_toy, quick, tmp_path, monkeypatch):
-    """job(*more arguments) -> what the stages share, on the tiny toy in fp32; with stage 1a done."""
+    """job(*more arguments) -> what the stages share, on the tiny toy in fp32; with
+    stage 1a done."""
     monkeypatch.setattr(toy_base, "cache_latents", random_latents)
 
     def make(*more, out=tmp_path / "run"):
@@ -343,7 +354,8 @@ def losses(folder):
 
 
 def test_a_batch_of_two_is_the_mean_of_two_of_one(job):
-    """The loss and its gradient; every sample with its own clip, prompt, time and noise, by its position."""
+    """The loss and its gradient; every sample with its own clip, prompt, time and
+    noise, by its position."""
     job = job()
     net = adapt.build(job, job.expert, job.result(job.expert, "1a"), rank=2)[1]
 
@@ -414,8 +426,10 @@ def test_other_settings_are_refused_with_the_difference(job, tiny_toy):
         job()
 
 
+@pytest.mark.core
 def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
-    """As stage 1b left it and as stage 2 finds it, both in training. (For sampling without adapters the CPU has faster, differently rounded products.)"""
+    """As stage 1b left it and as stage 2 finds it, both in training. (For sampling
+    without adapters the CPU has faster, differently rounded products.)"""
     job = job("--rank", "4")
     ends = job.result(job.expert, "1a")
     plain, wrapped = (adapt.build(job, job.expert, ends, rank)[1] for rank in (0, 4))
@@ -426,7 +440,8 @@ def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
 
 @torch.no_grad()
 def test_the_exported_model_is_the_trained_one(job, tmp_path):
-    """Merged and written, with the run's own rank and alpha, it predicts what it predicted with live adapters."""
+    """Merged and written, with the run's own rank and alpha, it predicts what it
+    predicted with live adapters."""
     job = job("--rank", "3")
     with torch.enable_grad():
         adapt.train_head(job, job.expert), adapt.train_lora(job, job.expert)
@@ -502,12 +517,13 @@ def test_bad_input_is_one_sentence(wan, tmp_path, tiny_folders):
         adapt.main(["--base", "wan2.1", *weights, *autoencoder, "--data", str(tmp_path / "clips"), "--buckets", "64x96F32MS", "--frames", "8", "--null", "empty"])
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
+# ------------------------------------------------ several processes
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(wan, tiny_folders, clips, text_cache, tmp_path):
-    """torchrun with gloo, weights sharded, blocks recomputed, all three stages: each process one clip per batch, against one process with two."""
+    """torchrun with gloo, weights sharded, blocks recomputed, all three stages: each
+    process one clip per batch, against one process with two."""
     more = ["--save-every", "1", "--dtype", "fp32", "--sample-steps", "0", "--cache", str(tmp_path / "cache")]
     one = wan("wan2.1", *more, "--batch", "2", "--accumulate", "1", "--stage", "lora", out=tmp_path / "one")
     with pytest.MonkeyPatch.context() as patch:

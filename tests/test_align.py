@@ -1,4 +1,5 @@
-"""Alignment of embedder and head: pooling, the closed forms and their published SGD twin, noise, and the diagnostics."""
+"""Alignment of embedder and head: pooling, the closed forms and their published SGD
+twin, noise, and the diagnostics."""
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ PATCHES = (1, 2, 2), (1, 1, 1)
 TOKENS = Tokens(PATCHES, latent=(4 * 4, 6), s=2)  # of the pairs below
 
 
-# ---------------------------------------------------------------------------------------------------- pooling
+# ------------------------------------------------ pooling
 
 
 def test_pooling_averages_the_base_tokens_of_a_deep_token():
@@ -58,12 +59,14 @@ def test_a_clip_with_more_latent_frames_is_averaged_to_the_other():
     torch.testing.assert_close(u[0], student[0, :, :3, 0, 0].mean(1))
 
 
-# ---------------------------------------------------------------------------------------------------- pairs
+# ------------------------------------------------ pairs
 
 
 def linear_pairs(n=24, with_image=0, noise=0.0):
-    """Clips whose base latents are exactly linear in the deep ones: every base patch in a deep cell is A u + b. The first `with_image` have an
-    image condition: four equal mask channels, ones on the first latent frame, and a latent. `noise`: what the deep latents do not tell."""
+    """Clips whose base latents are exactly linear in the deep ones: every base patch in
+    a deep cell is A u + b. The first `with_image` have an
+    image condition: four equal mask channels, ones on the first latent frame, and a
+    latent. `noise`: what the deep latents do not tell."""
     z = torch.randn(n, 6, 2, 3, 4)
     a, b = torch.randn(16, 6) / 4, torch.randn(16)
     cells = F.linear(rearrange(z, "n c f h w -> n f h w c"), a, b).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # s = 2
@@ -103,7 +106,7 @@ def same(a, b, tolerance=1e-9):
         torch.testing.assert_close(torch.as_tensor(mine).double(), torch.as_tensor(other).double(), rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------- moments, regression
+# ------------------------------------------------ moments, regression
 
 
 def test_moments_of_parts_add_up_to_those_of_the_whole():
@@ -178,11 +181,12 @@ def test_ridge_to_init_goes_from_the_plain_solution_to_the_initialisation(embedd
     assert errors == sorted(errors)
 
 
-# ---------------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------ noise
 
 
 def test_the_coupled_noise_of_the_base_is_white_with_the_variance_of_a_mean(embedder):
-    """C C' = I / s^2 where deep patches hold as many numbers; where they hold fewer, as here, C' C is: all of the student's noise arrives."""
+    """C C' = I / s^2 where deep patches hold as many numbers; where they hold fewer, as
+    here, C' C is: all of the student's noise arrives."""
     moments = Moments.of(linear_pairs(noise=0.5), PATCHES)
     lift = align.coupling(moments, embedder, TOKENS)
     torch.testing.assert_close(lift.T @ lift, torch.eye(6, dtype=torch.float64) / 4)
@@ -196,7 +200,8 @@ def test_the_coupled_noise_of_the_base_is_white_with_the_variance_of_a_mean(embe
 
 @pytest.mark.parametrize("mode", ["shifted", "released"])
 def test_moments_with_noise_are_those_of_noised_pairs(mode):
-    """The closed form against a million drawn noises: mask and condition stay clean, latents and noise are mixed at each noise level."""
+    """The closed form against a million drawn noises: mask and condition stay clean,
+    latents and noise are mixed at each noise level."""
     torch.manual_seed(3)
     x, u = rows(linear_pairs(4, with_image=2))
     lift = torch.linalg.qr(torch.randn(16, 6).double())[0] / 2
@@ -230,7 +235,8 @@ def test_noise_awareness_is_a_ridge_towards_the_coupled_embedder(embedder):
 
 
 def test_noise_aware_alignment_answers_to_noise_as_the_base_does(embedder):
-    """A deep channel that clean latents never use: the plain solve closes it, the noise-aware one leaves it as open as the others."""
+    """A deep channel that clean latents never use: the plain solve closes it, the
+    noise-aware one leaves it as open as the others."""
     pairs = [(x, torch.cat([u[:5], 0 * u[5:6], u[6:]])) for x, u in linear_pairs(60, noise=0.5)]
     moments = Moments.of(pairs, PATCHES)
     plain, aware = align.solve_embedding(moments, embedder)[0], align.solve_noised(moments, embedder, TOKENS, flow.Times())[0]
@@ -254,7 +260,8 @@ def test_r_squared_is_1_for_a_perfect_and_0_for_a_constant_embedder_and_equals_t
 
 
 def test_norm_ratio_is_1_where_noise_arrives_as_loudly_as_in_the_base():
-    """A deep latent that only rearranges the base's: its ideal embedder averages the four it replaces, and noise with them."""
+    """A deep latent that only rearranges the base's: its ideal embedder averages the
+    four it replaces, and noise with them."""
     base, tokens = dit.PatchEmbedder(3, 8, (1, 1, 1)), Tokens(((1, 1, 1),) * 2, (3, 12), s=2)
     weight = (base.weight.flatten(1)[:, :, None] / 4).expand(-1, -1, 4).flatten(1)
     assert align.norm_ratio(weight, base, tokens) == pytest.approx(1)
@@ -262,13 +269,14 @@ def test_norm_ratio_is_1_where_noise_arrives_as_loudly_as_in_the_base():
     assert align.norm_ratio(F.pad(weight, (0, 5), value=9.0), base, tokens) == pytest.approx(1)  # mask and condition see no noise
 
 
-# ---------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------ transformers
 
 SIZE = dict(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=32, text_len=8)
 
 
 class Clips:
-    """A source of random clips that are correlated within and between cells, as real ones are."""
+    """A source of random clips that are correlated within and between cells, as real
+    ones are."""
 
     def __init__(self, n=16, channels=4, condition=8):
         self.z = torch.randn(n, channels, 1, 1, 1) + 0.3 * torch.randn(n, channels, 2, 4, 4)
@@ -311,7 +319,8 @@ def test_a_regressed_head_starts_below_a_zero_head(net):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["shifted", "released"])
 def test_the_regressed_head_is_the_weighted_least_squares_solution(net, monkeypatch, mode):
-    """No other linear map from the features that enter the head fits the weighted velocities of these batches better."""
+    """No other linear map from the features that enter the head fits the weighted
+    velocities of these batches better."""
     features, drawn, draw, source = [], [], flow.draw, Clips()
     net.head.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     monkeypatch.setattr(flow, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])

@@ -1,4 +1,5 @@
-"""Flow matching: the line, the training times, the schedules and solvers against the published programs' numbers."""
+"""Flow matching: the line, the training times, the schedules and solvers against the
+published programs' numbers."""
 import json
 
 import numpy as np
@@ -21,7 +22,7 @@ def toy_velocity(x, t):
     return torch.tanh(1.3 * x) * (0.4 + s) + 0.25 * torch.sin(2 * x + 3 * s) - 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------- solvers
+# ------------------------------------------------ solvers
 
 @pytest.mark.core
 @pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r['solver']}-{r['steps']}-shift{r['shift']:g}")
@@ -48,7 +49,8 @@ def test_schedules_are_bit_equal(key):
 @pytest.mark.parametrize("solver", flow.SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_sign_the_exact_velocity_leads_to_the_data(solver, steps):
-    """v = noise - z is constant on the line, so even one step lands on z. With the sign turned it would run away."""
+    """v = noise - z is constant on the line, so even one step lands on z. With the sign
+    turned it would run away."""
     torch.manual_seed(0)
     z, noise = torch.randn(2, 2, 3, 4, 4)
     sigmas, _ = flow.schedule(solver, steps, 5.0)
@@ -58,8 +60,9 @@ def test_sign_the_exact_velocity_leads_to_the_data(solver, steps):
 
 
 def test_higher_order_pays():
-    """If the data are Gaussian, N(m, d^2), the perfect network and result are known: noise e becomes m + d e.
-    With 20 network calls each, the second-order solvers come several times closer than Euler."""
+    """If the data are Gaussian, N(m, d^2), the perfect network and result are known:
+    noise e becomes m + d e. With 20 network calls each, the second-order solvers come
+    several times closer than Euler."""
     m, d = 0.5, 0.3
 
     def velocity(x, t):                                   # the mean of noise - z, given x
@@ -98,7 +101,7 @@ def test_impossible_requests_are_one_sentence(solver, steps, shift, says):
         flow.solve(toy_velocity, torch.zeros(3), steps, shift, solver)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------ training
 
 def test_line_and_target():
     z, noise = torch.randn(2, 3, 4, 2, 2, 2)
@@ -113,7 +116,8 @@ def test_line_and_target():
     (8, 0.140, 0.196, 0.509, (0, 2.47, 1.04), 1.64, (.125, .211, .312, .260, .093)),
     (5, 0.093, 0.133, 0.504, (0, 2.08, 0.59), 1.34, (.117, .213, .330, .251, .090))])
 def test_released_time_sampling_is_what_it_is(shift, smallest, share, mean, weights, mean_weight, bins):
-    """The numbers of the released sampling, by enumerating all 1000 integer times instead of drawing them."""
+    """The numbers of the released sampling, by enumerating all 1000 integer times
+    instead of drawing them."""
     grid, w = flow.released_grid(shift)
     assert len(grid) == 50 and grid[0] == 1
     np.testing.assert_allclose((w[0], w.max(), w[-1]), weights, atol=0.005)
@@ -148,7 +152,8 @@ def test_shifted_samples_tell_the_network_what_it_sees(shift, mean):
 
 @pytest.mark.parametrize("mode", ["released", "shifted"])
 def test_times_of_one_expert_are_those_of_all_within_its_range(mode):
-    """Same distribution as throwing away what lies outside; the weights go with their times."""
+    """Same distribution as throwing away what lies outside; the weights go with their
+    times."""
     sigma, t, weight = flow.sample_times(40_000, Times(mode), torch.Generator().manual_seed(0))
     keep = (t >= 300) & (t < 875)
     inside = Times(mode, low=0.3, high=0.875)
@@ -164,7 +169,8 @@ def test_unknown_time_sampling_is_refused():
 
 
 def test_a_sample_depends_on_seed_step_and_position_only():
-    """So it does not matter how a batch is divided; each sample has its own time and noise."""
+    """So it does not matter how a batch is divided; each sample has its own time and
+    noise."""
     draw = lambda *where: flow.draw((3, 2, 2, 2), Times("shifted", 8.0), *where)
     whole, parts = draw(1, 7, range(4)), [draw(1, 7, range(2)), draw(1, 7, range(2, 4))]
     assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole, *parts))
@@ -177,8 +183,8 @@ def test_a_sample_depends_on_seed_step_and_position_only():
 @pytest.mark.core
 @pytest.mark.parametrize("mode", ["shifted", "released"])
 def test_loss(mode):
-    """Zero for the true velocity; for a network that answers zero, the weighted mean square of
-    (noise - z)."""
+    """Zero for the true velocity; for a network that answers zero, the weighted mean
+    square of (noise - z)."""
     z = torch.randn(4, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     drawn = flow.draw(z.shape[1:], Times(mode, 8.0), 2, 0, range(4))
 
@@ -206,7 +212,7 @@ def test_by_sigma():
     assert mean[0] == 2 and mean[4] == 5 and all(np.isnan(m) for m in mean[1:4])
 
 
-# ------------------------------------------------------------------- complete guided loops of the published pipelines
+# ------------------------------------------------ complete guided loops of the published pipelines
 
 def guided(net, context, null, scale):
     """Classifier-free guidance by definition, two passes."""
@@ -239,7 +245,8 @@ def test_text_to_video_loop(pipeline, solver):
 
 
 def test_dc_videogen_image_to_video_loop(pipeline):
-    """The condition (mask and image latent) joins the channels at every step; the solver never touches it."""
+    """The condition (mask and image latent) joins the channels at every step; the
+    solver never touches it."""
     net = tiny_transformer("dc_i2v")
     condition, clip = pipeline["dc_i2v/condition"], pipeline["dc_i2v/clip_fea"]
 

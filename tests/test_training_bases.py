@@ -1,4 +1,5 @@
-"""The bases: published settings, what each stage trains (spec ae-adapt-v 3.3, 5.3, 5.4), the deep transformer's ends; and that a new base is a row."""
+"""The bases: published settings, what each stage trains (spec ae-adapt-v 3.3, 5.3,
+5.4), the deep transformer's ends; and that a new base is a row."""
 import dataclasses
 import types
 
@@ -37,6 +38,7 @@ def test_the_defaults_are_the_published_settings(name, steps, shift, guidance):
     assert (s.rank, s.alpha, s.batch_align, s.batch) == (256, 512, 4, 2)
 
 
+@pytest.mark.core
 def test_a_step_has_32_clips_however_many_processes_there_are():
     s = Settings()
     assert [s.accumulated(n) * n * s.batch for n in (1, 2, 4, 8, 16)] == [32] * 5
@@ -51,7 +53,8 @@ ADAPTERS = {30: (183, 259.6e6), 40: (243, 820.6e6)}  # spec 5.3: modules, parame
 
 @pytest.mark.parametrize("name", WAN)
 def test_what_is_trained_by_name_and_count(name):
-    """Stage 1a: the embedder. 1b: the ends. 2: the ends, and LoRA on six linears of each block and three of the time; nothing else."""
+    """Stage 1a: the embedder. 1b: the ends. 2: the ends, and LoRA on six linears of
+    each block and three of the time; nothing else."""
     config = deep(name)
     with torch.device("meta"):
         net = lora.wrap(dit.WanDiT(config), 256, 512, full=("patch_embedding", "head"))
@@ -66,6 +69,7 @@ def test_what_is_trained_by_name_and_count(name):
     assert len(names) == modules and sum(trained[n] for n in trained.keys() - ends) == pytest.approx(parameters, rel=1e-3)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name, target, channels, tokens", [  # spec 1.1, 1.2: raw values per token, tokens of 480x832 and 80 frames
     ("wan2.1-t2v-14b", "f32t4c32", (32, 32), 7800), ("wan2.1-i2v-14b-480p", "f32t4c32", (68, 32), 7800),
     ("wan2.1-t2v-14b", "f64t4c128", (128, 128), 1820), ("wan2.1-i2v-14b-480p", "f64t4c128", (260, 128), 1820)])
@@ -79,7 +83,8 @@ def test_the_deep_transformer_differs_in_its_ends_only(name, target, channels, t
 
 @pytest.mark.parametrize("name", WAN)
 def test_models_from_the_official_layouts(tiny_folders, name):
-    """The student has the base's encoders and task, the deep autoencoder and its size; the base's transformer is not read."""
+    """The student has the base's encoders and task, the deep autoencoder and its size;
+    the base's transformer is not read."""
     folders = [tiny_folders / f for f in (*FOLDERS[name][0], "DC-VideoGen-Wan2.1-14B")]
     base = BASES[name]
     teacher, student = base.models(arguments(folders), dataclasses.replace(base.settings, dtype="fp32"))
@@ -121,7 +126,8 @@ def test_what_is_not_there_is_told_in_one_sentence(tiny_folders):
 
 
 class Held:
-    """Held-out clips of one latent each, with a constant prompt; dropped prompts are zeros."""
+    """Held-out clips of one latent each, with a constant prompt; dropped prompts are
+    zeros."""
 
     def __init__(self, z, value=1.0):
         self.z, self.value = z, value
@@ -135,7 +141,8 @@ class Held:
 
 @pytest.mark.parametrize("expert", [bases.Expert("", None), bases.Expert("high", None, low=0.9), bases.Expert("low", None, high=0.9)], ids=["one", "high", "low"])
 def test_samples_after_a_stage_stay_in_the_experts_times(tiny_folders, expert):
-    """A network that knows the clip brings every expert's sample to that clip; with guidance on top of the dropped prompt."""
+    """A network that knows the clip brings every expert's sample to that clip; with
+    guidance on top of the dropped prompt."""
     name = "wan2.1-t2v-1.3b"
     student = BASES[name].models(arguments([tiny_folders / f for f in (*FOLDERS[name][0], "DC-VideoGen-Wan2.1-14B")]), Settings(dtype="fp32"))[1]
     z, times = torch.randn(1, 32, 2, 1, 2), []

@@ -17,6 +17,7 @@ GOOD = dict(r2=0.8, norm_ratio=0.7, depth={"embedding": 0.2, "0": 0.3, "24": 0.6
 ABOVE = [dict(sigma=(0.6, 0.8), loss=1.2, bound=1.0, ratio=1.2)]
 
 
+@pytest.mark.core
 def test_good_numbers_need_no_words():
     assert journal.sentences(dict(stage="1a, assembled", **GOOD)) == journal.sentences(dict(stage="2, LoRA", **GOOD)) == []
 
@@ -34,8 +35,10 @@ def test_a_bad_number_is_told_in_a_sentence(stage, wrong, says):
     assert re.search(says, said) and "\n" not in said
 
 
+@pytest.mark.core
 def test_what_is_trained_may_leave_the_base_behind():
-    """After stage 1a the embedder is trained for something else; before 1b nothing can denoise."""
+    """After stage 1a the embedder is trained for something else; before 1b nothing can
+    denoise."""
     assert not journal.sentences(dict(stage="2, LoRA", **GOOD | dict(r2=-1.0, norm_ratio=50.0, depth={"0": 3.0})))
     assert not journal.sentences(dict(stage="1a, assembled", **GOOD | dict(sigma=ABOVE)))
 
@@ -56,12 +59,13 @@ def test_the_record_goes_on_after_an_interruption(tmp_path, capsys):
     assert "r2 0.8000" in said and "0.0-0.2: 0.500 (0.900)" in said and "! the latents have an RMS of 9.00" in said
 
 
-# ---------------------------------------------------------------- what is measured
+# ------------------------------------------------ what is measured
 
 
 @torch.no_grad()
 def test_the_validation_loss_is_the_mean_over_fixed_samples(net):
-    """Three batches of 4, 4 and 2: each counts by its samples, and it is the same each time."""
+    """Three batches of 4, 4 and 2: each counts by its samples, and it is the same each
+    time."""
     source, times, means = Clips(), flow.Times("released", 8.0), []
     for step, n in enumerate((4, 4, 2)):
         batch = source.batch(step, range(n))
@@ -97,7 +101,8 @@ def test_the_depth_curve_pools_the_base_to_the_deep_grid(net):
 
 
 def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches():
-    """Gaussian latents: E[v | x] is linear in x. At sigma 1 only the latent's own variance is left, at sigma 0 that of the noise."""
+    """Gaussian latents: E[v | x] is linear in x. At sigma 1 only the latent's own
+    variance is left, at sigma 0 that of the noise."""
     spectrum = torch.tensor([0.5, 2.0]).double()
     z, e = torch.randn(2, 200_000).double() * spectrum.sqrt()[:, None], torch.randn(2, 200_000).double()
     for s in (0.1, 0.5, 0.9):
@@ -108,7 +113,8 @@ def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches()
 
 
 def test_loss_by_sigma_stands_beside_its_bound(net):
-    """A regressed head on correlated latents beats what a cell alone tells, a zero head does not."""
+    """A regressed head on correlated latents beats what a cell alone tells, a zero head
+    does not."""
     source = Clips()
     zero = journal.loss_by_sigma(zero_head(net), source, 4, shift=5.0)
     assert [row["sigma"] for row in zero] == [(i / 5, (i + 1) / 5) for i in range(5)]

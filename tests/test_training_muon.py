@@ -1,4 +1,5 @@
-"""Muon: every direction of a matrix moves equally fast, vectors get Adam, and a resumed run is the uninterrupted one."""
+"""Muon: every direction of a matrix moves equally fast, vectors get Adam, and a resumed
+run is the uninterrupted one."""
 import io
 
 import pytest
@@ -42,8 +43,9 @@ def test_orthogonalise_keeps_the_singular_vectors_and_evens_out_the_values(shape
 @pytest.mark.parametrize("rank", [4, 64])
 @pytest.mark.parametrize("shape", [(64, 1728), (64, 64), (96, 16)])
 def test_few_digits_keep_the_directions_that_stand_out(shape, rank, multiplied_in):
-    """Also where most singular values are 10,000 times smaller than the first. In fp32 all of
-    the matrix is that of the iteration as written; in bf16 what lies above its rounding is."""
+    """Also where most singular values are 10,000 times smaller than the first. In fp32
+    all of the matrix is that of the iteration as written; in bf16 what lies above its
+    rounding is."""
     m = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) + 1e-3 * torch.randn(shape)
     ours, exact = orthogonalise(m), iteration(m)
     assert ours.dtype == m.dtype

@@ -1,4 +1,5 @@
-"""The plan before the bill: what is counted is what the networks do, and the memory is what training took where it was measured."""
+"""The plan before the bill: what is counted is what the networks do, and the memory is
+what training took where it was measured."""
 import dataclasses
 import re
 
@@ -20,7 +21,8 @@ SETTINGS = bases.Settings(rank=8, batch=2)
 
 
 def test_the_forward_pass_is_that_of_the_formula():
-    """Counted operation by operation: `dit.flops`, but for the time MLPs, one row of which goes through; with an image branch too."""
+    """Counted operation by operation: `dit.flops`, but for the time MLPs, one row of
+    which goes through; with an image branch too."""
     for config in (dataclasses.replace(SMALL, layers=1), dataclasses.replace(SMALL, layers=1, in_channels=20, image_dim=48)):
         net = plan.transformer(config, "1b", SETTINGS)
         counted = plan.step(net, LATENT, 2).forward / 2
@@ -29,8 +31,9 @@ def test_the_forward_pass_is_that_of_the_formula():
 
 
 def test_what_a_frozen_block_costs():
-    """Per block: linear layers once forward and once backward, trained ones (LoRA) twice backward, attention 2.5 times backward; recomputed: one
-    more forward pass. The prompt's keys and values need no gradient."""
+    """Per block: linear layers once forward and once backward, trained ones (LoRA)
+    twice backward, attention 2.5 times backward; recomputed: one more forward pass. The
+    prompt's keys and values need no gradient."""
     def per_block(stage, again):
         costs = [plan.step(plan.transformer(dataclasses.replace(SMALL, layers=n), stage, dataclasses.replace(SETTINGS, checkpoint_blocks=again)), LATENT, 1)
                  for n in (1, 2)]
@@ -52,7 +55,8 @@ def test_two_and_three_blocks_tell_the_rest():
 
 
 def test_memory_part_by_part():
-    """Weights, masters and moments are those of the real modules; sharded they are a quarter on each of four GPUs; recomputing saves activations."""
+    """Weights, masters and moments are those of the real modules; sharded they are a
+    quarter on each of four GPUs; recomputing saves activations."""
     parts, _ = plan.memory(SMALL, "2", SETTINGS, LATENT)
     net = plan.transformer(SMALL, "2", SETTINGS)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -70,8 +74,8 @@ def test_memory_part_by_part():
 
 
 def test_it_was_within_15_percent_of_what_training_took():
-    """results/plan.json, measured on a processor: every case; and its figures are still those of
-    this code."""
+    """results/plan.json, measured on a processor: every case; and its figures are still
+    those of this code."""
     rows = checkpoint.read_json(ROOT / "results" / "plan.json")["rows"]
     assert len(rows) == 10 and all(abs(row["planned"] / row["measured"] - 1) < 0.15 for row in rows)
     for row in rows[::3]:
@@ -85,14 +89,16 @@ def test_it_was_within_15_percent_of_what_training_took():
 
 
 def test_encoding_a_clip():
-    """80 frames of 480x832 are 503 T multiply-adds for DC-AE-V's encoder (spec dc-ae-v 9)."""
+    """80 frames of 480x832 are 503 T multiply-adds for DC-AE-V's encoder (spec dc-ae-v
+    9)."""
     with torch.device("meta"):
         net = ae.DCAEV(ae.PRESETS["f32t4c32"])
     assert plan.encoding(net, 80, (480, 832)) == pytest.approx(2 * 503e12, rel=0.005)
 
 
 def test_the_plan_of_14b():
-    """Parameters as in spec 5.3, operations of stage 1b as in spec 9.6; it fits eight H100, and all that with the blocks kept does not."""
+    """Parameters as in spec 5.3, operations of stage 1b as in spec 9.6; it fits eight
+    H100, and all that with the blocks kept does not."""
     config, settings = bases.deep_config(dit.PRESETS["wan2.1-t2v-14b"], ae.PRESETS["f32t4c32"]), bases.BASES["wan2.1-t2v-14b"].settings
     net = plan.transformer(config, "2", settings)
     assert sum(p.numel() for _, a in lora.adapters(net) for p in (a.down, a.up)) == pytest.approx(820.6e6, rel=1e-4)

@@ -1,4 +1,5 @@
-"""The toy as a base: caches in both spaces, batches that depend on their place only, exact resuming, pre-training and score."""
+"""The toy as a base: caches in both spaces, batches that depend on their place only,
+exact resuming, pre-training and score."""
 import json
 import os
 
@@ -26,7 +27,8 @@ def small_shards(monkeypatch):
 
 
 def latents_of(z, with_image=0):
-    """Latents around given z; the first `with_image` clips have the image condition: mask on the first latent frame, and a latent."""
+    """Latents around given z; the first `with_image` clips have the image condition:
+    mask on the first latent frame, and a latent."""
     n, c, *grid = z.shape
     condition = torch.zeros(n, 4 + c, *grid)
     condition[:with_image, :4, 0] = 1
@@ -44,11 +46,12 @@ def test_the_transformer_takes_latent_mask_and_condition_in_this_order():
     assert torch.equal(x[0, 9:], latents.condition[0, 4:])
 
 
-# ---------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------ cache
 
 
 def count_encodes(monkeypatch):
-    """A list that grows by the number of clips of every call of a model's autoencoder."""
+    """A list that grows by the number of clips of every call of a model's
+    autoencoder."""
     encoded, encode = [], models.Model.encode
 
     def counted(self, x):
@@ -139,7 +142,7 @@ def test_a_part_has_its_own_clips_captions_and_images():
     assert train.attributes + held.attributes == latents.attributes
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------ batches
 
 
 def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked():
@@ -158,8 +161,10 @@ def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked()
     assert all(torch.equal(c[: len(r)][r], e[: len(r)][r]) for c, e, r in zip(context, everything, rows))  # its own caption
 
 
+@pytest.mark.core
 def test_a_sample_depends_on_seed_step_and_position_only():
-    """So two processes with half a batch each see what one process sees, and a resumed run goes on with the same batches."""
+    """So two processes with half a batch each see what one process sees, and a resumed
+    run goes on with the same batches."""
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
     source = toy_base.Source(latents, TEXT, seed=3)
     whole, parts = source.batch(7, range(16)), [source.batch(7, part) for part in (range(8), range(8, 16))]
@@ -180,7 +185,7 @@ def test_a_pair_is_the_same_clip_in_both_spaces_with_its_image_where_it_has_one(
         assert x[3:].any() == u[2:].any() == (i == 0)
 
 
-# ---------------------------------------------------------------- pre-training, score
+# ------------------------------------------------ pre-training, score
 
 
 def pretrain(out, *more):
@@ -189,8 +194,9 @@ def pretrain(out, *more):
 
 
 def test_pretraining_makes_a_base_that_loads_and_can_be_killed(tiny_toy, tmp_path, monkeypatch):
-    """Averaged weights; a report of validation loss and prompt fit at every checkpoint, on
-    prompts that are not the scored ones; resumed, the run is the uninterrupted one."""
+    """Averaged weights; a report of validation loss and prompt fit at every checkpoint,
+    on prompts that are not the scored ones; resumed, the run is the uninterrupted
+    one."""
     asked, videos = [], sample.videos
     monkeypatch.setattr(sample, "videos", lambda model, prompts: asked.append(prompts) or videos(
         model, prompts[:2], steps=2))
