@@ -281,8 +281,8 @@ class WanDiT(nn.Module):
     Sampling calls the network a hundred times for one video. What does not change
     between the calls is computed once, exactly:
 
-        prompt = net.prompt(context)      keys and values of every block's cross-attention
-        times = net.times(timesteps)      what the timesteps turn into, for all steps at once
+        prompt = net.prompt(context)      keys and values of all cross-attention
+        times = net.times(timesteps)      what they turn into, for all steps at once
         v = net(x, times[i], prompt)      instead of net(x, t, context)
 
     Set `net.checkpointing = True` to recompute blocks in the backward pass: memory of
@@ -417,7 +417,7 @@ class WanDiT(nn.Module):
         t: 0..1000, [b]; or [b f/pt], a time for each latent frame (image-to-video in
             Wan 2.2 5B: 0 for the picture); or [b l], for each token; or a Time out of
             `times`.
-        context: [b m text_dim], clip_fea: [b 257 image_dim]; or a Prompt out of `prompt`.
+        context: [b m text_dim], clip_fea: [b 257 image_dim]; or only a Prompt.
         return_features: block numbers; the result is then (v, {number: residual stream
             after that block, b f h w d}), for comparing two models depth by depth.
         """

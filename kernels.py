@@ -10,8 +10,8 @@ An operation has up to three forms, and `use` says which of them run in this pro
 
     plain     NAME_plain: what one writes first, from the formula (`sample.py --slow`)
     library   NAME: differentiable and right on every device, fast on the CPU
-    fused     a GPU kernel of that name (gpu/triton_kernels.py), which gpu/choose.py tries
-              and installs at the start of a run; for calls without gradients
+    fused     a GPU kernel of that name (gpu/triton_kernels.py), which gpu/choose.py
+              tries and installs at the start of a run; for calls without gradients
 
 Tests compare them. Precision, for all: inputs may be bf16, statistics and sums are
 fp32, the result is rounded once at the end. Shapes: b batch, l tokens, d model width, n

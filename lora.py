@@ -17,7 +17,7 @@ linear layers and 259.6 M LoRA parameters, for 14B 243 and 820.6 M.
     lora.wrap(net, rank=256, alpha=512, full=whole)
     ... train whatever requires_grad ...
     lora.save(net, "adapter.safetensors", format="peft", full=whole, step=40000)
-    lora.merge(net)                          # plain linears again: same speed as the base
+    lora.merge(net)                          # plain linears again: the base's speed
     lora.load(other_net, "adapter.safetensors", strength=0.8)
 
 A file written by anybody else reads the same way. One procedure (`load`) covers PEFT,
@@ -200,7 +200,7 @@ def load(net, source, strength=1.0, merge=True, expert=None):
 
         W += strength (alpha / r) up down        no alpha anywhere means a factor of 1
         W += strength diff                       .diff (weight), .diff_b (bias), .diff_m
-        W  = (1 - strength) W + strength full    plain names: what `save(full=...)` wrote
+        W  = (1 - strength) W + strength full    plain names, of `save(full=...)`
 
     in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers
     stay live, trainable adapters. Keys of modules this net does not have (an image

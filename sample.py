@@ -8,7 +8,7 @@
 One loop for every model, base or DC-VideoGen, text or image; what a model is made of
 stands in wan/models.py. The toy models are embedded:
 
-    python sample.py --prompt "a large red circle moving left slowly on a blue background"
+    python sample.py --prompt "a large red circle moving left on a blue background"
     python sample.py --model base --prompt "..."           its base: 4x the tokens
     python sample.py --prompt "a green ring moving up" --image picture.png
     python sample.py --model out/adapt --prompt "..."      a model made by adapt.py

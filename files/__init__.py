@@ -1,4 +1,4 @@
-"""Files and folders: checkpoints, the layouts of published weights, videos and pictures. Imports nothing else of the project."""
+"""Files and folders: checkpoints, published layouts of weights, videos, pictures."""
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # of the project: weights/, assets/ and results/ are here
+ROOT = Path(__file__).resolve().parent.parent  # of the project: weights/, assets/, results/

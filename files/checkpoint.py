@@ -11,7 +11,7 @@ Every weight file of the project goes through this file, in both directions:
   fetch it); `load_strict` and `save_tensors` fetch, use and forget each. Renaming,
   converting and merging are functions on that dict, and read nothing yet.
 
-    tensors, metadata = open_tensors("Wan2.1-T2V-14B")   # 57 GB in six files, milliseconds
+    tensors, metadata = open_tensors("Wan2.1-T2V-14B")   # 57 GB in files, milliseconds
     tensors["head.head.weight"].shape                    # (64, 5120)
     tensors["head.head.weight"].read()                   # now this one is in memory
 """
@@ -259,8 +259,8 @@ def open_tensors(path):
     tensors, metadata = {}, {}
     for file in sorted({index.parent / name for name in where.values()}):
         if not file.is_file():
-            raise UserError(f"{file} does not exist, but {index.name} names it: the download is not "
-                            "complete, get this file too.")
+            raise UserError(f"{file} does not exist, but {index.name} names it: the download is "
+                            "not complete, get this file too.")
         found, metadata = open_file(file)
         for name in tensors.keys() & found.keys():
             raise UserError(f"{name} is in both {tensors[name].file} and {file.name} of "

@@ -6,8 +6,8 @@ layout is renaming; only two kinds of file also need arithmetic. `original` undo
 of it, tensor by tensor and not before a tensor is read:
 
     original release   blocks.0.self_attn.q.weight
-    diffusers          blocks.0.attn1.to_q.weight            another name for every module
-    repacked           model.diffusion_model.blocks.0...     a prefix; DC-VideoGen's: "0."
+    diffusers          blocks.0.attn1.to_q.weight            other names for all modules
+    repacked           model.diffusion_model.blocks.0...     a prefix; or DC's "0."
     fp8                the same and .scale_weight            W = fp8 * scale
     adapter training   ...q.base_layer.weight, .lora_A/B     W = base + 2 B A
 

@@ -13,7 +13,7 @@ operations of kernels.py:
                                            without   fused
     LayerNorm, modulate, round to bf16          14       6   read x 4, write 2
     x + y * gate                                18      10   read x 4, y 2, write x 4
-    the same, and the next LayerNorm            32      12   normalised while in registers
+    the same, and the next LayerNorm            32      12   normalised in registers
     RMSNorm of q (or k), rotate, round          60       4   read 2, write 2
     autoencoder: RMSNorm (+ shortcut)           40       4   (46 and 6)
     fp8: largest value of a row, scale, round   33       3   read 2, write 1

@@ -1,1 +1,1 @@
-"""The released Wan models: their autoencoders, text and image encoders, and the table that puts whole models together."""
+"""The released Wan models: autoencoders, encoders, and what puts whole models together."""

@@ -6,7 +6,7 @@
 Like the text encoder it never stands beside the transformer: `WanImage` holds a path,
 loads its network for a call and frees it.
 
-    WanImage(encoder, device="cuda")(images)                     -> clip_fea [b, 257, 1280]
+    WanImage(encoder, device="cuda")(images) -> clip_fea [b, 257, 1280]
 
 Parameter names are those of the original checkpoints; `from_state_dict` and `load` also
 take transformers' names.

@@ -1,7 +1,7 @@
 """A text- or image-to-video model: four networks that meet in few places, and where
 they live.
 
-    prompt --umT5--> context [b, m, 4096]             once per prompt, then freed (11 GB)
+    prompt --umT5--> context [b, m, 4096]             once, then freed (11 GB)
     picture --CLIP--> 257 tokens                      image-to-video only
             --autoencoder--> condition latent         (`ImageCondition`)
     noise, context, condition --transformer, `steps` times--> latent

@@ -2,7 +2,7 @@
 folders, file names, tensor names and storage types, the same code path that reads them,
 a hundred-thousandth of the size. To try that path without 20 GB:
 
-    python -m wan.tiny OUT                  8 folders, 5 MB, a few seconds; then for example
+    python -m wan.tiny OUT                  8 folders, 6 MB, seconds; then for example
     python sample.py --model wan2.1-t2v-1.3b --weights OUT/Wan2.1-T2V-1.3B \\
         --prompt "a cat" --frames 5 --size 32x48 --steps 2
 
