@@ -56,10 +56,12 @@ class Config:
     patch: int = 2  # spatial factor of the outermost unshuffle and shuffle
     temporal_factor: int = 4
     temporal: str = "chunk_causal"  # or "causal", "non_causal": the paper's alternatives
+    decoder_widths: tuple = ()  # where they are not those of the encoder
 
     def __post_init__(self):
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
         if self.chunk != 1 and (self.chunk < 1 or self.chunk % self.temporal_factor):
             raise ValueError(f"chunk ({self.chunk}) must be 1 or a multiple of temporal_factor "
                              f"({self.temporal_factor}).")
@@ -261,7 +263,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        n, widths = len(c.widths), c.widths
+        n, widths = len(c.widths), c.decoder_widths or c.widths
         self.project_in = ConvLayer(c.latent_channels, widths[-1], c.latent_chunk, c.temporal)
         self.stages = nn.ModuleList()
         for i in range(n):

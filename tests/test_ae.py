@@ -1,4 +1,5 @@
 """DC-AE-V: equal to the released model number by number, exact however a clip is cut, kind to whoever feeds it wrong files."""
+import dataclasses
 import math
 import os
 import subprocess
@@ -462,3 +463,14 @@ def test_the_script_tells_mistakes_in_one_sentence(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_decoder_of_other_widths():
+    """The decoder alone may be wider or narrower; file and latent keep their form."""
+    config = ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 4, chunk=8, decoder_widths=(0, 16, 16, 16))
+    net, alike = ae.DCAEV(config), ae.DCAEV(dataclasses.replace(config, decoder_widths=()))
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    assert count(net.encoder) == count(alike.encoder)
+    assert count(net.decoder) > 3 * count(alike.decoder)
+    x = torch.zeros(1, 3, 8, 16, 16)
+    assert net(x).shape == x.shape

@@ -128,7 +128,7 @@ LAPTOP = (
 #: For the toy autoencoders on the toy world, on one core. Once the encoder is frozen the
 #: latent stays what it is: a transformer can be trained on it while the decoder still learns.
 #: The noise spreads information evenly over the latent, which diffusion needs.
-_TOY = dict(optimiser="muon", warmup=50, decay="linear", ema=0.0, mse=1.0, jumps=0.5, noise=0.1)
+_TOY = dict(optimiser="muon", warmup=50, decay="linear", ema=0.0, mse=5.0, jumps=0.1, noise=0.1)
 _WORLD = dict(size=(toy.SIZE, toy.SIZE), frames=toy.FRAMES, batch=4, steps=2000)
 TOY = (
     Phase("low", "all", **_WORLD, lr=2e-3, expected="0.8 s per step, 27 minutes",
