@@ -57,7 +57,7 @@ from experiments import verdicts
 from experiments.verdicts import GROUPS, spread
 from files import checkpoint, video
 from files.checkpoint import UserError
-from training import bases, journal, loop, metrics, toy_base
+from training import bases, journal, loop, metrics, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.toy_base import TIMES
 from wan import released
@@ -252,12 +252,12 @@ class World:
                 videos = sample.videos(model, prompts, steps=self.preset.sampling_steps)
             if enlarge > 1:
                 videos = [enlarged(x, enlarge) for x in videos]
-            found[group] = toy.prompt_fit(videos, prompts)
+            found[group] = toy_score.prompt_fit(videos, prompts)
             stills = [x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in videos[:2]]
             shown[group] = torch.stack(stills)
         right = []
         for x, prompt in zip(videos, prompts):  # of the last group, "word"
-            right += toy.prompt_fit([x], [holds(prompt)]).values()
+            right += toy_score.prompt_fit([x], [holds(prompt)]).values()
         found["word"]["held"] = statistics.fmean(right)
         return found, shown
 
@@ -471,11 +471,11 @@ def gate(world):
     clips = [toy.render(toy.scene_of(p, rng), world.base.frames, world.base.size[0])
              for p in prompts]
     clips = torch.stack([video.to_tensor(x) for x in clips])
-    rows = {"clips": toy.prompt_fit(clips, prompts)}
+    rows = {"clips": toy_score.prompt_fit(clips, prompts)}
     for name, model in (("base", world.base), ("deep", world.deep)):
         made = [model.ae(x.to(world.device)).float().cpu() for x in clips.split(16)]
         made = torch.cat(made)
-        found = toy.prompt_fit(made, prompts)
+        found = toy_score.prompt_fit(made, prompts)
         rows[f"{name} reconstruction"] = {**found, "psnr": metrics.psnr(made, clips)}
     base, shown = world.score(world.base)
     checkpoint.save_tensors(world.out / "shown" / "base.safetensors", shown)
@@ -485,7 +485,7 @@ def gate(world):
         kept = rows["deep reconstruction"][k] >= rows["clips"][k] - 0.03
         passed[k] = samples[k] >= 0.9 and kept
     rows["base samples"] = samples
-    chance = {k: toy.chance(k) for k in toy.WORLD}
+    chance = {k: toy_score.chance(k) for k in toy.WORLD}
     return dict(rows=rows, passed=passed, base=base, chance=chance)
 
 

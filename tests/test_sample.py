@@ -28,6 +28,7 @@ from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError
 from gpu import choose
+from training import toy_score
 from wan import released
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
@@ -551,7 +552,7 @@ def test_readme_command(tmp_path):
     name = "dc-a-large-red-circle-moving-left-slowly-on-a-blue-background-0"
     assert files(tmp_path) == [f"{name}.{suffix}" for suffix in ("json", "mp4", "png", "safetensors")]
     clip = video.read_clip(tmp_path / f"{name}.mp4", size=(64, 64))
-    found = toy.read_attributes(clip)
+    found = toy_score.read_attributes(clip)
     assert clip.shape[1] == 32 and (found["colour"], found["background"]) == ("red", "blue")
 
 
@@ -562,7 +563,7 @@ def test_videos_show_what_the_prompt_says(name):
                "a large green square moving right quickly on a white background", "a large purple ring moving down slowly on a gray background"]
     model = released.load_model(name)
     videos = sample.videos(model, prompts, seed=0)
-    fit = toy.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
+    fit = toy_score.prompt_fit(videos, [model.text.parse(p)[0] for p in prompts])
     assert fit["colour"] >= 0.75 and fit["background"] >= 0.75 and fit["mean"] >= 0.7, fit
 
 

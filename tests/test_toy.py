@@ -1,4 +1,4 @@
-"""The toy world: reproducible, says what it shows; its words are found in prompts, its attributes read back from pixels."""
+"""The toy world: reproducible, says what it shows; its words are found in prompts."""
 import subprocess
 import sys
 import warnings
@@ -6,14 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import toy
 from conftest import ROOT
 from files import video
 from files.checkpoint import UserError
 
-CLIPS = 48
 SENTENCE = "a large red circle moving left slowly on a blue background"
 
 
@@ -141,68 +139,6 @@ def test_known_sentences_bring_no_warning(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text([SENTENCE, "the small ball is going down fast", "a video showing a cyan shape that moves towards the right"])
-
-
-# ---------------------------------------------------------------------------------------------------- prompt fit
-
-
-@pytest.fixture(scope="module")
-def world():
-    clips, scenes = toy.toy_batch(3, CLIPS)
-    return clips, [s.attributes() for s in scenes]
-
-
-@pytest.mark.parametrize("change", {
-    "clean": lambda x: x,
-    "noisy": lambda x: x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
-    "blurred": lambda x: F.avg_pool3d(x, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False),
-    "half resolution": lambda x: F.avg_pool3d(x, (1, 2, 2)),
-}.items(), ids=lambda c: c[0])
-def test_attributes_are_read_back(world, change):
-    clips, attributes = world
-    fit = toy.prompt_fit(change[1](clips), attributes)
-    assert fit.keys() == {*toy.WORLD, "mean"} and min(fit.values()) >= 0.97, fit
-
-
-def test_half_the_frames_are_enough(world):
-    clips, attributes = world
-    assert toy.prompt_fit(clips[:12, :, ::2], attributes[:12])["direction"] == 1
-
-
-@pytest.mark.parametrize("background", toy.BACKGROUNDS)
-def test_an_empty_scene_has_a_background_and_nothing_else(background):
-    colour = torch.tensor(toy.BACKGROUNDS[background]).float().div(127.5).sub(1)
-    empty = colour.view(3, 1, 1, 1) + 0.05 * torch.randn(3, 8, 64, 64)
-    assert toy.read_attributes(empty) == {**dict.fromkeys(toy.WORLD), "background": background}
-
-
-@pytest.mark.parametrize("size", [64, 8], ids=["fine", "coarse"])
-def test_noise_shows_no_object(size):
-    noise = F.interpolate(torch.randn(1, 3, 8, size, size), (8, 64, 64), mode="trilinear")[0]
-    found = toy.read_attributes(noise)
-    assert [found[name] for name in ("size", "colour", "shape", "direction", "speed")] == [None] * 5
-
-
-def test_still_and_very_short_clips_have_no_direction(world):
-    still = toy.read_attributes(world[0][0, :, 15:16].expand(-1, 16, -1, -1))
-    assert still["direction"] is None and still["speed"] is None and still["shape"] == world[1][0]["shape"]
-    assert toy.read_attributes(world[0][0, :, :1])["direction"] is None
-
-
-def test_prompt_fit_counts_what_the_prompt_asks_for(monkeypatch):
-    seen = dict(size="small", colour="red", shape="ring", direction=None, speed="slowly", background="blue")
-    monkeypatch.setattr(toy, "read_attributes", lambda video: seen)
-    fit = toy.prompt_fit([0, 0], [dict(colour="red", shape="circle", speed="slowly"), dict(colour="blue", direction="up")])
-    # colour 1 of 2, shape 0 of 1, direction undecidable counts as wrong; speed is reported but not part of the mean
-    assert fit == dict(colour=0.5, shape=0, direction=0, speed=1, mean=pytest.approx(0.5 / 3))
-    assert toy.prompt_fit([0], [dict(speed="quickly")]) == dict(speed=0, mean=0)
-    with pytest.raises(ValueError):  # as many videos as prompts
-        toy.prompt_fit([0], [seen, seen])
-
-
-def test_chance_is_guessing():
-    assert toy.chance("shape") == 1 / 4 and toy.chance("colour") == 1 / 6
-    assert toy.chance("mean") == pytest.approx((1 / 6 + 1 / 4 + 1 / 4 + 1 / 6) / 4)
 
 
 # ---------------------------------------------------------------------------------------------------- command line

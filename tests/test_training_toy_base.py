@@ -13,7 +13,7 @@ import flow
 import sample
 import toy
 from files.checkpoint import UserError
-from training import loop, toy_base
+from training import loop, toy_base, toy_score
 from training.entries import Entries
 from wan import models, released
 
@@ -200,7 +200,7 @@ def test_pretraining_makes_a_base_that_loads_and_can_be_killed(tiny_toy, tmp_pat
     asked, videos = [], sample.videos
     monkeypatch.setattr(sample, "videos", lambda model, prompts: asked.append(prompts) or videos(
         model, prompts[:2], steps=2))
-    monkeypatch.setattr(toy, "prompt_fit", lambda videos, prompts: {"mean": 0.5})
+    monkeypatch.setattr(toy_score, "prompt_fit", lambda videos, prompts: {"mean": 0.5})
     pretrain(tmp_path / "whole")
     assert len(asked[0]) == 32 and asked[0] != toy.held_out_prompts(32)
     log = [line for line in loop.read_log(tmp_path / "whole") if "validation" in line]

@@ -29,7 +29,7 @@ import sample
 import toy
 from files import checkpoint, layouts
 from files.checkpoint import UserError
-from training import cache, captions, toy_base
+from training import cache, captions, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.journal import decoded
 from wan import models, released
@@ -305,7 +305,7 @@ class Toy(Base):
 
     def score(self, model, args):
         prompts = toy.held_out_prompts(args.prompts or 64)
-        return {"prompt_fit": toy.prompt_fit(sample.videos(model, prompts), prompts)}
+        return {"prompt_fit": toy_score.prompt_fit(sample.videos(model, prompts), prompts)}
 
     def videos(self, model, expert, held, steps, n=None):
         return sample.videos(model, toy_base.PROMPTS)

@@ -4,7 +4,7 @@ data, its score, its pre-training.
 Everything AE-Adapt-V needs of a base exists here in small: an autoencoder of moderate
 compression with a transformer trained on it, a deep one to move into, clips with
 captions that can be drawn without end, and a score that needs no network, because
-`toy.prompt_fit` reads the prompt's attributes back from the pixels.
+`toy_score.prompt_fit` reads the prompt's attributes back from the pixels.
 
     cache_latents(model, shards, folder)   the same clips in each model's space -> Latents
     Source(latents, text)                  what a training step sees: batch(step, positions),
@@ -27,7 +27,7 @@ import kernels
 import sample
 import toy
 from files import checkpoint, video
-from training import loop, metrics
+from training import loop, metrics, toy_score
 from training.cache import Batch
 from training.entries import Entries, hash_encoder, hash_of, hash_tensors
 from training.journal import validation_loss
@@ -230,7 +230,7 @@ def pretrain(args):
     def report(run):
         with run.averaged(), kernels.autocast(device):
             net.eval()
-            fit = toy.prompt_fit(sample.videos(base, prompts), prompts)
+            fit = toy_score.prompt_fit(sample.videos(base, prompts), prompts)
             measured = {"validation": validation_loss(net, held_out, TIMES, SHARD)}
         loop.plot(out)
         return measured | {f"fit_{name}": value for name, value in fit.items()}
@@ -254,16 +254,16 @@ def score(args):
     rng = np.random.default_rng(10_000_019)
     scenes = [toy.scene_of(a, rng) for a in prompts]
     clips = torch.stack([video.to_tensor(toy.render(s)) for s in scenes])
-    chance = {name: toy.chance(name) for name in (*toy.WORLD, "mean")}
-    rows = {"chance": chance, "clips": toy.prompt_fit(clips, prompts)}
+    chance = {name: toy_score.chance(name) for name in (*toy.WORLD, "mean")}
+    rows = {"chance": chance, "clips": toy_score.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
         model = released.load_model(name).to(args.device)
         with torch.no_grad():
             y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
-        found = toy.prompt_fit(y, prompts)
+        found = toy_score.prompt_fit(y, prompts)
         rows[f"{name}: reconstruction"] = {**found, "psnr": metrics.psnr(y, clips)}
         made = sample.videos(model, prompts, progress=True)
-        rows[f"{name}: prompts"] = toy.prompt_fit(made, prompts)
+        rows[f"{name}: prompts"] = toy_score.prompt_fit(made, prompts)
         rows[f"{name}: image and prompt"] = score_images(model, prompts[:64], clips[:64])
     columns = (*toy.WORLD, "mean", "psnr")
     print(" " * 26 + "".join(f"{k:>12s}" for k in columns))
@@ -285,4 +285,4 @@ def score_images(model, prompts, clips):
         made += torch.cat(pieces, dim=2).cpu().unbind()
     first = torch.stack(made)[:, :, 0]
     psnr = metrics.psnr(first[:, :, None], images[:, :, None])
-    return {**toy.prompt_fit(made, prompts), "psnr": psnr}
+    return {**toy_score.prompt_fit(made, prompts), "psnr": psnr}
