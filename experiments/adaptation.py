@@ -75,8 +75,6 @@ class Arm:
     head: str = "zero"  # or closed_form
     head_steps: float = 0.0  # stage 1b, as a share of the preset's
     lora: bool = True  # afterwards; else everything is trained
-    times: flow.Times = TIMES
-    null: str = "empty"
 
 
 ARMS = {
@@ -90,14 +88,8 @@ ARMS = {
 }
 #: E with one thing changed, at E's learning rate
 OPTIONS = {
-    "a1": dict(title="plain closed form", align="closed_form"),
-    "a2": dict(title="ridge to init", align="ridge_to_init"),
-    "a3": dict(title="regressed head", head="closed_form"),
     "b": dict(title="noise-aware", align="noise_aware"),
     "ab": dict(title="noise-aware, regressed head", align="noise_aware", head="closed_form"),
-    "c1": dict(title="released times, S 8", times=flow.Times("released", 8.0)),
-    "c2": dict(title="shifted times, S 8", times=flow.Times("shifted", 8.0)),
-    "d": dict(title="null is a word", null="word"),
 }
 ALL = ARMS | {key: replace(ARMS["E"], **changes) for key, changes in OPTIONS.items()}
 
@@ -127,7 +119,6 @@ class Preset:
 
 PRESETS = {
     "laptop": Preset(),
-    "short": Preset(held=32, prompts=12, steps=120, head_steps=30, batch=8),
     "gpu": Preset(
         steps=400, head_steps=100, prompts=128, sampling_steps=20, head_batches=64,
         rates=(8e-4, 2e-3, 5e-3, 1.25e-2), scored=(0.25, 0.5, 0.75, 1),
@@ -166,23 +157,6 @@ def scenes_of(group, n, seed):
             scenes.append(scene)
             turn = next(turns)
     return scenes
-
-
-class NullWord(toy.ToyText):
-    """The toy's vocabulary with a word in place of nothing as its null prompt: what stands
-    here for Wan's negative prompt. No attribute uses its row and column, so the base has
-    never seen it."""
-
-    def null(self, n):
-        context = torch.zeros(n, self.text_len, self.text_dim)
-        context[:, -1, -1] = self.text_dim**0.5
-        return context
-
-    def encode(self, attributes):
-        context = super().encode(attributes)
-        empty = [not given for given in attributes]
-        context[empty] = self.null(sum(empty))
-        return context
 
 
 # ------------------------------------------------------------------- what all trials share
@@ -240,9 +214,8 @@ class World:
         begin = functools.partial(loop.Run, self.out / "starts" / f"{method}-{seed}", {}, plan=plan)
         return align.sgd(problem, begin, clips, lr, seed)
 
-    def source(self, group, null="empty", **settings):
-        text = NullWord() if null == "word" else self.base.text
-        return toy_base.Source(self.clips[group], text, image=0, **settings)
+    def source(self, group, **settings):
+        return toy_base.Source(self.clips[group], self.base.text, image=0, **settings)
 
     def score(self, model, enlarge=1):
         """Videos of all prompts, read back -> ({group: fit}, {group: pictures of two})."""
@@ -316,7 +289,7 @@ class Trial:
         if self.arm.head == "zero":
             self.scored.discard(0)  # a head of zeros makes no videos
         arm = self.arm
-        begins = [arm.base, arm.align, arm.head, self.head_steps, asdict(arm.times), arm.null]
+        begins = [arm.base, arm.align, arm.head, self.head_steps]
         self.start = world.out / "starts" / hash_of([*begins, seed])  # shared with other trials
         self.folder = world.out / "trials" / f"{key}-{lr:g}-{seed}"
 
@@ -358,8 +331,8 @@ class Trial:
                 net.patch_embedding.weight.copy_(weight.view_as(net.patch_embedding.weight))
                 net.patch_embedding.bias.copy_(bias)
             if arm.head == "closed_form":
-                source = world.source("train", arm.null, seed=self.seed)
-                align.solve_head(net, source, arm.times, world.preset.head_batches, 32)
+                source = world.source("train", seed=self.seed)
+                align.solve_head(net, source, TIMES, world.preset.head_batches, 32)
             lines = []
             if self.head_steps:
                 net.requires_grad_(False)
@@ -377,8 +350,8 @@ class Trial:
 
     def train(self, net, folder, first, steps, lr):
         """Steps `first` to `first + steps` with the flow-matching loss -> their log."""
-        world, arm, size = self.world, self.arm, self.world.preset.batch
-        source = world.source("train", arm.null, seed=self.seed)
+        world, size = self.world, self.world.preset.batch
+        source = world.source("train", seed=self.seed)
         opt = torch.optim.AdamW(loop.trained(net).values(), lr=lr, weight_decay=0)
         plan = loop.Plan(steps, world.preset.warmup, log_every=1, keep=1)
         config = dict(data=source.fingerprint, first=first, lr=lr, batch=size)
@@ -389,7 +362,7 @@ class Trial:
                 step = first + number
                 batch = source.batch(step, range(size))
                 shape = batch.z.shape[1:]
-                yield batch, flow.draw(shape, arm.times, self.seed, step, range(size))
+                yield batch, flow.draw(shape, TIMES, self.seed, step, range(size))
                 number += 1
 
         def losses(both, number):
@@ -439,14 +412,13 @@ class Trial:
 
             def make():
                 net = dit.load(file).to(world.device)
-                text = NullWord() if self.arm.null == "word" else world.base.text
-                found, shown = world.score(replace(world.deep, net=net, text=text))
+                found, shown = world.score(replace(world.deep, net=net))
                 if self.seed == 0 and step == self.total:
                     checkpoint.save_tensors(world.out / "shown" / f"{self.key}.safetensors", shown)
                 return dict(step=step, **found)
 
             at = str(file.relative_to(world.out))
-            rows.append(world.ledger.once("score", make, at=at, null=self.arm.null))
+            rows.append(world.ledger.once("score", make, at=at))
         return rows
 
 

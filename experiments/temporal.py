@@ -1,23 +1,15 @@
 """The paper's comparison, on film: what may a frame see? (paper, section on DC-AE-V, figures
 on temporal modelling and on chunk size)
 
-**What each rule allows** (group limits): the best linear coder of every rule, in closed form.
-Film is cut into 8x8 patches; c numbers may be kept per patch and four frames, as in an f8t4
-autoencoder with c channels (c = 2 compresses 384 times, as f32t4c32). Frames that may see each
-other are coded together: causal 4, chunk-causal a chunk, non-causal the whole clip. What stays
-the same for 16 frames is then coded once, with four times as many numbers.
+Every arm is the same small DC-AE-V at f8t4 between two fixed layers, the principal components
+of single patches and their inverse. All arms begin with the same weights and get the same clips
+for the same number of steps; `GROUPS` says what differs. Expected from the paper: inside the
+training length chunk-causal is close to non-causal and far above causal; beyond it non-causal
+degrades and chunk-causal does not; quality rises with the chunk. Hard for a small net: a
+convolution treats every moment alike, and to split a chunk's content over its latent frames it
+must tell them apart by the zeros behind each chunk. `still` measures how far an arm got.
 
-**What trained networks make of it**: every arm is the same small DC-AE-V at f8t4 between two
-fixed layers, the principal components of single patches and their inverse. All arms begin with
-the same weights and get the same clips for the same number of steps; `GROUPS` says what differs.
-Expected from the paper: inside the training length chunk-causal is close to non-causal and far
-above causal; beyond it non-causal degrades and chunk-causal does not; quality rises with the
-chunk. Hard for a small net: a convolution treats every moment alike, and to split a chunk's
-content over its latent frames it must tell them apart by the zeros behind each chunk. `still`
-measures how far an arm got.
-
-    python ae.py compare --groups limits          3 minutes on one core -> OUT/limits.json, .png
-    python ae.py compare                          an hour -> OUT/compare.json, .png too
+    python ae.py compare          under an hour on one core -> OUT/compare.json, .png
 
 Killed and started again it goes on. Films: assets/fetch.py fetches some.
 """
@@ -30,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from einops import rearrange
-from tqdm import tqdm
 
 import ae
 import kernels
@@ -50,13 +41,11 @@ PATCHES = 1000  # clips whose patches tell what these numbers are
 WINDOW = 32  # side of what arms are trained and judged on
 BASE = ae.Config((0, 64, 64), (0, 1, 2), 2, chunk=8, patch=PATCH)  # f8t4c2
 
-#: group -> (steps, frames, batch, what it changes in BASE, to which values). 2 latent channels
-#: are temporal-chunk_causal. Chunk 1 is causal with one frame of memory per layer; a causal
-#: convolution sees two frames back.
+#: group -> (steps, frames, batch, what it changes in BASE, to which values). Chunk 1 is causal
+#: with one frame of memory per layer; a causal convolution sees two frames back.
 GROUPS = {
     "temporal": (1200, 16, 8, "temporal", ("chunk_causal", "causal", "non_causal")),
     "chunk": (500, 80, 2, "chunk", (40, 8, 1, 20, 4)),
-    "latent": (1200, 16, 8, "latent_channels", (1, 4)),
 }
 
 
@@ -103,21 +92,7 @@ def hold_out(folders, out):
     return out / "films"
 
 
-# -------------------------------------------------------------- what each rule allows
-
-#: rule -> (frames coded together, whether what came before is known), of 80 frames
-RULES = {
-    "each latent frame alone": (4, False),
-    "causal": (4, True),
-    "chunk-causal 8": (8, True),
-    "chunk-causal 16": (16, True),
-    "chunk-causal 20": (20, True),
-    "chunk-causal 40": (40, True),
-    "non-causal": (80, True),
-    "non-causal, pieces of 32": (32, False),
-}
-CHANNELS = (1, 2, 4, 8, 16)  # numbers per patch and four frames
-BY_CHANNELS = ("causal", "chunk-causal 16", "chunk-causal 40")  # rules tried at all of them
+# -------------------------------------------------------------- training
 
 
 class Patches(nn.Module):
@@ -147,96 +122,6 @@ class Patches(nn.Module):
     def back(self, y):
         x = y.permute(0, 2, 3, 4, 1) * self.rms @ self.basis.T + self.mean
         return rearrange(x, "b t h w (c p q) -> b c t (h p) (w q)", p=PATCH, q=PATCH)
-
-
-class Linear:
-    """The best linear coders of film under a temporal rule, from second moments alone.
-
-    A patch over t frames is a vector of t * KEPT numbers (`Patches`); C is its covariance over
-    `clips`, an iterable of [b, 3, t, h, w]. A group of frames f is coded by the n leading
-    eigenvectors v of C[f, f]. Knowing z = v'x[f], the best linear guess of everything is
-    C[:, f] v (v' C[f, f] v)^-1 z. Take it off, from C and from the clip: what is left is what
-    the next group has to code. For each group this is the best choice; it does not spend
-    numbers on the groups to come.
-    """
-
-    def __init__(self, clips):
-        clips = list(clips)
-        self.patches = Patches(clips)
-        flat = torch.cat([self.project(x).flatten(0, 1) for x in clips]).flatten(1)
-        self.centre = flat.mean(dim=0)
-        flat -= self.centre
-        self.covariance = flat.T @ flat / len(flat)
-
-    def project(self, x):
-        return rearrange(self.patches(x) * self.patches.rms, "b k t h w -> b (h w) t k")
-
-    def psnr(self, x, together, past, channels):
-        """PSNR of every frame of clips x [b, 3, t, h, w], coded `together` frames at a time:
-        [b, t]."""
-        C, left = self.covariance.clone(), self.project(x).flatten(2) - self.centre
-        exact = rearrange(self.patches.cut(x) - self.patches.mean, "b t h w v -> b (h w) t v")
-        lost = exact.square().sum(-1) - self.project(x).square().sum(-1)  # b patches t
-        errors = []
-        for start in range(0, x.shape[2], together):
-            count = min(together, x.shape[2] - start)
-            f = slice(start * KEPT, (start + count) * KEPT)
-            v = torch.linalg.eigh(C[f, f])[1][:, -channels * count // 4 :]
-            guess = torch.linalg.solve(v.T @ C[f, f] @ v, v.T @ C[f])  # n, t * KEPT
-            z = left[..., f] @ v
-            if past:
-                C, left = C - C[:, f] @ v @ guess, left - z @ guess
-            else:
-                left[..., f] -= z @ guess[:, f]
-            errors.append(left[..., f].unflatten(-1, (count, KEPT)).square().sum(-1))
-        error = (torch.cat(errors, dim=2) + lost).mean(dim=1).clamp(min=1e-6)
-        return 10 * torch.log10(4 * exact.shape[-1] / error)
-
-
-def limits(films, cache, seed=0, train=400, held=24, frames=80):
-    """Every rule at 2 channels, some at all CHANNELS -> {"rule, channels": dict(psnr,
-    psnr_frames)}."""
-    dataset = clips.Clips(films, frames, SIZE, "train", seed, cache=cache, zoom=ZOOM)
-    numbers = tqdm(range(train), "clips", mininterval=5)
-    linear = Linear(dataset.sample(i)[None].float() / 127.5 - 1 for i in numbers)
-    x, result = draw(films, frames, held), {}
-    for rule, how in RULES.items():
-        for channels in CHANNELS if rule in BY_CHANNELS else (2,):
-            psnr = linear.psnr(x, *how, channels).mean(dim=0)
-            shown = [round(v, 3) for v in psnr.tolist()]
-            result[f"{rule}, {channels}"] = dict(psnr=psnr.mean().item(), psnr_frames=shown)
-            print(f"{rule}, {channels} channels: {psnr.mean():.2f} dB", flush=True)
-    return result
-
-
-def plot_limits(path, result):
-    """PSNR over frame index, against the frames coded together, against channels."""
-    sizes = {4: "causal", **{c: f"chunk-causal {c}" for c in (8, 16, 20, 40)}, 80: "non-causal"}
-    with video.figure(path, columns=3, size=(5.6, 4.2), dpi=100) as axes:
-        over_time, over_size, over_channels = axes[0]
-        for rule in ("each latent frame alone", *BY_CHANNELS, "non-causal"):
-            over_time.plot(result[f"{rule}, 2"]["psnr_frames"], label=rule, linewidth=1.2)
-        over_time.set(title="best linear coders, 2 numbers per 8x8 patch and 4 frames",
-                      xlabel="frame", ylabel="dB")
-        psnr = [result[f"{rule}, 2"]["psnr"] for rule in sizes.values()]
-        over_size.plot(list(sizes), psnr, marker="o")
-        over_size.set(title="frames coded together (4: causal, 80: non-causal)",
-                      xlabel="frames", ylabel="dB", xscale="log")
-        over_size.set_xticks(list(sizes), list(map(str, sizes)))
-        for rule in BY_CHANNELS:
-            psnr = [result[f"{rule}, {c}"]["psnr"] for c in CHANNELS]
-            over_channels.plot(CHANNELS, psnr, marker="o", label=rule)
-        over_channels.set(title="numbers per patch and 4 frames",
-                          xlabel="channels at f8 (times 16: at f32)", ylabel="dB", xscale="log")
-        over_channels.set_xticks(CHANNELS, list(map(str, CHANNELS)))
-        for ax in axes[0]:
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
-        over_time.legend(fontsize=8)
-        over_channels.legend(fontsize=8)
-
-
-# -------------------------------------------------------------- training
 
 
 class ToPatches(nn.Module):
@@ -374,7 +259,7 @@ def score(net, arm, short, long):
 
 
 def plot(path, arms):
-    """PSNR over frame index, quality against chunk size, quality against latent channels."""
+    """PSNR over frame index, quality against chunk size."""
     groups = [g for g in GROUPS if any(name.startswith(g) for name in arms)]
     with video.figure(path, columns=len(groups), size=(6, 4), dpi=100) as axes:
         for ax, group in zip(axes[0], groups):
@@ -383,17 +268,13 @@ def plot(path, arms):
             if group == "temporal":
                 plot_temporal(ax, labels)
                 continue
-            if group == "latent" and "temporal-chunk_causal" in arms:
-                labels["2"] = arms["temporal-chunk_causal"]
             labels = dict(sorted((int(label), arm) for label, arm in labels.items()))
             ax.plot(list(labels), [arm["psnr"] for arm in labels.values()], marker="o")
-            what = "frames per chunk" if group == "chunk" else "latent channels"
-            ax.set(title=f"quality against {what}", xlabel=what, ylabel="dB")
-            if group == "chunk":
-                flicker = [arm["long"]["streamed"]["flicker"] for arm in labels.values()]
-                twin = ax.twinx()
-                twin.plot(list(labels), flicker, marker="x", color="tab:red")
-                twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
+            ax.set(title="quality against the chunk", xlabel="frames per chunk", ylabel="dB")
+            flicker = [arm["long"]["streamed"]["flicker"] for arm in labels.values()]
+            twin = ax.twinx()
+            twin.plot(list(labels), flicker, marker="x", color="tab:red")
+            twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
         for ax in axes[0]:
             ax.grid(alpha=0.3)
 
@@ -432,27 +313,22 @@ def main_compare(argv):
                    help="films (assets/fetch.py fetches some)")
     p.add_argument("--out", default="out/compare", help="folder of the runs")
     p.add_argument("--results", metavar="FOLDER",
-                   help="of limits.json, compare.json and their plots, where it is not --out")
-    p.add_argument("--groups", nargs="+", choices=["limits", *GROUPS], default=["limits", *GROUPS])
+                   help="of compare.json and its plot, where it is not --out")
+    p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     p.add_argument("--steps", type=int, help="of each arm, in place of its group's")
-    p.add_argument("--score", action="store_true", help="train nothing, judge what is finished")
     p.add_argument("--seed", type=int, default=0, help="of weights and clips")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    checkpoint.refuse_options(p, {"--score": "a finished arm is only judged: run the command again"})
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     out, arms = Path(args.out), {}
     results, films = Path(args.results or out), hold_out(args.data, out)
     told = dict(**checkpoint.provenance(), size=SIZE, zoom=ZOOM, held_out=HELD_OUT, patch=PATCH,
                 kept=KEPT, seed=args.seed)
-    if "limits" in args.groups:
-        found = limits(films, out / "cache", args.seed)
-        checkpoint.write_json(results / "limits.json", dict(**told, rules=RULES, psnr=found))
-        plot_limits(results / "limits.png", found)
     for arm in ARMS:
-        steps = args.steps or GROUPS[arm.group][0]
-        finished = (out / arm.name / f"checkpoint-{steps:07d}").exists()
-        if arm.group not in args.groups or args.score and not finished:
+        if arm.group not in args.groups:
             continue
+        steps = args.steps or GROUPS[arm.group][0]
         net, took = train_arm(arm, films, out, steps, args.seed)
         short, long = (windows(draw(films, t, LENGTHS[t])) for t in (arm.frames, LONG))
         arms[arm.name] = {**took, **score(net, arm, short, long)}

@@ -1,5 +1,5 @@
-"""Files through an autoencoder: what is written is what the autoencoder gives, the table is that of `metrics`, and a stream needs no more memory
-the longer it gets."""
+"""Files through an autoencoder: what is written is what the autoencoder gives, and the
+table is that of `metrics`."""
 import json
 
 import pytest
@@ -65,9 +65,10 @@ def test_nan_weights_write_no_black_video(tmp_path, weights):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- table and stream
+# ---------------------------------------------------------------------------------------------------- table
 
 
+@pytest.mark.core
 def test_the_table_has_a_line_for_each_autoencoder(tmp_path, weights, monkeypatch, capsys):
     """Both kinds of file; PSNR is that of the model on the clips that are held out; what is missing is said."""
     monkeypatch.chdir(tmp_path)
@@ -97,11 +98,3 @@ def test_any_autoencoder_is_loaded(tmp_path, weights, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="none.pt does not exist"):
         evaluate.load(tmp_path / "none.pt")
-
-
-@pytest.mark.core
-def test_a_stream_is_the_whole_clip_and_holds_nothing(weights):
-    """A film of 64 frames, played twice and a bit: the first 24 frames are those of one call, and every frame comes out."""
-    result = evaluate.stream(ae.load(weights), ROOT / "assets" / "bunny.mp4", 150, (32, 32), check=24)
-    assert result["frames"] >= 150 and result["error_frames"] == 24 and result["error"] < 5e-5
-    assert len(result["rss_mib"]) == 19 and result["rss_mib"][-1][0] == 150 and result["rss_mib"][0][1] > 50

@@ -232,16 +232,13 @@ def optimiser(which, module, lr):
     return torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=0)
 
 
-def prepare(net, device, compiled=False):
+def prepare(net, device):
     """Move a net to where it is trained. On a GPU: channels last, which cuDNN's 3-D kernels
     want, and `recompute_blocks`."""
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last_3d)
         recompute_blocks(net)
-    if compiled:
-        net.encoder.compile()
-        net.decoder.compile()
     return net
 
 
@@ -422,7 +419,6 @@ class Settings:
     seed: int = 0
     save_every: int = 200
     bf16: bool = True
-    compiled: bool = False
     perceptual: str = "auto"  # network of that loss
     start: str | None = None  # weights of the same preset to begin with
     inflate: str | None = None  # weights of an image autoencoder to begin with
@@ -440,13 +436,13 @@ def train(preset, phases, source, out, settings=Settings()):
     net = ae.load(settings.start, config) if settings.start else ae.DCAEV(config)
     if settings.inflate:
         print(inflate(net, checkpoint.load_tensors(settings.inflate)[0]))
-    prepare(net, device, settings.compiled)
+    prepare(net, device)
     for phase in phases:
         folder = Path(out) / phase.name
         if phase.trained != "space":
             path = run_phase(preset, net, phase, source, folder, settings, teacher)
             continue
-        flat = prepare(image_autoencoder(net.config), device, settings.compiled)
+        flat = prepare(image_autoencoder(net.config), device)
         path = run_phase(f"{preset}-image", flat, phase, source, folder, settings)
         print(inflate(net, flat.state_dict()))
     return path
@@ -607,6 +603,8 @@ GONE = {
     "--grow-from": "train the deep toy from nothing, with --align-to the base's autoencoder",
     "--grow-steps": "train the deep toy from nothing, with --align-to the base's autoencoder",
     "--grow-clips": "train the deep toy from nothing, with --align-to the base's autoencoder",
+    "--compile": "no step was ever measured with it: leave it off",
+    "--perceptual": "the best network that is installed is used; --losses perceptual=0 is none",
     "--length": f"--overfit takes the first {LENGTH} frames",
 }
 
@@ -650,10 +648,8 @@ def arguments():
     add("--lr", type=float, help="peak learning rate")
     add("--losses", nargs="+", type=loss_weight, default=(), metavar="NAME=WEIGHT",
         help=f"other weights than the phase's; 0 is off: {', '.join(LOSSES)}")
-    add("--perceptual", default="auto", help="network of that loss (default: the best installed)")
     add("--workers", type=int, default=2, help="threads that decode clips (default: %(default)s)")
     add("--cache", metavar="FOLDER", help="keep decoded clips there: ten times faster to read")
-    add("--compile", action="store_true", help="torch.compile")
     add("--fp32", action="store_true", help="no bf16")
     add("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and clips")
@@ -680,16 +676,14 @@ def main_train(argv):
     for name in ("accumulate", "frames", "size", "lr"):
         if getattr(a, name) is not None:
             changes[name] = getattr(a, name)
-    if a.perceptual == "none":
-        changes["perceptual"] = 0.0
     if a.align_to:
         changes["align"] = a.align_weight
     begun, config = bool(a.start or a.inflate), ae.PRESETS[a.preset]
     phases = choose_phases(programme, config, a.phases, begun, a.steps, a.batch, **changes)
     if a.align_to and not any(phase.trained in CLIP_ENCODER for phase in phases):
         raise UserError("--align-to needs a phase that trains the encoder of clips: low or high.")
-    settings = Settings(a.seed, a.save_every, not a.fp32, a.compile, a.perceptual, a.start,
-                        a.inflate, tuple(a.align_to))
+    settings = Settings(a.seed, a.save_every, not a.fp32, start=a.start, inflate=a.inflate,
+                        align_to=tuple(a.align_to))
     path = train(a.preset, phases, source, a.out, settings)
     if a.overfit:
         log = [line for line in loop.read_log(path.parent) if "psnr" in line]

@@ -1,13 +1,10 @@
-"""What an autoencoder does to video, and what that costs: a film beside its
-reconstruction, the table of the published evaluation, and the memory of a stream that
-does not end. For DC-AE-V and Wan VAE files alike.
+"""What an autoencoder does to video: a film beside its reconstruction, and the table of
+the published evaluation. For DC-AE-V and Wan VAE files alike.
 
     python ae.py reconstruct assets/bunny.mp4
                                         mp4 side by side, contact sheet, PSNR, SSIM
     python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS
                                         a line for each; --results: pictures too
-    python ae.py eval weights/toy.safetensors --stream 2000
-                                        2,000 frames in the memory of one chunk
 """
 import argparse
 import itertools
@@ -17,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import ae
 from chunk_causal import recut
 from files import ROOT, checkpoint, video
 from files.checkpoint import UserError
@@ -126,56 +122,6 @@ def show(path, nets, held_out, frames=4):
     video.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
 
 
-# ------------------------------------------------------------------- a film without end
-
-
-def resident():
-    """Bytes of this process in main memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@torch.no_grad()
-def stream(net, clip, frames, size, check=80):
-    """Encode and decode `frames` frames of `clip`, played over and over, as one stream
-    -> dict with the memory over frame index.
-
-    Nothing is kept but the state. The first `check` frames are also done in one call
-    over all of them: `error` is the largest difference.
-    """
-    c, first, kept, seen, memory = net.config, [], [], 0, []
-    plays = (video.iter_clip(clip, None, size, piece=c.piece) for _ in itertools.count())
-    film = itertools.chain.from_iterable(plays)
-
-    def source():
-        sent = 0
-        while sent < frames:
-            piece = next(film)[None, :, : frames - sent]
-            sent += piece.shape[2]
-            if sum(x.shape[2] for x in first) < check:
-                first.append(piece)
-            yield piece
-
-    decoded, started = net.decode_stream(net.encode_stream(source())), time.perf_counter()
-    for y in tqdm(decoded, "stream", -(-frames // c.piece), unit="chunk", mininterval=5):
-        seen += y.shape[2]
-        if seen <= check:
-            kept.append(y)
-        memory.append((min(seen, frames), round(resident() / 2**20, 2)))
-    seconds = time.perf_counter() - started
-    kept = torch.cat(kept, dim=2)
-    x = torch.cat(first, dim=2)[:, :, : kept.shape[2]]
-    features = net.encoder(x)[0]
-    whole = net.decoder(net.from_latent(net.to_latent(features)))[0]
-    rss, quarter = [mib for _, mib in memory], len(memory) // 4
-    growth = max(rss[-quarter:]) - max(rss[quarter : 2 * quarter])
-    pixels = 3 * 4 * frames * size[0] * size[1]  # bytes, which are never held
-    return dict(
-        clip=Path(clip).name, frames=seen, size=list(size), config=repr(c),
-        seconds=round(seconds, 2), frames_per_second=round(seen / seconds, 1),
-        error=(kept - whole).abs().max().item(), error_frames=x.shape[2],
-        whole_clip_mib=round(pixels / 2**20, 1), growth_mib=round(growth, 2), rss_mib=memory)
-
-
 # ------------------------------------------------------------------------- command line
 
 
@@ -191,43 +137,31 @@ def main_eval(argv):
                    help="per clip, as published; fewer where the clips are short")
     p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW",
                    help="as published")
-    p.add_argument("--stream", type=int, metavar="N",
-                   help="instead: the memory while N frames go through, on the film --data")
     p.add_argument("--base", nargs="+", metavar="FILE",
                    help="weights of a base's autoencoder, and of its transformer: R^2 to it")
     p.add_argument("--results", metavar="FILE",
                    help="JSON to write; beside it a contact sheet of three clips")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint.refuse_options(p, {"--stream": "the memory of an endless stream was measured by "
+                                  "this script as of commit 0fe0031, results/streaming.json"})
     args = p.parse_args(argv)
     nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
-    settings = dict(frames=args.stream or args.frames, size=args.size, data=str(args.data))
-    if args.stream:
-        film = args.data if Path(args.data).is_file() else ROOT / "assets" / "bunny.mp4"
-        args.results = args.results or "out/streaming.json"
-        settings["data"] = Path(film).name
-        results = {name: stream(net, film, args.stream, args.size) for name, net in nets.items()}
-        for name, r in results.items():
-            print(f"{name}: {r['frames']} frames of {args.size[0]}x{args.size[1]}, "
-                  f"{r['frames_per_second']} per second; {r['rss_mib'][-1][1]} MiB resident at the "
-                  f"end, {r['growth_mib']:+} MiB from the second quarter to the last; "
-                  f"{r['error']:.1e} from the whole clip ({r['error_frames']} frames)")
-    else:
-        dataset = clips.validation(args.data, args.frames, args.size, args.clips)
-        held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
-        results = {name: evaluate(net, held_out) for name, net in nets.items()}
-        if args.base:
-            teacher = latents.Teacher(args.base, args.device)
-            for name, net in nets.items():
-                found = latents.r_squared(teacher, net, [x for _, x in held_out])
-                results[name]["latent"]["r_squared"] = found
-        print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
-        for name, r in results.items():
-            print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
-        for column, reason in next(iter(results.values()))["left_out"].items():
-            print(f"{column} is left out: {reason}")
-        if args.results:
-            show(Path(args.results).with_suffix(".png"), nets, held_out[:3])
+    dataset = clips.validation(args.data, args.frames, args.size, args.clips)
+    held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
+    results = {name: evaluate(net, held_out) for name, net in nets.items()}
+    if args.base:
+        teacher = latents.Teacher(args.base, args.device)
+        for name, net in nets.items():
+            found = latents.r_squared(teacher, net, [x for _, x in held_out])
+            results[name]["latent"]["r_squared"] = found
+    print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
+    for name, r in results.items():
+        print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
+    for column, reason in next(iter(results.values()))["left_out"].items():
+        print(f"{column} is left out: {reason}")
     if args.results:
+        show(Path(args.results).with_suffix(".png"), nets, held_out[:3])
+        settings = dict(frames=args.frames, size=args.size, data=str(args.data))
         document = dict(**checkpoint.provenance(), **settings, results=results)
         checkpoint.write_json(args.results, document)
         print("wrote", args.results)
