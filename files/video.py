@@ -25,7 +25,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -95,6 +94,9 @@ def rate_arg(text):
 HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 #: primaries of wide colour -> their names
 WIDE = {"bt2020": "BT.2020", "smpte431": "P3", "smpte432": "P3"}
+#: matrix, or matrix/primaries/transfer, as ffmpeg writes them
+COLOURS = re.compile(r"[^/]+/[^/]+/[^/]+|bt\d+\w*|smpte\w+|gbr|fcc|film|ycgco.*|ictcp|ipt.*|"
+                     "chroma.*")
 ALPHA = re.compile("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8")  # beginnings of pixel formats
 #: a video's line in what `ffmpeg -i` says
 STREAM = re.compile(
@@ -141,8 +143,9 @@ class ClipInfo:
 
 
 def clip_info(path):
-    """What a clip's header says -> ClipInfo, without decoding it."""
-    with ffmpeg(*source(path)) as (process, log):
+    """What the header of a clip, and of its first frame, says -> ClipInfo."""
+    look = ["-map", "0:V:0", "-vf", "showinfo=checksum=0", "-frames:v", "1", "-f", "null", "-"]
+    with ffmpeg(*source(path), *look) as (process, log):
         process.wait()
         text = log.update()
     streams = [m for m in STREAM.finditer(text) if "(attached pic)" not in m["rest"]]
@@ -175,7 +178,7 @@ def clip_info(path):
         seconds=duration(text),
         aspect=f"{aspect.numerator}:{aspect.denominator}",
         turned=quarter != 0,
-        interlaced=any("first" in tag for tag in tags),
+        interlaced=any("first" in tag for tag in tags) or "T" in log.fields or "B" in log.fields,
         transfer=transfer,
         primaries=primaries,
         assumed=assumed,
@@ -192,7 +195,7 @@ def colours(tags, large, coded):
     Untagged colours of large frames are BT.709, as players guess, of others BT.601, as
     ffmpeg does.
     """
-    said = next((tag for tag in tags if re.match("bt|smpte|gbr|film|unknown/", tag)), "unknown")
+    said = next(filter(COLOURS.fullmatch, tags), "unknown")
     matrix, primaries, transfer = said.split("/") if said.count("/") == 2 else [said] * 3
     transfer = transfer if transfer in HDR else ""
     primaries = primaries if primaries in WIDE else ""
@@ -221,10 +224,11 @@ def pixel_aspect(path, rest):
 
 
 def frame_rate(rest):
-    """Average rate in a stream's line; 25 where there is none."""
-    found = re.search(r"([\d.]+)(k?) fps", rest) or re.search(r"([\d.]+)(k?) tbr", rest)
-    rate = float(found[1]) * (1000 if found[2] else 1) if found else 0
-    return rate or 25.0
+    """Average rate in a stream's line, or where that is a clock's, the rate that ffmpeg
+    guesses; 25 where there is none."""
+    rates = [float(number) * (1000 if kilo else 1)
+             for number, kilo in re.findall(r"([\d.]+)(k?) (?:fps|tbr)", rest)]
+    return next((rate for rate in rates if 0 < rate <= 240), max(rates, default=0) or 25.0)
 
 
 def duration(text):
@@ -269,15 +273,14 @@ def ffmpeg(*args):
 COMPLAINT = re.compile(r"(\[[^\]]* @ [^\]]*\] )*"
                        r"\[(error|fatal|warning(?=\].*(corrupt|EOI missing)))\] ")
 #: called an error though every frame comes out right: slips of the encoder, times that only a
-#: muxer would miss, the end of `ffmpeg -i`
+#: muxer would miss
 HARMLESS = re.compile(
     "non-intra slice in an IDR|mmco: unref short failure|reference frames exceeds max|"
-    r"co located POCs|\[(rawvideo|out#0/rawvideo) @|Last message repeated|"
-    "At least one output file")
+    r"co located POCs|\[(rawvideo|out#0/rawvideo) @|Last message repeated")
 #: what a decoder says that joins a broadcast in its middle, before the first whole frame
 JOINING = re.compile("non-existing [PS]PS|no frame!|Could not find ref|decode_slice_header|"
                      r"[PS]PS id out of range|frame dimensions 0x0")
-SHOWN = re.compile(r"\] n: *\d+ .*pts_time:(\S+) .* s:(\d+x\d+)")  # a line of `showinfo`
+SHOWN = re.compile(r"\] n: *\d+ .*pts_time:(\S+) .* s:(\d+x\d+) i:(\w)")  # of `showinfo`
 
 
 class Log:
@@ -286,7 +289,8 @@ class Log:
 
     def __init__(self, file):
         self.file, self.place, self.rest = file, 0, ""
-        self.times, self.sizes = [], []  # of the frames: seconds, "64x48"
+        # of the frames: seconds, "64x48", P for whole ones, T or B for such of two fields
+        self.times, self.sizes, self.fields = [], [], []
         self.complaints = []  # (frames before it, text)
 
     def update(self):
@@ -301,6 +305,7 @@ class Log:
                 number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", match[1])
                 self.times.append(float(match[1]) if number else math.nan)
                 self.sizes.append(match[2])
+                self.fields.append(match[3])
             elif COMPLAINT.match(line) and not HARMLESS.search(line):
                 self._complain(line)
         return text
@@ -318,7 +323,7 @@ class Log:
         return self.complaints[0][1] if self.complaints else "ffmpeg gives no reason"
 
 
-SCALING = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+SCALING = "bicubic+full_chroma_int"
 #: Linear light in which the white of a page, 203 cd/m2 (BT.2408), is 1; colours of BT.709; up
 #: to 0.7 all stays as it is, above it 1000 cd/m2 are rolled off to 1; gamma 2.4 (BT.1886).
 TO_LINEAR = "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709"
@@ -326,21 +331,23 @@ ROLL_OFF = "tonemap=mobius:param=0.7:peak=4.926:desat=0"
 TO_SDR = "zscale=t=bt709:r=full,format=gbrp"
 
 
-def decode(path, info, size=None, box=None, pick=(), options=(), flags=SCALING):
+def decode(path, info, size=None, box=None, pick=(), options=(), limit=None, flags=SCALING):
     """(seconds, uint8 [h, w, 3]) of the frames of a clip, in order, none left out or
     doubled; seconds are as stored, NaN where they are not.
 
     box: part of the shown frame, (y, x, h, w); size: that it is scaled to. pick:
-    filters that choose frames; options: of ffmpeg, before the input. UserError behind
-    the last frame if the file is damaged, cut off, or changes its size.
+    filters that choose frames; limit: how many are wanted; options: of ffmpeg, before
+    the input. UserError behind the last frame if the file is damaged, cut off, or
+    changes its size.
     """
     h, w = size or (info.height, info.width)
     channels = 4 if info.alpha else 3
     filters = ["showinfo=checksum=0", *pick, *conversion(info, (h, w), box, flags)]
     decoder = ("-c:v", info.decoder) if info.decoder else ()
+    enough = ("-frames:v", str(limit)) if limit else ()
     # V: not a cover picture
     args = [*decoder, *options, *source(path), "-map", "0:V:0", "-vf", ",".join(filters),
-            "-fps_mode", "passthrough", "-f", "rawvideo", "-"]
+            "-fps_mode", "passthrough", *enough, "-f", "rawvideo", "-"]
     count = 0
     with ffmpeg(*args) as (process, log):
         while len(pixels := process.stdout.read(h * w * channels)) == h * w * channels:
@@ -439,7 +446,8 @@ def iter_clip(path, frames=None, size=None, fps=None, piece=16):
         raise UserError(f"there are no {frames} frames: --frames counts from 1.")
     info = clip_info(path)
     box = crop_box(info.height, info.width, size) if size else None
-    with contextlib.closing(decode(path, info, size, box)) as stored:
+    limit = None if fps else frames
+    with contextlib.closing(decode(path, info, size, box, limit=limit)) as stored:
         stream = at_rate(stored, fps, info.fps) if fps else (frame for _, frame in stored)
         count, stream = 0, itertools.islice(stream, frames)
         while held := list(itertools.islice(stream, piece)):
@@ -497,8 +505,12 @@ def check_written(path, tmp, frames):
         info = clip_info(tmp)
         if info.seconds * info.fps > frames - 1:
             return
-    if shutil.disk_usage(Path(path).parent).free < 1 << 20:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    try:
+        with open(tmp, "ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise OSError(e.errno, e.strerror, str(path)) from None
     raise UserError(f"ffmpeg could not write {path}: check --out and the frame size.")
 
 

@@ -185,11 +185,11 @@ def test_what_reading_changes_is_shown(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
 def test_names_of_any_bytes(folder, tmp_path, capsys):
-    """Of so many clips that some are held out by their names."""
-    for i in range(20):
-        (tmp_path / f"{i}.mkv").symlink_to(folder / "a.mkv")
-    write(tmp_path / "clips-index.json", b"")
-    os.symlink(os.fsencode(folder) + b"/a.mkv", os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m.mkv")
+    """Also where files are held out by their names."""
+    (tmp_path / "a.png").symlink_to(folder / "picture.png")
+    for file in ("a.mkv", "picture.png"):
+        bad = b"/caf\xe9\x1b[31m" + os.fsencode(file[-4:])
+        os.symlink(os.fsencode(folder / file), os.fsencode(tmp_path) + bad)
     clips.main([str(tmp_path), "--frames", "4", "--size", "12x16", "--index", str(tmp_path / "i.json"),
                 "--out", str(tmp_path / "s.png")])
     shown = capsys.readouterr().out

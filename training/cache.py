@@ -384,8 +384,8 @@ class Source:
         rate = self.options.rate(self.student.model)
         lines += ["", f"read at {f'{rate:g} frames per second' if rate else 'their own rate'}"]
         said = sum(len(s.captions) for s in self.clips)
-        rule = "line" if self.options.caption_per_line else "file"
-        lines.append(f"captions: {said} of {len(self.clips)} clips (each {rule} of a .txt is one)")
+        rule = "each line of a .txt" if self.options.caption_per_line else "a whole .txt"
+        lines.append(f"captions: {said} of {len(self.clips)} clips ({rule} counts as one)")
         for space in self.spaces:
             name = f"latents of {space.model.name}, {space.frames} frames"
             lines += on_disk(space.entries, name)

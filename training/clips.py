@@ -204,7 +204,8 @@ def seeks_well(clip, tiny, change):
     for third in np.array_split(np.arange(len(change)), 3)[1:]:
         frame = int(third[change[third].argmax()]) + 1
         jump = ["-ss", f"{before(clip, frame):.6f}"]
-        stream = video.decode(clip.path, clip.info, (TINY, TINY), options=jump, flags="area")
+        stream = video.decode(
+            clip.path, clip.info, (TINY, TINY), options=jump, limit=1, flags="area")
         with contextlib.closing(stream), contextlib.suppress(UserError):
             found = grey(next(stream)[1])
             if np.abs(found - tiny[frame]).mean() <= change[frame - 1] / 4:
@@ -297,7 +298,8 @@ def read(clip, numbers, box, size):
     chosen = "+".join(f"eq(n\\,{n - offset})" for n in wanted)
     if len(wanted) == last - first + 1:
         chosen = f"between(n\\,{first - offset}\\,{last - offset})"
-    stream = video.decode(clip.path, clip.info, size, box, [f"select={chosen}"], options)
+    pick = [f"select={chosen}"]
+    stream = video.decode(clip.path, clip.info, size, box, pick, options, limit=len(wanted))
     with contextlib.closing(stream):
         frames = [frame for _, frame in itertools.islice(stream, len(wanted))]
     if len(frames) < len(wanted):
