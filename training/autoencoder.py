@@ -342,23 +342,25 @@ class Films:
     folders: list
     workers: int = 2
     cache: str | None = None
+    fps: float | None = None  # at which they are read; None: their own rates
 
     @property
     def about(self):
-        return dict(data=" ".join(Path(folder).name for folder in self.folders))
+        data = dict(data=" ".join(Path(folder).name for folder in self.folders))
+        return dict(data, fps=self.fps) if self.fps else data
 
     def stream(self, phase, seed, device):
         """-> function of the number of a batch: the batches from that one on."""
-        dataset = clips.Clips(
-            self.folders, phase.frames, phase.size, "train", seed, cache=self.cache)
+        dataset = clips.Clips(self.folders, phase.frames, phase.size, "train", seed,
+                              cache=self.cache, fps=self.fps)
         for reason in dataset.skipped.values():
-            print(f"skipped: {reason}")
+            print(f"skipped: {checkpoint.printable(reason)}")
         return lambda number: clips.loader(dataset, phase.batch, number, self.workers,
                                            loop.rank(), loop.processes(), device)
 
     def held_out(self, phase):
         """-> list of clips [3, t, h, w]"""
-        return clips.validation(self.folders, phase.frames, phase.size, 8)
+        return clips.validation(self.folders, phase.frames, phase.size, 8, fps=self.fps)
 
 
 @dataclass(frozen=True)
@@ -631,6 +633,8 @@ def arguments():
     add("--preset", choices=ae.PRESETS, default="toy", help="default: %(default)s")
     add("--out", default="out/ae", help="folder for weights, logs, pictures (default: %(default)s)")
     add("--data", nargs="+", metavar="FOLDER", help="clips to train on")
+    add("--fps", type=video.rate_arg, default="native",
+        help="at which these are read (default: native, their own rates)")
     add("--overfit", metavar="CLIP", help=f"learn {LENGTH} frames of one clip by heart instead")
     add("--phases", nargs="+", metavar="NAME", help="default: all, one after the other")
     add("--start", metavar="FILE", help="weights of the same preset to begin with")
@@ -662,10 +666,12 @@ def main_train(argv):
     a = arguments().parse_args(argv)
     if a.threads:
         torch.set_num_threads(a.threads)
+    if a.fps != "native" and not a.data:
+        raise UserError("--fps says nothing without --data: leave it out.")
     if a.overfit:
         source, programme = OneClip(a.overfit), MEMORISE
     elif a.data:
-        source = Films(a.data, a.workers, a.cache)
+        source = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
         programme = FULL if a.preset.startswith("f") else LAPTOP
     elif a.preset.startswith("toy"):
         source, programme = ToyWorld(), TOY
