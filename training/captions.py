@@ -9,7 +9,8 @@ sizes that a transformer is trained on.
              different aspect, so that a portrait clip stays one. A batch is of one
              bucket. A family has a name: 480F32MS is area 480 x 832, sides multiples of
              32 (so that 32x32 pixels become one latent cell), multi-scale. Its sizes
-             follow from a rule, h = round(sqrt(A r) / m) m, w = round(sqrt(A / r) / m) m.
+             follow from a rule:
+             h = round(sqrt(A r) / m) m, w = round(sqrt(A / r) / m) m.
     read     the first frames of a clip at the model's rate, scaled to cover its bucket
              and cropped in the middle
 

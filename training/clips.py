@@ -3,9 +3,9 @@
 Any mix of videos of any size, rate and length, and pictures, becomes an endless stream
 of batches of one bucket (frames x height x width):
 
-    scan   every file is decoded once, at 32x32 grey: how many frames and when, where
-           the cuts are, whether it is whole. Kept in a small JSON file, so that the next
-           run starts at once. What cannot be used is skipped, counted and named.
+    scan   every file is decoded once, at 32x32 grey: how many frames and when,
+           where the cuts are, whether it is whole. Kept in a small JSON file, so that
+           the next run starts at once. What cannot be used is named with the reason.
     draw   sample i of seed s is a function of (s, i) alone: clip, start, crop and flip.
            So a resumed run sees what an uninterrupted one sees, whatever the number of
            workers. A sample never crosses a cut.
@@ -15,10 +15,11 @@ of batches of one bucket (frames x height x width):
            (results/data.json, by this file as of commit bfdbccb).
 
     train = Clips("folder", frames=16, size=(128, 128), cache="out/cache")
-    for x in loader(train, batch=8): ...                  # [8, 3, 16, 128, 128], for ever
-    held_out = validation("folder", 16, (128, 128), n=32) # the same 32 clips every time
+    for x in loader(train, batch=8): ...      # [8, 3, 16, 128, 128], for ever
+    held_out = validation("folder", 16, (128, 128), n=32)   # the same every time
 
-What is held out depends on the files alone, not on frames, size or rate (`split_clips`).
+What is held out depends on the files alone, not on frames, size or rate
+(`split_clips`).
 
     python -m training.clips FOLDER   a table of clips, cuts, conversions, and what was
                                       skipped; a contact sheet of samples
