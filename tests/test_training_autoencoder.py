@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 4, chunk=8, patch=4)
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
-    """A preset for seconds, and no charts, which take more time than these networks."""
+    """A preset for seconds, and neither charts nor long evaluations, which take more time
+    than these networks."""
     monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(autoencoder, "JUDGED", 2)
+    monkeypatch.setattr(autoencoder, "MEASURED", 4)
     monkeypatch.setattr(loop, "plot", lambda folder: (folder / "log.png").touch())
 
 
@@ -46,15 +50,13 @@ def films(tmp_path_factory):
 SHORT = dict(batch=1, frames=16, size=(32, 32), ema=0.5, images=0.0)
 
 
-def run_programme(out, films, monkeypatch, names=None, steps=(2,), **changes):
-    monkeypatch.chdir(out.parent)  # where the index of clips goes
-    return run_phases(out, films, names, False, steps, **changes)
-
-
-def run_phases(out, films, names, begun, steps, settings=autoencoder.Settings(), **changes):
+def choose(names=None, begun=False, steps=(2,), **changes):
     changes = {**SHORT, "disc_width": 8, **changes}
-    phases = autoencoder.choose_phases(
-        autoencoder.LAPTOP, TINY, names, begun, list(steps), **changes)
+    return autoencoder.choose_phases(autoencoder.LAPTOP, TINY, names, begun, list(steps), **changes)
+
+
+def run(out, films, monkeypatch, phases, settings=autoencoder.Settings()):
+    monkeypatch.chdir(out.parent)  # where the index of clips goes
     settings = dataclasses.replace(settings, perceptual="random")
     source = autoencoder.Films([films], 0, cache=films.parent / "cache")
     return autoencoder.train("tiny", phases, source, out, settings)
@@ -62,7 +64,7 @@ def run_phases(out, films, names, begun, steps, settings=autoencoder.Settings(),
 
 def test_the_phases_for_video(tmp_path, films, monkeypatch):
     """Each begins with the averaged weights of the one before and trains its own layers only; the latent scale is measured at the end."""
-    last = run_programme(tmp_path / "ae", films, monkeypatch, ("low", "high", "refine"))
+    last = run(tmp_path / "ae", films, monkeypatch, choose(("low", "high", "refine")))
     folders = [tmp_path / "ae" / name for name in ("low", "high", "refine")]
     assert last == folders[2] / "tiny.safetensors"
     for folder in folders:
@@ -88,29 +90,36 @@ def test_the_phases_for_video(tmp_path, films, monkeypatch):
 
 def test_video_begins_with_the_image_autoencoder(tmp_path, films, monkeypatch, capsys):
     """Phase 0 trains everything but what resamples time; the next phase begins with its kernels as middle taps (at a rate of 0 it keeps them)."""
-    run_programme(tmp_path / "ae", films, monkeypatch, ("image",), lr=1e-3)
+    image, low = choose(("image", "low"), lr=1e-3)
+    phases = [image, dataclasses.replace(low, lr=0.0)]
+    run(tmp_path / "ae", films, monkeypatch, phases)
+    assert "inflated" in capsys.readouterr().out
     still, metadata = checkpoint.load_tensors(tmp_path / "ae" / "image" / "tiny-image.safetensors")
     assert (metadata["training"]["frames"], metadata["training"]["batch"]) == (1, 8) and metadata["log"][-1]["psnr"] > 0
     through_time = re.compile(r"encoder\.stages\.2\.op_list\.1\.|decoder\.stages\.2\.op_list\.0\.")
     untouched = autoencoder.image_autoencoder(TINY).state_dict()
     assert all((not still[k].any()) == bool(through_time.match(k)) for k, v in still.items() if v.ndim == 4) and still.keys() == untouched.keys()
 
-    run_programme(tmp_path / "flat", films, monkeypatch, ("image", "low"), lr=0.0)
-    assert "inflated" in capsys.readouterr().out
-    still, low = (checkpoint.load_tensors(tmp_path / "flat" / name)[0] for name in ("image/tiny-image.safetensors", "low/tiny.safetensors"))
+    low, _ = checkpoint.load_tensors(tmp_path / "ae" / "low" / "tiny.safetensors")
     kernels = [k for k, v in still.items() if v.ndim == 4 and not through_time.match(k)]
     assert kernels and all(torch.equal(low[k][:, :, 1], still[k]) and not low[k][:, :, [0, 2]].any() for k in kernels)
 
 
-def test_the_image_phase_comes_first_or_not_at_all(tmp_path, films, monkeypatch):
+def test_the_image_phase_comes_first_or_not_at_all():
     with pytest.raises(UserError, match="image begins from nothing"):
-        run_programme(tmp_path / "ae", films, monkeypatch, ("low", "image"))
-    ae.save(tiny(), tmp_path / "tiny.safetensors")
-    started = autoencoder.Settings(start=tmp_path / "tiny.safetensors")
-    run_phases(tmp_path / "on", films, None, True, (1, 1, 1), started)
-    assert sorted(p.name for p in (tmp_path / "on").iterdir()) == ["high", "low", "refine"]
+        choose(("low", "image"))
     with pytest.raises(UserError, match="image begins from nothing"):
-        run_phases(tmp_path / "no", films, ["image"], True, (1,), started)
+        choose(["image"], begun=True)
+    assert [phase.name for phase in choose(begun=True)] == ["low", "high", "refine"]
+
+
+def test_weights_to_begin_with(tmp_path, films, monkeypatch):
+    """At a rate of 0 they are what comes out."""
+    ae.save(tiny(), tmp_path / "start.safetensors")
+    settings = autoencoder.Settings(start=tmp_path / "start.safetensors")
+    phases = choose(["high"], begun=True, steps=(1,), lr=0.0)
+    found = ae.load(run(tmp_path / "on", films, monkeypatch, phases, settings)).state_dict()
+    assert all(torch.equal(found[k], v.half().float()) for k, v in tiny().state_dict().items())
 
 
 def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatch):
@@ -125,7 +134,9 @@ def test_a_killed_programme_goes_on_where_it_stopped(tmp_path, films, monkeypatc
 
 
 def killed_and_whole(tmp_path, films, monkeypatch):
-    whole = checkpoint.load_tensors(run_programme(tmp_path / "whole", films, monkeypatch, ("low", "refine"), images=0.5))[0]
+    phases = choose(("low", "refine"), images=0.5)
+    whole = checkpoint.load_tensors(run(tmp_path / "whole", films, monkeypatch, phases))[0]
+    shutil.copytree(tmp_path / "whole" / "low", tmp_path / "resumed" / "low")
     hinge_d, calls = losses.hinge_d, []
 
     def killed(*logits):
@@ -135,12 +146,14 @@ def killed_and_whole(tmp_path, films, monkeypatch):
         return hinge_d(*logits)
 
     monkeypatch.setattr(losses, "hinge_d", killed)
+    plan = autoencoder.Settings(save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5)
+        run(tmp_path / "resumed", films, monkeypatch, phases, plan)
     monkeypatch.setattr(losses, "hinge_d", hinge_d)
     with pytest.raises(UserError, match="lr .* -> 0.5"):
-        run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5, lr=0.5)
-    resumed = checkpoint.load_tensors(run_programme(tmp_path / "resumed", films, monkeypatch, ("low", "refine"), images=0.5))[0]
+        run(tmp_path / "resumed", films, monkeypatch, choose(("low", "refine"), lr=0.5))
+    resumed = checkpoint.load_tensors(run(tmp_path / "resumed", films, monkeypatch, phases))[0]
+    assert len(loop.read_log(tmp_path / "resumed" / "refine")) == 2  # the first step was kept
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
 
 
@@ -197,16 +210,15 @@ def test_latent_noise_spreads_by_a_share_of_the_rms():
 
 
 @pytest.mark.parametrize("frames", [8, 20])
-def test_clips_hold_two_chunks_or_more(tmp_path, films, monkeypatch, frames):
+def test_clips_hold_two_chunks_or_more(frames):
     with pytest.raises(UserError, match=r"--frames must be a multiple of the chunk \(8\) and at least two chunks"):
-        run_programme(tmp_path / "ae", films, monkeypatch, ("low",), frames=frames)
+        choose(("low",), frames=frames)
 
 
-def test_steps_are_one_number_or_one_for_each_phase(tmp_path, films, monkeypatch):
-    run_programme(tmp_path / "ae", films, monkeypatch, ("low", "refine"), steps=[2, 1])
-    assert {p.parent.name: p.name for p in (tmp_path / "ae").rglob("checkpoint*")} == {"low": "checkpoint-0000002", "refine": "checkpoint-0000001"}
+def test_steps_are_one_number_or_one_for_each_phase():
+    assert [phase.steps for phase in choose(("low", "refine"), steps=[2, 1])] == [2, 1]
     with pytest.raises(UserError, match=r"--steps has 2 numbers for 4 phases \(image, low, high, refine\)"):
-        run_programme(tmp_path / "other", films, monkeypatch, steps=[2, 1])
+        choose(steps=[2, 1])
 
 
 @pytest.mark.parametrize("preset", [p for p in ae.PRESETS if not p.startswith("toy") and p != "tiny"])

@@ -67,11 +67,16 @@ def assert_equal(a, b):
 # ---------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was left in peace."""
+    return fit(make(tmp_path_factory.mktemp("whole")))
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("stop", [0, 2, 3, 5, 7])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole, stop):
     """Stopped in the middle of any step, with weights half-way: weights, average, log are those of the run that was left in peace."""
-    whole = fit(make(tmp_path / "whole"))
     run, served = make(tmp_path / "resumed"), batches(0)
 
     def until_interrupted():
@@ -85,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
     assert again.step == stop // 3 * 3 and again.number == 2 * again.step
     assert_equal(tensors(fit(again)), tensors(whole))
     untimed = lambda line: {k: v for k, v in line.items() if k != "seconds_per_step"}
-    logs = [list(map(untimed, loop.read_log(tmp_path / name))) for name in ("whole", "resumed")]
+    logs = [list(map(untimed, loop.read_log(r.folder))) for r in (whole, again)]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [2, 3, 4, 6, 8]
     assert_equal(tensors(fit(make(tmp_path / "resumed"))), tensors(whole))  # a finished run is left as it is
 

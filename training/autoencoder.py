@@ -143,6 +143,8 @@ MEMORISE = (
           "over 35 dB on the clip itself; 1 s per step, 8 minutes", **_LAPTOP, **_PIXELS),
 )
 LENGTH = 80  # frames of that clip
+JUDGED = 8  # held-out clips that a phase is judged on
+MEASURED = 16  # batches that the latent's scale is measured on
 
 
 def choose_phases(programme, config, names=None, begun=False, steps=None, batch=None, **changes):
@@ -360,7 +362,7 @@ class Films:
 
     def held_out(self, phase):
         """-> list of clips [3, t, h, w]"""
-        return clips.validation(self.folders, phase.frames, phase.size, 8, fps=self.fps)
+        return clips.validation(self.folders, phase.frames, phase.size, JUDGED, fps=self.fps)
 
 
 @dataclass(frozen=True)
@@ -379,7 +381,7 @@ class ToyWorld:
         return batches
 
     def held_out(self, phase):
-        return list(toy.toy_batch(9_000_000, 16, phase.frames, phase.size[0])[0])
+        return list(toy.toy_batch(9_000_000, 2 * JUDGED, phase.frames, phase.size[0])[0])
 
 
 @dataclass(frozen=True)
@@ -513,7 +515,7 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
     loop.copy_into(net, run.average)  # the next phase goes on from it
     net.requires_grad_(False)
     with torch.no_grad(), autocast:
-        some = itertools.islice(stream(0), 16)
+        some = itertools.islice(stream(0), MEASURED)
         latent = metrics.latent_statistics(net.encode(x).float() for x in some)
     net.config = dataclasses.replace(net.config, scale=round(latent["inverse_rms"], 4))
     path = out / f"{name}.safetensors"

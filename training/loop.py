@@ -357,10 +357,10 @@ def read_log(folder):
     return lines
 
 
-def plot(folder, keys=None):
-    """Draw a run's log, one panel per number (or per one of `keys`), as log.png."""
+def plot(folder):
+    """Draw a run's log, one panel per number, as log.png."""
     lines = read_log(folder)
-    keys = keys or [k for k in mean_of(lines) if k != "step"]
+    keys = [k for k in mean_of(lines) if k != "step"]
     if not keys:
         return
     columns, rows = min(len(keys), 4), math.ceil(len(keys) / 4)

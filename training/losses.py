@@ -48,25 +48,23 @@ def jumps(y, x):
 
 # -------------------------------------------------------------- perceptual
 
-#: name -> what is compared. "lpips" is the loss of latent diffusion and Open-Sora;
-#: "lpips-alex" is the published metric of DC-AE-V.
-PERCEPTUAL = {
-    "lpips": "LPIPS with a VGG-16 trunk",
-    "lpips-alex": "LPIPS with an AlexNet trunk",
-    "efficientnet-lite0": "features of EfficientNet-Lite0, not LPIPS",
-    "random": "features of an untrained network, not LPIPS",
-}
+PERCEPTUAL = (
+    "lpips",  # with a VGG-16 trunk: the loss of latent diffusion and Open-Sora
+    "lpips-alex",  # with an AlexNet trunk: the published metric of DC-AE-V
+    "efficientnet-lite0",  # its features, not LPIPS
+    "random",  # features of an untrained network, not LPIPS: for tests
+)
 
 
 class Perceptual(nn.Module):
     """Perceptual distance of two videos [b, 3, t, h, w] in [-1, 1], from 16x16: 0 is equal.
 
-    `name`: a key of PERCEPTUAL, or "auto": the first of "lpips" and "efficientnet-lite0" that
-    is installed; `.name` and `.description` then say which, and the trainer should log that,
-    for their values cannot be compared. "lpips" needs the package of that name, which fetches
-    its trunk on first use; "efficientnet-lite0" a package that carries the weights; "random"
-    is for tests. The network is frozen and computes in fp32. Keep it beside the autoencoder,
-    not inside, or its weights land in every checkpoint.
+    `name`: one of PERCEPTUAL, or "auto": the first of "lpips" and "efficientnet-lite0" that
+    is installed; `.name` then says which, and the trainer should log that, for their values
+    cannot be compared. "lpips" needs the package of that name, which fetches its trunk on
+    first use; "efficientnet-lite0" a package that carries the weights. The network is frozen
+    and computes in fp32. Keep it beside the autoencoder, not inside, or its weights land in
+    every checkpoint.
 
     A call compares `frames` frames of each clip, drawn anew each time (by `generator`, else
     torch's global one, so that a resumed run draws the same), and recomputes one frame's
@@ -77,7 +75,7 @@ class Perceptual(nn.Module):
         super().__init__()
         self.name, net = _network(name)
         self.net = net.eval().requires_grad_(False)
-        self.description, self.frames = PERCEPTUAL[self.name], frames
+        self.frames = frames
 
     def forward(self, y, x, generator=None):
         """-> scalar, mean over the frames drawn. Gradients reach y only."""
