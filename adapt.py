@@ -30,25 +30,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import dataclasses
-import time
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import ae
 import align
-import dit
 import flow
-import lora
 from dit import ENDS
-from files import checkpoint, layouts, video
+from files import checkpoint, video
 from files.checkpoint import UserError
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
 from training.entries import hash_tensors
-from wan import models, released
+from training.job import Job, export, finished, main_process_first, start_again
 
 STAGES = ("cache", "align", "head", "lora", "export")
 
@@ -77,7 +73,7 @@ def recipe(s):
 
 def adapt(base, settings, args):
     """AE-Adapt-V, stage by stage, into the folder args.out."""
-    job = prepare(base, settings, args)
+    job = Job.prepare(base, settings, args)
     last = STAGES.index(args.stage)
     if last == 0 and loop.rank() == 0:
         print(job.source.table())
@@ -98,15 +94,10 @@ def align_ends(job, expert, by_sgd=None):
 
     # assemble: blocks from the base, the aligned embedder, a zero or regressed head
     weights = {"patch_embedding.weight": weight, "patch_embedding.bias": bias}
-    base, net = build(job, expert, weights)
+    base, net = job.build(expert, weights)
     if s.head == "closed_form":
         align.solve_head(net, job.source, job.times(expert), batches=96, batch=s.batch)
-
-    held = job.pairs(expert, job.held)
-    numbers = journal.examine_alignment(job, expert, pairs, held, by_sgd)
-    numbers |= journal.imitation(weight, bias, held)
-    numbers["depth"] = journal.depth(job.held, base, net)
-    journal.examine(job, expert, "1a, assembled", net, **numbers)
+    journal.examine_aligned(job, expert, base, net, pairs, by_sgd)
     return {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}
 
 
@@ -130,7 +121,7 @@ def train(job, expert, stage, start, config):
     that, and whole only in process 0."""
     s, times = job.settings, job.times(expert)
     torch.manual_seed(s.seed)
-    net = loop.masters(build(job, expert, start, stage.rank)[1]).train()
+    net = loop.masters(job.build(expert, start, stage.rank)[1]).train()
     net.checkpointing = s.checkpoint_blocks
     loop.shard(net, net.blocks)
     trained = loop.trained(net)
@@ -163,128 +154,7 @@ def train(job, expert, stage, start, config):
         return {k: loop.full_tensor(p.detach()).to("cpu", copy=True) for k, p in trained.items()}
 
 
-def export(job):
-    """The adapted model as files that others read, in args.out: the transformer(s)
-    merged, the LoRA in three layouts, the autoencoder."""
-    s, out, dtype = job.settings, Path(job.args.out), DTYPES[job.settings.export]
-    half = torch.float16 if dtype == torch.float32 else dtype
-    about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank,
-                 alpha=s.alpha, step=s.steps)
-    sampling = {k: getattr(job.student, k) for k in released.SAMPLING}
-    adapted = {**about, "settings": dataclasses.asdict(s), "sampling": sampling}
-    for expert, suffix in zip(job.experts, ("", "_2")):  # as diffusers calls the second one
-        trained = job.result(expert, "2")
-        net = build(job, expert, trained, s.rank, dtype=dtype, device="cpu")[1]
-        for layout, ending in (("comfyui", ""), ("kohya", "-kohya"), ("peft", "-peft")):
-            full = () if layout == "peft" else ENDS  # diffusers refuses a LoRA with whole tensors
-            file = out / f"lora{suffix}{ending}.safetensors"
-            lora.save(net, file, layout, full=full, dtype=half, **about)
-        lora.merge(net)
-        file = out / f"transformer{suffix}"
-        if job.args.format == "original":
-            file = file.with_suffix(".safetensors")
-        dit.save(net, file, {"adapted": adapted}, dtype, job.args.format)
-    ae.save(job.student.ae, out / "ae.safetensors", dtype)
-    command = ["python sample.py --model", out]
-    if job.args.weights:
-        command += ["--weights", *job.args.weights]
-    if job.student.task == "i2v":
-        command.append("--image PICTURE")
-    prompt = toy_base.PROMPTS[0] if job.base.name == "toy" else "..."
-    print(f"done in {time.perf_counter() - job.started:.0f} s. See {out / 'stages.png'} and "
-          f"{out / 'report.json'}, and try\n  {' '.join(map(str, command))} --prompt \"{prompt}\"")
-
-
-# ------------------------------------------------ the model between the stages
-
-
-def build(job, expert, tensors, rank=0, dtype=None, device=None):
-    """-> (the base's transformer, the deep one with `tensors` {name: value} over what
-    is fresh), frozen but for the ends and, with a rank, adapters.
-
-    They share all that is inherited: two networks in the memory of one.
-    """
-    base = expert.load(dtype or DTYPES[job.settings.dtype], device or job.device)
-    net = dit.inherit(base, job.student.net.config, share=True).requires_grad_(False).eval()
-    for part in ENDS:
-        net.get_submodule(part).requires_grad_(True)
-    if rank:
-        lora.wrap(net, rank, 2 * rank, full=ENDS)
-    own = dict(net.state_dict())
-    loop.copy_into(net, {k: v.view_as(own[k]) for k, v in tensors.items()})
-    return base, net
-
-
-# ------------------------------------------------ a run, and finding it again
-
-
-@dataclass
-class Job:
-    """What all stages share."""
-
-    base: bases.Base
-    settings: bases.Settings
-    args: argparse.Namespace
-    teacher: models.Model
-    student: models.Model
-    source: object  # training data (cache.Source or one like it)
-    held: object  # held-out data
-    journal: journal.Journal
-    started: float
-
-    @property
-    def device(self):
-        return self.args.device
-
-    @property
-    def experts(self):
-        """The transformers to begin with: the base's, or those of an adapted model."""
-        found = self.base.experts(self.teacher)
-        return adapted_experts(self, found) if self.args.continue_from else found
-
-    def times(self, expert):
-        """The noise levels that an expert is trained at."""
-        return flow.Times(self.settings.time_sampling, self.settings.shift, expert.low,
-                          expert.high)
-
-    @cached_property
-    def tokens(self):
-        configs = self.teacher.net.config, self.student.net.config
-        return align.Tokens.of(configs, self.held.pair(0))
-
-    def pairs(self, expert, source=None):
-        """Stage 1a: the embedder, on the training data; or on at most 256 clips of
-        another source."""
-        most = 256 if source else self.settings.clips_align
-        source = source or self.source
-        start = dit.fresh_embedder(self.student.net.config, self.settings.seed)
-        start = tuple(p.to(self.device) for p in start)
-        return align.Problem(expert.embedder(), start, source.pair, min(len(source), most),
-                             self.tokens, self.times(expert))
-
-    def folder(self, expert, stage):
-        return Path(self.args.out) / f"{expert.prefix}{stage}"
-
-    def file(self, expert, stage):
-        """What a stage leaves behind."""
-        return self.folder(expert, stage) / "trained.safetensors"
-
-    def result(self, expert, stage):
-        return checkpoint.load_tensors(self.file(expert, stage))[0]
-
-
-def prepare(base, settings, args):
-    """Models, cache and record -> Job."""
-    started, own = time.perf_counter(), loop.start()
-    if not args.device or loop.processes() > 1:
-        args.device = own
-    teacher, student = base.models(args, settings)
-    source, held = base.sources(teacher, student, args, settings)  # the cache
-    for model in (teacher, student):
-        model.ae.to("cpu")  # not beside the transformer
-    target = bases.target_of(student.ae.config)
-    record = journal.Journal(args.out, base=base.name, target=target)
-    return Job(base, settings, args, teacher, student, source, held, record, started)
+# ------------------------------------------------ each stage once
 
 
 def align_once(job, expert):
@@ -296,7 +166,7 @@ def align_once(job, expert):
         decides += ["steps_align", "lr_align", "batch_align"]
     if s.align == "noise_aware" or s.head == "closed_form":
         decides += ["time_sampling", "shift"]
-    config = config_of(job, expert, {name: getattr(s, name) for name in decides})
+    config = job.config(expert, decides)
     if finished(file, config):
         return
     by_sgd = None
@@ -315,10 +185,10 @@ def align_once(job, expert):
 
 def train_once(job, expert, stage, start):
     """`train`, unless its result is there; then the stage's row in the journal."""
-    s, file = job.settings, job.file(expert, stage.name)
+    file = job.file(expert, stage.name)
+    config = job.config(expert, ("time_sampling", "shift", "decay", "clip", "dtype", "seed"))
+    s = job.settings
     clips = s.batch * s.accumulated(loop.processes()) * loop.processes()
-    names = ("time_sampling", "shift", "decay", "clip", "dtype", "seed")
-    config = config_of(job, expert, {name: getattr(s, name) for name in names})
     config |= dataclasses.asdict(stage) | dict(clips_per_step=clips, start=hash_tensors(start))
     new = not finished(file, config)
     if new:
@@ -329,66 +199,7 @@ def train_once(job, expert, stage, start):
             checkpoint.save_tensors(file, tensors, about)
         loop.all_gather(None)  # nobody looks for the file before it is there
     if loop.rank() == 0 and (new or f"{expert.prefix}{stage.title}" not in job.journal):
-        tensors = job.result(expert, stage.name)
-        base, net = build(job, expert, tensors, stage.rank)
-        numbers = dict(trained=sum(v.numel() for v in tensors.values()))
-        if not job.args.continue_from:  # there the base's own space plays no part
-            numbers["depth"] = journal.depth(job.held, base, net)
-            held = job.pairs(expert, job.held)
-            numbers |= journal.imitation(*net.patch_embedding.parameters(), held)
-        journal.examine(job, expert, stage.title, net, **numbers)
-
-
-def config_of(job, expert, settings):
-    """What decides the result of a stage, in plain values: the base, the data,
-    settings."""
-    return dict(base=expert.fingerprint(), data=job.source.fingerprint, **settings)
-
-
-def finished(file, config):
-    """Is there a result, made with these settings? UserError where they were others."""
-    if not file.exists():
-        return False
-    made = checkpoint.open_tensors(file)[1].get("settings", {})
-    if different := loop.difference(made, config):
-        raise UserError(f"{file.parent} was made with other settings ({different}): use the same "
-                        "ones, or another --out.")
-    return True
-
-
-def main_process_first(file):
-    """True in process 0, which does the work that ends with `file`; the others wait
-    here for it. (Not in an exchange, which has a time limit.)"""
-    while loop.rank() and not file.exists():
-        time.sleep(0.2)
-    return loop.rank() == 0
-
-
-def adapted_experts(job, experts):
-    """With --continue-from: the same, with the transformers of that folder."""
-    folder, found = job.args.continue_from, []
-    wanted = job.base.name, bases.target_of(job.student.ae.config)
-    for expert, stem in zip(experts, ("transformer", "transformer_2")):
-        file = released.find((f"{stem}.safetensors", f"{stem}/*.safetensors"), [folder])
-        told = checkpoint.open_tensors(file)[1].get("adapted", {}) if file else {}
-        if (told.get("base"), told.get("target")) != wanted:
-            but = ", but {base} adapted to {target}".format_map(told) if told else ""
-            raise UserError(f"{folder} holds no {wanted[0]} adapted to {wanted[1]}{but}: "
-                            "--continue-from wants the --out of such a run.")
-        found.append(expert._replace(path=file))
-    return found
-
-
-def start_again(job, expert):
-    """With --continue-from: the ends of the adapted model, as the result of a stage
-    "start" -> its name."""
-    file = job.file(expert, "start")
-    if not file.exists() and main_process_first(file):
-        tensors = layouts.open_checkpoint(expert.path)[0].items()
-        ends = {k: checkpoint.read(v).float() for k, v in tensors if k.startswith(ENDS)}
-        journal.examine(job, expert, "before", build(job, expert, ends)[1])
-        checkpoint.save_tensors(file, ends)
-    return "start"
+        journal.examine_trained(job, expert, stage)
 
 
 # ------------------------------------------------ command line

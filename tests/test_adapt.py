@@ -25,6 +25,7 @@ from files import checkpoint, video
 from files.checkpoint import UserError
 from tiny_layouts import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
+from training.job import Job, export
 from wan import models, released
 from wan.text import WanText
 
@@ -341,7 +342,7 @@ def job(tiny_toy, quick, tmp_path, monkeypatch):
         args, given = adapt.arguments([*TINY_RUN, "--dtype", "fp32", "--sample-steps", "0", "--save-every", "1", "--out", str(out), *more])
         base = bases.find("toy")
         settings = dataclasses.replace(base.settings, **given)
-        job = adapt.prepare(base, settings, args)
+        job = Job.prepare(base, settings, args)
         job.expert = job.experts[0]
         adapt.align_once(job, job.expert)
         return job
@@ -357,7 +358,7 @@ def test_a_batch_of_two_is_the_mean_of_two_of_one(job):
     """The loss and its gradient; every sample with its own clip, prompt, time and
     noise, by its position."""
     job = job()
-    net = adapt.build(job, job.expert, job.result(job.expert, "1a"), rank=2)[1]
+    net = job.build(job.expert, job.result(job.expert, "1a"), rank=2)[1]
 
     def step(positions):
         batch = job.source.batch(3, positions)
@@ -432,7 +433,7 @@ def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
     without adapters the CPU has faster, differently rounded products.)"""
     job = job("--rank", "4")
     ends = job.result(job.expert, "1a")
-    plain, wrapped = (adapt.build(job, job.expert, ends, rank)[1] for rank in (0, 4))
+    plain, wrapped = (job.build(job.expert, ends, rank)[1] for rank in (0, 4))
     batch = job.held.batch(0, range(2))
     before, after = (net(torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context) for net in (plain, wrapped))
     assert before.any() and torch.equal(before, after)
@@ -445,11 +446,11 @@ def test_the_exported_model_is_the_trained_one(job, tmp_path):
     job = job("--rank", "3")
     with torch.enable_grad():
         adapt.train_head(job, job.expert), adapt.train_lora(job, job.expert)
-    adapt.export(job)
-    live = adapt.build(job, job.expert, job.result(job.expert, "2"), rank=3)[1]
+    export(job)
+    live = job.build(job.expert, job.result(job.expert, "2"), rank=3)[1]
     batch = job.held.batch(0, range(2))
     args = torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context
-    merged, start = dit.load(tmp_path / "run" / "transformer.safetensors")(*args), adapt.build(job, job.expert, {})[0]
+    merged, start = dit.load(tmp_path / "run" / "transformer.safetensors")(*args), job.build(job.expert, {})[0]
     assert (merged - live(*args)).abs().max() < 1e-4
     for _, adapter in lora.adapters(live):
         nn.init.zeros_(adapter.up)

@@ -207,10 +207,11 @@ def imitation(weight, bias, held):
     return dict(r2=r2, mse=mse, norm_ratio=loudness)
 
 
-def examine_alignment(job, expert, pairs, held, by_sgd=None):
-    """A row for every way to align, as the closed forms cost nothing beside reading the
-    pairs; pairs.png -> numbers about the data. by_sgd: what SGD found, if it was asked
-    for."""
+def examine_aligned(job, expert, base, net, pairs, by_sgd=None):
+    """`examine` for stage 1a; before it a row for every way to align, as the closed forms
+    cost nothing beside reading the pairs, and pairs.png. by_sgd: what SGD found, if it
+    was asked for."""
+    held = job.pairs(expert, job.held)
     for way in (*align.CLOSED_FORMS, *(["sgd"] if by_sgd else [])):
         begun = time.perf_counter()
         found = by_sgd if way == "sgd" else align.fit(way, pairs)
@@ -219,7 +220,9 @@ def examine_alignment(job, expert, pairs, held, by_sgd=None):
     if job.args.sample_steps:
         show_pair(job.journal.out / "pairs.png", (job.teacher, job.student), held.pair(0))
     rms = job.held.batch(0, range(8)).z.square().mean().sqrt()
-    return dict(latent_rms=rms.item(), clips=pairs.clips)
+    numbers = imitation(*net.patch_embedding.parameters(), held)
+    numbers |= dict(latent_rms=rms.item(), clips=pairs.clips, depth=depth(job.held, base, net))
+    examine(job, expert, "1a, assembled", net, **numbers)
 
 
 @torch.no_grad()
@@ -271,7 +274,7 @@ def depth(held, base, net):
 
 
 def examine(job, expert, title, net, model=None, held=None, **numbers):
-    """Measure and render what a stage of an adaptation (adapt.Job) gave, and record it.
+    """Measure and render what a stage of an adaptation (job.Job) gave, and record it.
     By process 0 alone, on a net that is not sharded.
 
     model, held: of the transformer `net` and what it is measured on, where it is not
@@ -299,6 +302,18 @@ def examine(job, expert, title, net, model=None, held=None, **numbers):
     job.journal.add(row, videos, job.base.labels)
     if job.device.type == "cuda":
         release()
+
+
+def examine_trained(job, expert, stage):
+    """`examine` for a stage of training, from the result that it left."""
+    tensors = job.result(expert, stage.name)
+    base, net = job.build(expert, tensors, stage.rank)
+    numbers = dict(trained=sum(v.numel() for v in tensors.values()))
+    if not job.args.continue_from:  # there the base's own space plays no part
+        numbers["depth"] = depth(job.held, base, net)
+        held = job.pairs(expert, job.held)
+        numbers |= imitation(*net.patch_embedding.parameters(), held)
+    examine(job, expert, stage.title, net, **numbers)
 
 
 @torch.no_grad()
