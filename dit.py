@@ -15,7 +15,8 @@ latent, everything between sees tokens of width D and keeps its weights.
 
 Why a deep latent space is fast: f32t4 with patch 1 has 4.3x fewer tokens than f8t4 with
 patch 2 (17,600 instead of 75,600 at 720p). Linear layers cost 12 L D^2 + 4 L D f and
-attention 4 L^2 D per block (`flops`), so one step is 9.5x (14B) to 12x (1.3B) cheaper.
+attention 4 L^2 D per block, so one step is 9.5x (14B) to 12x (1.3B) cheaper
+(wan/memory.py counts).
 
 Precision is a policy, stated once: residual stream, norms, modulation, time embedding
 and head are fp32; the matrix products of patch embedder, text and image MLPs and blocks
@@ -27,7 +28,6 @@ import dataclasses
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import layouts
-from files.checkpoint import Stored, UserError, load_strict, save_tensors
+from files.checkpoint import UserError, load_strict
 from kernels import (attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm,
                      rms_norm, rms_norm_rope)
 
@@ -469,40 +469,11 @@ def no_autocast(x):
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-# ---------------------------------------------------------------------------------- cost
-
-class Flops(NamedTuple):
-    linear: float
-    attention: float
-
-    @property
-    def total(self):
-        return self.linear + self.attention
-
+# ------------------------------------------------------------- what is inherited; files
 
 def tokens(config, latent):
     """Number of tokens of a latent of (frames, height, width)."""
     return prod(s // p for s, p in zip(latent, config.patch))
-
-
-def flops(config, latent, image_tokens=257):
-    """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The
-    time MLPs (one row) are left out."""
-    c, L, T = config, tokens(config, latent), config.text_len
-    I, width = (image_tokens, c.image_dim) if c.image_dim else (0, 0)
-    block = 12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2
-    ends = 2 * L * c.dim * prod(c.patch) * (c.in_channels + c.out_channels)
-    text = 2 * T * (c.text_dim * c.dim + c.dim**2)
-    image = 2 * I * (width**2 + width * c.dim)
-    attention = c.layers * (4 * L**2 * c.dim + 4 * L * (T + I) * c.dim)
-    return Flops(c.layers * block + ends + text + image, attention)
-
-
-# --------------------------------------------------------------------------- checkpoints
-
-def to_diffusers(sd):
-    """State dict with diffusers' names, the same tensors."""
-    return {layouts.to_diffusers(k): v for k, v in sd.items()}
 
 
 ENDS = ("patch_embedding", "head")  # the modules that touch the latent
@@ -573,32 +544,13 @@ def load(path, heads=None, dtype=torch.float32, device="cpu"):
     return from_state_dict(tensors, None, Config(**settings), dtype, device, str(path))
 
 
-def read_config(path, heads=None):
+def read_config(path):
     """The Config that `load` would use, without reading the weights."""
-    return Config(**layouts.open_checkpoint(path, heads)[1])
+    return Config(**layouts.open_checkpoint(path)[1])
 
 
 def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):
-    """Write `net` with its config, so that `load` needs nothing else. `dtype`: store
-    all tensors in it.
-
-    path: FILE.safetensors, or a folder: config.json and one file, or shards of at most
-        `shard_bytes` and their index.
-    format: "diffusers" makes a folder that diffusers'
-        WanTransformer3DModel.from_pretrained loads, "original" one named like the
-        original release. One tensor at a time is converted or fetched from the GPU.
-    """
-
-    def later(v):
-        kind = dtype or v.dtype
-        return Stored(tuple(v.shape), kind, lambda: v.to(kind))
-
-    sd = {k: later(v) for k, v in net.state_dict().items()}
+    """Write `net` with its config, so that `load` needs nothing else: a file, or a
+    folder as the original release or diffusers has it (`layouts.save`)."""
     metadata = {**(metadata or {}), "wan_dit": dataclasses.asdict(net.config)}
-    if Path(path).suffix != ".safetensors":
-        layouts.save_folder(Path(path), sd, net.config, format, metadata, shard_bytes)
-    elif format == "original":
-        save_tensors(path, sd, metadata)
-    else:
-        raise UserError(f"{path} is a file, but diffusers reads a folder: give the name of a "
-                        "folder.")
+    layouts.save(path, net.state_dict(), net.config, metadata, dtype, format, shard_bytes)

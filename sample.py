@@ -562,7 +562,7 @@ def report(run):
         peak_memory_gib=used / 2**30)
     times = ", ".join(f"{name} {t:.2f} s" for name, t in run.seconds.items())
     if not args.decode:
-        work = passes * s.steps * dit.flops(model.net.config, shape).total
+        work = passes * s.steps * memory.flops(model.net.config, shape).total
         found["tflops_per_second"] = work / run.seconds["transformer"] / 1e12
         times += f"; {found['tflops_per_second']:.3f} TFLOP/s"
     checkpoint.write_json(run.file(".json"), {**found, "settings": settings_of(run)})

@@ -18,7 +18,7 @@ import sample
 import toy
 from bench import harness
 from bench.harness import TYPES, fresh_process, in_turns, plainly, relative_error, work
-from wan import released
+from wan import memory, released
 
 SMALL = dit.Config(  # shaped like Wan 2.1
     dim=512, ffn_dim=2048, heads=4, layers=8, in_channels=16, out_channels=16
@@ -83,7 +83,7 @@ def transformer(report, repeats, latent):
             tasks[f"diffusers {name}"] = lambda f=peer, a=given: f(*a, return_dict=False)[0]
     exact = tasks.get("plain fp32", tasks["ours fp32"])()
     errors = {name: relative_error(task(), exact) for name, task in tasks.items()}
-    counted = work(tasks["ours fp32"]) | dict(flops=dit.flops(SMALL, latent).total)
+    counted = work(tasks["ours fp32"]) | dict(flops=memory.flops(SMALL, latent).total)
     seconds = in_turns(tasks, repeats)
     name = f"transformer, {dit.tokens(SMALL, latent)} tokens"
     report.add(name, seconds, relative_error=errors, **counted)

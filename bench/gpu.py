@@ -27,8 +27,7 @@ from bench import harness
 from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly, relative_error
 from files.checkpoint import UserError
 from gpu import choose, tiling
-from wan import models, vae
-from wan.memory import free_memory
+from wan import memory, models, vae
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def run(report):
         cases = [(space, size, FRAMES) for size in SIZES for space in SPACES]
         if width == "1.3B":
             cases += [(space, "720p", frames) for frames in LONGER for space in (DEEP, BASE)]
-        flops = {case: dit.flops(config(width, case[0]), latent(*case)).total for case in cases}
+        flops = {case: memory.flops(config(width, case[0]), latent(*case)).total for case in cases}
         for case in sorted(cases, key=flops.get):
             report.attempt(step, width, *case, blocks)
         del blocks
@@ -224,14 +223,14 @@ def operations(report, width):
 def step(report, width, space, size, frames, blocks):
     """One forward: with all blocks, or extrapolated from as many as are quick enough."""
     full, shape = config(width, space), latent(space, size, frames)
-    cost = dit.flops(full, shape)
+    cost = memory.flops(full, shape)
     expected = cost.total / (0.4 * report.ceilings["bf16"])  # at 40 % of the product's rate
     quick = int(full.layers * LONGEST_STEP / expected)
     count = min(len(blocks), max(1, quick))
     net = network(report, width, space, blocks[:count])
     given = inputs(report, net, shape)
     task = prepared(net, *given)
-    memory = peak_bytes(task, report.device)
+    peak = peak_bytes(task, report.device)
     seconds, note = in_turns({"some": task}, 5, report.device, patience=5)["some"], ""
     if count < full.layers:
         net.blocks = net.blocks[:0]
@@ -242,7 +241,7 @@ def step(report, width, space, size, frames, blocks):
         f"step: {width} {space}, {frames} frames {size}",
         {"ours bf16": seconds},
         flops=cost.total, attention_share=cost.attention / cost.total,
-        tokens=dit.tokens(full, shape), blocks=count, peak_bytes=memory, note=note,
+        tokens=dit.tokens(full, shape), blocks=count, peak_bytes=peak, note=note,
         case=(width, space, size, frames),
     )
 
@@ -275,7 +274,7 @@ def peers(report, width, space, size, blocks, choices):
     exact = tasks["ours bf16"]()
     errors = {who: relative_error(task(), exact) for who, task in tasks.items()}
     seconds = in_turns(tasks, 5, report.device, patience=20)
-    flops = dit.flops(net.config, shape).total
+    flops = memory.flops(net.config, shape).total
     report.add(name, seconds, flops=flops, relative_error=errors)
 
 
@@ -303,10 +302,10 @@ def loop(report, width, space, size, blocks, choices, steps=6):
     context = inputs(report, net, latent(space, size, FRAMES))[2]
     settings = dict(frames=FRAMES, size=SIZES[size], steps=steps, guidance=5.0, shift=5.0)
     task = partial(sample.generate, model, context, null=-context, **settings)
-    memory = peak_bytes(task, report.device)
+    peak = peak_bytes(task, report.device)
     seconds = in_turns({"ours bf16": task}, 3, report.device, patience=20)
     name = f"loop: {width} {space} {size}, {len(blocks)} blocks, {steps} guided steps"
-    report.add(name, seconds, peak_bytes=memory)
+    report.add(name, seconds, peak_bytes=peak)
 
 
 @lru_cache
@@ -339,7 +338,7 @@ def decode(report, space, size, choices, who="ours"):
     part = min(chunks, max(1, int(chunks * LONGEST_DECODE / expected)))
     frames = min(part * c.latent_chunk, shape[0])
     covered = (part * c.latent_chunk, *shape[1:])
-    budget = 0.9 * free_memory(report.device)
+    budget = 0.9 * memory.free_memory(report.device)
     tile = tiling.choose(net, covered, budget, TYPES[low])
     z = torch.randn(1, c.latent_channels, frames, *shape[1:], device=report.device)
     z = z.to(TYPES[low])
@@ -349,11 +348,11 @@ def decode(report, space, size, choices, who="ours"):
             pass
 
     task = plainly(task) if who == "plain" else task
-    memory = peak_bytes(task, report.device)
+    peak = peak_bytes(task, report.device)
     seconds = in_turns({"": task}, 3, report.device, patience=10)[""] * shape[0] / frames
     note = f"extrapolated from {part} of {chunks} chunks" if part < chunks else ""
     name = f"decode: {space}, {FRAMES} frames {size}" + ", plain" * (who == "plain")
-    more = dict(tile=tile, peak_bytes=memory, note=note)
+    more = dict(tile=tile, peak_bytes=peak, note=note)
     if who == "ours":
         more["case"] = None, space, size, FRAMES
     report.add(name, {f"{who} {low}": seconds}, flops=flops, **more)

@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import dit
 import kernels
-from files import ROOT, checkpoint, video
+from files import ROOT, checkpoint, layouts, video
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange"}
@@ -144,7 +143,8 @@ def diffusers_twin(net):
             cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
         )
     weights = {}
-    for name, value in dit.to_diffusers(net.state_dict()).items():
+    for name, value in net.state_dict().items():
+        name = layouts.to_diffusers(name)
         wide = any(part in name for part in peer._keep_in_fp32_modules)
         weights[name] = value.float() if wide else value.to(net.weight_dtype)
     peer.load_state_dict(weights, assign=True)

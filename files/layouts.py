@@ -11,8 +11,8 @@ of it, tensor by tensor and not before a tensor is read:
     fp8                the same and .scale_weight            W = fp8 * scale
     adapter training   ...q.base_layer.weight, .lora_A/B     W = base + 2 B A
 
-The other direction, `save_folder`, writes a folder as the hubs have it: config.json,
-and one file or shards with an index.
+The other direction, `save`, writes one file, or a folder as the hubs have it:
+config.json, and one file or shards with an index.
 """
 import re
 from math import prod
@@ -218,22 +218,36 @@ def merge_adapters(tensors):
 # ------------------------------------------------------------------------------- writing
 
 
-def save_folder(folder, tensors, config, format, metadata=None, shard_bytes=5e9):
-    """Write config.json and the weights as diffusers (format "diffusers") or the
-    original release ("original") lays them out.
+def save(path, tensors, config, metadata, dtype=None, format="original", shard_bytes=5e9):
+    """Write a transformer. One tensor at a time is converted or fetched from the GPU.
 
-    tensors: original names; tensors or Stored, of which one at a time is in memory.
-    config: `dit.Config`.
+    path: FILE.safetensors, or a folder: config.json and one file, or shards of at most
+        `shard_bytes` and their index.
+    tensors: original names. config: `dit.Config`. dtype: store all tensors in it.
+    format: "diffusers" makes a folder that diffusers'
+        WanTransformer3DModel.from_pretrained loads, "original" one named like the
+        original release.
     """
     if format not in ("diffusers", "original"):
         raise UserError(f'the format "{format}" is unknown: use original or diffusers.')
+    path = Path(path)
+    if path.suffix == ".safetensors" and format == "diffusers":
+        raise UserError(f"{path} is a file, but diffusers reads a folder: give the name of a "
+                        "folder.")
+
+    def converted(v):
+        kind = dtype or v.dtype
+        return Stored(tuple(v.shape), kind, lambda: v.to(kind))
+
+    tensors = {k: converted(v) for k, v in tensors.items()}
+    if path.suffix == ".safetensors":
+        return checkpoint.save_tensors(path, tensors, metadata)
     told = original_config(config)
     if format == "diffusers":
         tensors = {to_diffusers(k): v for k, v in tensors.items()}
         told = diffusers_config(config)
-    metadata = {"format": "pt", **(metadata or {})}
-    checkpoint.save_shards(folder, tensors, metadata, shard_bytes)
-    checkpoint.write_json(folder / "config.json", told)
+    checkpoint.save_shards(path, tensors, {"format": "pt", **metadata}, shard_bytes)
+    checkpoint.write_json(path / "config.json", told)
 
 
 def original_config(c):

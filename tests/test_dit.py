@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit
 from files import layouts
 from files.checkpoint import UserError
+from tiny_layouts import diffusers_names
 from wan import memory
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -120,7 +121,7 @@ def test_preset_has_the_published_size_and_is_inferred_from_its_shapes(name):
     with torch.device("meta"):
         net = dit.WanDiT(dit.PRESETS[name])
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
-    for sd in (net.state_dict(), layouts.original(dit.to_diffusers(net.state_dict()))):
+    for sd in (net.state_dict(), layouts.original(diffusers_names(net.state_dict()))):
         assert dit.Config(**layouts.sizes(sd)) == dit.PRESETS[name]
 
 
@@ -317,7 +318,7 @@ def test_a_table_made_while_sampling_serves_training():
 def test_flops_table(name, latent, tokens, linear, attention):
     """TFLOP of one forward at the published sizes."""
     config = dit.PRESETS[name]
-    cost = dit.flops(config, latent)
+    cost = memory.flops(config, latent)
     assert dit.tokens(config, latent) == tokens
     assert cost.linear / 1e12 == pytest.approx(linear, abs=0.06)
     assert cost.attention / 1e12 == pytest.approx(attention, abs=0.06)
@@ -333,7 +334,7 @@ def test_flops_are_what_the_network_does(name):
         clip_fea = torch.empty(1, 257, 1280) if config.image_dim else None
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, config.in_channels, *latent), torch.empty(1), torch.empty(1, 512, 4096), clip_fea)
-    assert counter.get_total_flops() == pytest.approx(dit.flops(config, latent).total, rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(memory.flops(config, latent).total, rel=1e-3)
 
 
 class Allocations(TorchDispatchMode):

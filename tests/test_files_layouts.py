@@ -12,6 +12,7 @@ import dit
 from conftest import golden
 from files import checkpoint, layouts
 from files.checkpoint import UserError, save_shards, save_tensors
+from tiny_layouts import diffusers_names
 
 CASES = json.loads(golden("wan_dit_tiny.json").read_text())["cases"]
 TINY = dit.Config(dim=48, ffn_dim=40, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=32)
@@ -79,7 +80,7 @@ def test_original_and_diffusers_names():
 @pytest.mark.parametrize("changes", [{}, dict(image_dim=16), dict(patch=(1, 1, 1))])
 def test_renaming_there_and_back_keeps_the_tensors(changes):
     sd = tiny(**changes).state_dict()
-    renamed = dit.to_diffusers(sd)
+    renamed = diffusers_names(sd)
     back = layouts.original(renamed)
     assert back.keys() == sd.keys() and all(back[k] is sd[k] for k in sd)
 
@@ -88,10 +89,10 @@ def test_renaming_there_and_back_keeps_the_tensors(changes):
 
 LAYOUTS = {
     "original": lambda sd: sd,
-    "diffusers": dit.to_diffusers,
+    "diffusers": diffusers_names,
     "ComfyUI": lambda sd: {f"model.diffusion_model.{k}": v for k, v in sd.items()},
     "DC-VideoGen training": lambda sd: {f"0.{k}": v for k, v in sd.items()} | {"0.null_embedding": torch.zeros(6, 8)},
-    "old diffusers": lambda sd: dit.to_diffusers(sd) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)},
+    "old diffusers": lambda sd: diffusers_names(sd) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)},
 }
 CONTAINERS = {
     "bare": lambda sd: sd,

@@ -23,7 +23,6 @@ import dit
 import kernels
 import lora
 import sample
-import toy
 from conftest import ROOT
 from files import checkpoint, video
 from files.checkpoint import UserError

@@ -14,6 +14,7 @@ from conftest import ROOT
 from files import checkpoint
 from files.checkpoint import UserError
 from training import bases, plan
+from wan import memory
 
 SMALL = dit.Config(dim=64, ffn_dim=256, heads=2, layers=2, in_channels=8, out_channels=8, patch=(1, 1, 1), text_dim=32, text_len=64)
 LATENT = (3, 10, 12)
@@ -21,13 +22,13 @@ SETTINGS = bases.Settings(rank=8, batch=2)
 
 
 def test_the_forward_pass_is_that_of_the_formula():
-    """Counted operation by operation: `dit.flops`, but for the time MLPs, one row of
+    """Counted operation by operation: `memory.flops`, but for the time MLPs, one row of
     which goes through; with an image branch too."""
     for config in (dataclasses.replace(SMALL, layers=1), dataclasses.replace(SMALL, layers=1, in_channels=20, image_dim=48)):
         net = plan.transformer(config, "1b", SETTINGS)
         counted = plan.step(net, LATENT, 2).forward / 2
         times = 2 * sum(p.numel() for n, p in net.named_parameters() if n.startswith("time_") and p.ndim == 2)
-        assert counted - times == pytest.approx(dit.flops(config, LATENT).total, rel=1e-9)
+        assert counted - times == pytest.approx(memory.flops(config, LATENT).total, rel=1e-9)
 
 
 def test_what_a_frozen_block_costs():
@@ -39,7 +40,7 @@ def test_what_a_frozen_block_costs():
                  for n in (1, 2)]
         return costs[1].forward - costs[0].forward, costs[1].total - costs[0].total
 
-    one, two = (dit.flops(dataclasses.replace(SMALL, layers=n), LATENT) for n in (1, 2))
+    one, two = (memory.flops(dataclasses.replace(SMALL, layers=n), LATENT) for n in (1, 2))
     linear, attention, context = two.linear - one.linear, two.attention - one.attention, 4 * SMALL.text_len * SMALL.dim**2
     forward, total = per_block("1b", False)
     assert forward == linear + attention and total == 2 * linear - context + 3.5 * attention

@@ -4,7 +4,7 @@ that tests can compare; diffusers' own pipelines read the `-Diffusers` folders.
 from pathlib import Path
 
 
-import dit
+from files.layouts import to_diffusers
 from wan import tiny, vae
 from wan.image import CLIP_MEAN, CLIP_NAMES, CLIP_STD
 from wan.text import UMT5_NAMES
@@ -63,9 +63,13 @@ def write_conditioning(folder, picture):
         write_image_encoder(folder, tiny.image_encoder())
 
 
+def diffusers_names(tensors):
+    return {to_diffusers(name): value for name, value in tensors.items()}
+
+
 def write_transformer(folder, name, weights, shards):
     c = TRANSFORMERS[name]
-    write_shards(folder, dit.to_diffusers(weights), shards)
+    write_shards(folder, diffusers_names(weights), shards)
     write_json(folder / "config.json", {
         "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0", "patch_size": c.patch, "num_attention_heads": c.heads,
         "attention_head_dim": c.dim // c.heads, "in_channels": c.in_channels, "out_channels": c.out_channels, "text_dim": c.text_dim,

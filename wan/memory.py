@@ -1,4 +1,5 @@
-"""What a run needs in memory, estimated before it starts, and how it is made to fit.
+"""What a run needs, estimated before it starts: memory, and how it is made to fit; and
+arithmetic (`flops`).
 
     denoising   weights + one forward without gradients + keys and values of the prompts
     decode      autoencoder + the activations of one tile, over all its chunks
@@ -114,3 +115,28 @@ def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2):
     ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
     rope = L * 4 * c.dim // c.heads  # complex64
     return block + keys + ends + rope
+
+
+# ----------------------------------------------------------------- arithmetic
+
+
+class Flops(NamedTuple):
+    linear: float
+    attention: float
+
+    @property
+    def total(self):
+        return self.linear + self.attention
+
+
+def flops(config, latent, image_tokens=257):
+    """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The
+    time MLPs (one row) are left out."""
+    c, L, T = config, dit.tokens(config, latent), config.text_len
+    I, width = (image_tokens, c.image_dim) if c.image_dim else (0, 0)
+    block = 12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2
+    ends = 2 * L * c.dim * prod(c.patch) * (c.in_channels + c.out_channels)
+    text = 2 * T * (c.text_dim * c.dim + c.dim**2)
+    image = 2 * I * (width**2 + width * c.dim)
+    attention = c.layers * (4 * L**2 * c.dim + 4 * L * (T + I) * c.dim)
+    return Flops(c.layers * block + ends + text + image, attention)
