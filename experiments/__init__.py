@@ -1,1 +1,1 @@
-"""The paper's comparisons, on a small scale: adaptation with and without each idea, chunk-causal against its alternatives."""
+"""The paper's comparisons, on a small scale: arms of the adaptation, and of seeing time."""

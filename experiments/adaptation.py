@@ -381,8 +381,7 @@ class Trial:
     @torch.no_grad()
     def look(self, net, step):
         """Keep the weights of a step that will be scored. -> its loss on held-out clips of
-        each group, with the same prompts, noise and times for all arms, and how far the
-        features are from the base's after each block."""
+        each group, with the same prompts, noise and times for all arms."""
         world = self.world
         file = self.weights(step)
 
@@ -394,12 +393,6 @@ class Trial:
             for group in GROUPS:
                 source = world.source(group, null=0, drop=0)
                 found[group] = journal.validation_loss(net, source, TIMES, world.preset.held)
-            pairs = [world.pairs["inside"].pair(i) for i in range(min(32, world.preset.held))]
-            prompts = world.clips["inside"].attributes[: len(pairs)]
-            context = world.base.text.encode(prompts)
-            teacher, student = map(torch.stack, zip(*pairs))
-            depth = journal.depth_curve(world.base.net, net, teacher, student, (context,))
-            found["depth"] = {str(block): relative for block, (_, relative) in depth.items()}
             return found
 
         return world.ledger.once("look", make, at=str(file.relative_to(world.out)))
@@ -595,7 +588,6 @@ def summary(world, rates, seeds):
         arm["seconds"] = spread(row["seconds"] for row in rows)
         arm["spikes"] = sum(row["spikes"] for row in rows)
         arm["grad_norm"] = max(row["grad_norm"] for row in rows)
-        arm["depth"] = {str(look["step"]): look["depth"] for look in curves[0]}
         for group in GROUPS:
             arm["loss"][group] = over_seeds(curves, lambda look: look[group])
             arm["fit"][group] = over_seeds(scores, lambda found: fit(found[group]))

@@ -318,7 +318,7 @@ def main_compare(argv):
     p.add_argument("--steps", type=int, help="of each arm, in place of its group's")
     p.add_argument("--seed", type=int, default=0, help="of weights and clips")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    checkpoint.refuse_options(p, {"--score": "a finished arm is only judged: run the command again"})
+    checkpoint.refuse_options(p, {"--score": "what is finished is only judged: leave it out"})
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     out, arms = Path(args.out), {}

@@ -223,8 +223,7 @@ def table(s):
 
 
 def draw(s, path):
-    """Losses and fits over steps, what alignment leaves of the base's features. Bands are
-    ranges over seeds."""
+    """Losses and fits over steps, unseen words at the end. Bands are ranges over seeds."""
     core = {key: arm for key, arm in s["arms"].items() if key.isupper()}
     colours = {key: f"C{i}" for i, key in enumerate(core)}
     with video.figure(path, rows=2, columns=4, size=(5.2, 4.2), dpi=80) as axes:
@@ -238,12 +237,7 @@ def draw(s, path):
             ax.axhline(s["chance"], color="k", ls=":", lw=1)
             ax.set_ylim(0, 1.03)
         axes[0, 0].legend(fontsize=7)
-        for key, arm in core.items():
-            for step, style in (("0", "o:"), (str(arm["steps"]), "o-")):
-                axes[0, 3].semilogy(list(arm["depth"][step].values()), style, ms=3,
-                                    color=colours[key])
-        axes[0, 3].set(title="feature distance to the base, dotted: before any step",
-                       xlabel="after block")
+        axes[0, 3].set_axis_off()
         for key, arm in s["arms"].items():
             held = arm["held"]
             errors = [[held["mean"] - held["low"]], [held["high"] - held["mean"]]]

@@ -218,7 +218,8 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
 
 
 def test_deep_autoencoders_side_by_side(program, tiny_toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(verdicts, "draw", lambda *args: None)
+    for module, name in ((verdicts, "draw"), (adaptation, "show")):
+        monkeypatch.setattr(module, name, lambda *args: None)
     config = ae.load(tiny_toy / "toy.safetensors").config
     ae.save(ae.DCAEV(config), tmp_path / "other.safetensors")
     files = [str(tiny_toy / "toy.safetensors"), str(tmp_path / "other.safetensors")]

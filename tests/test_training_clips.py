@@ -233,7 +233,7 @@ def test_a_sample_is_what_was_drawn(folder, index, tmp_path, cached):
     dataset = clips.Clips(folder, 8, (12, 12), cache=tmp_path if cached else None, index=index)
     seen = set()
     for i in range(12):
-        clip, start, (y, x, h, w), _ = dataset.draw(dataset.rng(i))
+        clip, start, (y, x, h, w) = dataset.draw(dataset.rng(i))
         sample = dataset.sample(i)
         assert sample.shape == (3, 8, 12, 12) and sample.dtype == torch.uint8 and sample.is_contiguous()
         first = 2 * (start - 30 if "b.mkv" in clip.path and start >= 30 else start) + (100 if start >= 30 and "b.mkv" in clip.path else 0)
@@ -253,14 +253,13 @@ def test_no_sample_crosses_a_cut(folder, index):
     assert starts == {*range(0, 21), *range(30, 36)} and len(dataset) == 27
 
 
-def test_stride_and_rate(folder, index):
-    """Of a clip with 10 frames per second: a fifth of them, and as many per second as asked
-    for, of which a sample may start at any stored frame."""
+def test_clips_at_another_rate(folder, index):
+    """Of a clip with 10 frames per second: as many per second as asked for, of which a
+    sample may start at any stored frame."""
     path = str(folder / "a.mkv")
-    for more in (dict(stride=5), dict(fps=2), dict(fps=4, stride=2)):
-        dataset = clips.Clips(path, 4, (12, 12), index=index, **more)
-        assert dataset.windows == {path: [(0, 37 - 15)]}
-        assert np.diff(numbers(dataset.sample(3))) == pytest.approx(10, abs=1)
+    dataset = clips.Clips(path, 4, (12, 12), index=index, fps=2)
+    assert dataset.windows == {path: [(0, 37 - 15)]}
+    assert np.diff(numbers(dataset.sample(3))) == pytest.approx(10, abs=1)
     slow = clips.Clips(path, 4, (12, 12), fps=20, index=index)  # each frame is shown twice
     assert slow.numbers(slow.clips[path], 3).tolist() == [3, 3, 4, 4]
     assert slow.windows == {path: [(0, 36)]}
@@ -272,15 +271,6 @@ def test_long_clips_do_not_crowd_out_short_ones(folder, index):
     starts = [dataset.starts(p) for p in dataset.paths]
     assert starts == [34, 39, 1] and len(dataset) == sum(starts)
     assert dataset.chances == pytest.approx(np.sqrt(starts) / np.sqrt(starts).sum())
-
-
-def test_mirrored_samples(folder, index):
-    plain, flipped = (clips.Clips(folder, 4, (12, 12), index=index, flip=flip) for flip in (False, True))
-    mirrored = [flipped.draw(flipped.rng(i))[3] for i in range(20)]
-    assert 4 < sum(mirrored) < 16
-    for i in range(6):
-        x = plain.sample(i)
-        assert torch.equal(flipped.sample(i), x.flip(-1) if mirrored[i] else x)
 
 
 @pytest.mark.parametrize("height, width, size, zoom, box", [
@@ -366,16 +356,14 @@ def test_pictures_stand_alone_or_still(folder, index, tmp_path):
 
 
 def test_the_end_of_each_of_few_clips_is_held_out(folder, index):
-    """Whatever the frames and the stride: no phase of a training sees what another is judged by."""
-    for frames, stride in ((1, 1), (4, 2), (8, 1)):
+    """Whatever the frames: no phase of a training sees what another is judged by."""
+    for frames in (1, 4, 8):
         ends = {}
         for split in ("train", "val"):
-            dataset = clips.Clips(folder / "a.mkv", frames, (12, 12), split, stride=stride, index=index)
+            dataset = clips.Clips(folder / "a.mkv", frames, (12, 12), split, index=index)
             (first, n), = dataset.windows[str(folder / "a.mkv")]
-            ends[split] = (first, first + n + (frames - 1) * stride)
+            ends[split] = (first, first + n + frames - 1)
         assert ends == {"train": (0, 37), "val": (40, 50)}
-    with pytest.raises(UserError, match='no split "test"'):
-        clips.Clips(folder, 4, (12, 12), "test", index=index)
 
 
 def fake(names, frames=40):

@@ -78,11 +78,6 @@ class Options:
     workers: int = 2  # threads that decode clips, and later read entries ahead
     verify: bool = False  # look at every byte of finished entries now
 
-    def __post_init__(self):
-        if self.split not in ("train", "val", "all") or self.null not in ("negative", "empty"):
-            raise UserError('split is "train", "val" or "all" and null is "negative" or "empty", '
-                            f"not {self.split!r} and {self.null!r}.")
-
     def rate(self, model):
         """Frames per second at which clips are read; None: as they are stored."""
         if self.fps == "native":

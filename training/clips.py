@@ -6,7 +6,7 @@ of batches of one bucket (frames x height x width):
     scan   every file is decoded once, at 32x32 grey: how many frames and when,
            where the cuts are, whether it is whole. Kept in a small JSON file, so that
            the next run starts at once. What cannot be used is named with the reason.
-    draw   sample i of seed s is a function of (s, i) alone: clip, start, crop and flip.
+    draw   sample i of seed s is a function of (s, i) alone: clip, start and crop.
            So a resumed run sees what an uninterrupted one sees, whatever the number of
            workers. A sample never crosses a cut.
     read   one ffmpeg per sample seeks, decodes, crops and scales. Or, with `cache`,
@@ -269,8 +269,6 @@ def split_clips(clips, folder, split):
     fewer than 20 videos the end of each, in time: no phase of a training sees what
     another is judged by.
     """
-    if split not in ("train", "val"):
-        raise UserError(f'there is no split "{split}": it is "train" or "val".')
     names = {c.path: Path(os.path.relpath(c.path, folder)).as_posix() for c in clips}
     held_out = {path for path, name in names.items() if name.startswith("val/")}
     if not held_out and len(clips) < FEW and not any(c.picture for c in clips):
@@ -322,26 +320,25 @@ class Clips:
     """The samples of a folder (or of several, each split on its own), for one bucket:
     `frames` x `size` (h, w).
 
-    `fps`: the rate at which clips are read; None: their own. `stride`: take every so
-    many-th frame of that. `zoom`: the smallest share of the frame's side that a random
-    crop may have. `flip`: mirror every other sample. `pictures=True`: the folder's
-    pictures instead of its videos, each as a clip of `frames` equal frames (1: alone;
-    single frames of the videos are what `frames=1` without it gives). `cache`: a folder
-    for decoded clips, scaled down as far as `size` and `zoom` allow. `index`: the file
-    that remembers what the scan found.
+    `fps`: the rate at which clips are read; None: their own. `zoom`: the smallest share of
+    the frame's side that a random crop may have. `pictures=True`: the folder's pictures
+    instead of its videos, each as a clip of `frames` equal frames (1: alone; single frames
+    of the videos are what `frames=1` without it gives). `cache`: a folder for decoded
+    clips, scaled down as far as `size` and `zoom` allow. `index`: the file that remembers
+    what the scan found.
 
     Clips smaller than `size`, without a long enough scene, or damaged are left out:
     `skipped` is {path: reason}. None left is a UserError.
     """
 
-    def __init__(self, folder, frames, size, split="train", seed=0, stride=1, cache=None, fps=None,
-                 zoom=0.5, flip=False, pictures=False, index=INDEX, workers=2):
+    def __init__(self, folder, frames, size, split="train", seed=0, cache=None, fps=None, zoom=0.5,
+                 pictures=False, index=INDEX, workers=2):
         self.folder, self.frames, self.size, self.seed = folder, frames, tuple(size), seed
-        self.zoom, self.flip, self.fps, self.stride = zoom, flip, fps, stride
+        self.zoom, self.fps = zoom, fps
         self.cache, self.clips, self.skipped = cache and Path(cache), {}, {}
         self.windows = {}  # path -> [(first start, number of starts)]
-        if min(frames, stride, *size) < 1 or not 0 < zoom <= 1:
-            raise UserError(f"{frames} frames of {size[0]}x{size[1]}, stride {stride}, zoom {zoom} "
+        if min(frames, *size) < 1 or not 0 < zoom <= 1:
+            raise UserError(f"{frames} frames of {size[0]}x{size[1]}, zoom {zoom} "
                             "make no clip: zoom is in 0..1, the others 1 or more.")
         for one in [folder] if isinstance(folder, (str, Path)) else folder:
             clips = [c for c in scan_folder(one, index, workers) if c.picture == pictures]
@@ -374,11 +371,10 @@ class Clips:
                 f"{self.size[0]}x{self.size[1]}.")
         elif not windows:
             longest = max(b - a for a, b in scenes)
-            need = (self.frames - 1) * self.stride + 1
             rate = f" at {self.fps:g} per second" if self.fps else ""
             self.skipped[clip.path] = (
-                f"{clip.path} has at most {longest} frames without a cut for {split}, and {need}"
-                f"{rate} are needed.")
+                f"{clip.path} has at most {longest} frames without a cut for {split}, and "
+                f"{self.frames}{rate} are needed.")
         else:
             self.windows[clip.path] = windows
 
@@ -388,18 +384,18 @@ class Clips:
         if clip.picture:
             return 1
         if not self.fps:
-            return end - first - (self.frames - 1) * self.stride
+            return end - first - (self.frames - 1)
         last = self.ticks()[-1]  # when the sample's last frame is shown
         return int((clip.stamps()[first:end] + last < clip.end(end)).sum())
 
     def ticks(self):
         """Seconds from a sample's start to each of its frames."""
-        return (np.arange(self.frames) * self.stride + video.SLACK) / self.fps
+        return (np.arange(self.frames) + video.SLACK) / self.fps
 
     def numbers(self, clip, start):
         """Numbers of the stored frames that a sample consists of."""
         if not self.fps:
-            return start + self.stride * np.arange(self.frames)
+            return start + np.arange(self.frames)
         stamps = clip.stamps()
         return np.searchsorted(stamps, stamps[start] + self.ticks(), side="right") - 1
 
@@ -418,13 +414,13 @@ class Clips:
             k -= n
 
     def draw(self, rng):
-        """What a sample shall be -> (clip, start, box, mirrored)."""
+        """What a sample shall be -> (clip, start, box)."""
         path = self.paths[rng.choice(len(self.paths), p=self.chances)]
         clip, start = self.clips[path], self.start(path, int(rng.integers(self.starts(path))))
-        share, fy, fx, coin = rng.random(4)
+        share, fy, fx = rng.random(3)
         zoom = self.zoom + (1 - self.zoom) * share
         box = crop_box(clip.info.height, clip.info.width, self.size, zoom, fy, fx)
-        return clip, start, box, bool(self.flip and coin < 0.5)
+        return clip, start, box
 
     def rng(self, index):
         """Sample `index` is drawn from this and nothing else."""
@@ -436,7 +432,7 @@ class Clips:
         and another takes its place."""
         rng = self.rng(index)
         for _ in range(20):
-            clip, start, box, mirrored = self.draw(rng)
+            clip, start, box = self.draw(rng)
             try:
                 x = self.read(clip, start, box)
             except (UserError, OSError) as e:
@@ -444,7 +440,6 @@ class Clips:
                     self.skipped[clip.path] = str(e)
                     warnings.warn(f"{printable(e)} Another clip takes its place.")
                 continue
-            x = np.ascontiguousarray(x[:, :, ::-1]) if mirrored else x
             return torch.from_numpy(x).permute(3, 0, 1, 2).contiguous()
         raise UserError(f"20 clips of {self.folder} in a row could not be read: check the disk.")
 
@@ -618,7 +613,7 @@ def main(argv=None):
     dataset = Clips(args.folder, args.frames, args.size, seed=args.seed, fps=fps, index=args.index)
     labels = []
     for i in range(12):
-        clip, start, box, _ = dataset.draw(dataset.rng(i))
+        clip, start, box = dataset.draw(dataset.rng(i))
         labels.append(f"{printable(clip.path)} {start} {box}")
     samples = next(loader(dataset, 12, 0, args.workers))
     video.contact_sheet(args.out, samples, labels=labels, scale=1)
