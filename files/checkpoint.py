@@ -56,7 +56,8 @@ def user_errors():
     except (UserError, torch.cuda.OutOfMemoryError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
-        print(f"error: {printable(sentence(error))}", file=sys.stderr)
+        lines = map(printable, sentence(error).split("\n"))  # lists of what is missing have some
+        print("error:", "\n".join(lines), file=sys.stderr)
         raise SystemExit(1)
 
 
