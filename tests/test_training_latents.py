@@ -2,6 +2,7 @@
 what it says, and the report tells smooth latents from noise."""
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -18,9 +19,15 @@ TINY = ae.Config((0, 16, 16, 16), (0, 1, 1, 1), 6, chunk=8, patch=4)  # f8
 BASE = ae.Config((0, 8, 8, 8), (0, 1, 1, 1), 3, chunk=8)  # f4
 
 
-@pytest.fixture(autouse=True)
-def no_charts(monkeypatch):
-    monkeypatch.setattr(loop, "plot", lambda folder: None)
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """A preset for seconds, no charts, short evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ae.PRESETS, "tiny", TINY)
+        patch.setattr(loop, "plot", lambda folder: None)
+        patch.setattr(autoencoder, "JUDGED", 2)
+        patch.setattr(autoencoder, "MEASURED", 4)
+        yield
 
 
 def tiny(config=TINY):
@@ -77,29 +84,20 @@ def test_the_aligner_moves_the_encoder_and_not_the_base(base):
 
 
 def test_aligned_training_raises_r_squared_and_resumes(tmp_path, base, monkeypatch):
-    """`--align-to`: R^2 stands beside PSNR; killed and started again, the weights are the same."""
-    monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
+    """`--align-to`: R^2 stands beside PSNR; from half of it on, the weights are the same."""
     monkeypatch.setattr(latents.Aligner, "BATCHES", 4)
     phases = autoencoder.choose_phases(autoencoder.TOY, TINY, ["low"], False, [20], 2, size=(32, 32),
                                        frames=16, lr=2e-3, warmup=1, align=1.0, l1=0.1, mse=0.1)
 
-    def run(out, save_every=10):
-        settings = autoencoder.Settings(align_to=tuple(base), save_every=save_every)
+    def run(out):
+        settings = autoencoder.Settings(align_to=tuple(base), save_every=10)
         return autoencoder.train("tiny", phases, autoencoder.ToyWorld(), tmp_path / out, settings)
 
     whole = ae.load(run("whole")).state_dict()
     log = [line for line in loop.read_log(tmp_path / "whole" / "low") if "psnr" in line]
     assert log[-1]["r_squared"] > log[0]["r_squared"] + 0.02 and "gradient_align" in log[0]
-    toy_batch = toy.toy_batch
-
-    def killed(seed, *args, **more):
-        if seed == (0, 13):
-            raise KeyboardInterrupt
-        return toy_batch(seed, *args, **more)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(toy, "toy_batch", killed)
-        run("resumed")
+    half = "low/checkpoint-0000010"
+    shutil.copytree(tmp_path / "whole" / half, tmp_path / "resumed" / half)
     resumed = ae.load(run("resumed")).state_dict()
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
 
@@ -159,20 +157,26 @@ def test_first_channels_and_hidden_cells():
     assert mask.token.grad.abs().sum() > 0
 
 
+def two_steps(out, **changes):
+    """Train a toy with losses changed -> (weights, last line of the log)."""
+    phases = autoencoder.choose_phases(
+        autoencoder.TOY, TINY, ["low"], False, [2], 1, size=(32, 32), frames=16)
+    changed = [dataclasses.replace(p, **changes) for p in phases]
+    file = autoencoder.train("tiny", changed, autoencoder.ToyWorld(), out)
+    return ae.load(file).state_dict(), loop.read_log(file.parent)[-1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, quick):
+    return two_steps(tmp_path_factory.mktemp("plain"))[0]
+
+
 @pytest.mark.parametrize("field", ["equivariance", "correlation", "front", "masked"])
-def test_each_trick_is_a_weight_of_the_same_losses(tmp_path, monkeypatch, field):
+def test_each_trick_is_a_weight_of_the_same_losses(tmp_path, plain, field):
     """Trained for two steps, it gives other weights than without, and finite ones."""
-    monkeypatch.setitem(ae.PRESETS, "tiny", TINY)
-    phases = autoencoder.choose_phases(autoencoder.TOY, TINY, ["low"], False, [2], 1, size=(32, 32), frames=16)
-
-    def run(out, **changes):
-        changed = [dataclasses.replace(p, **changes) for p in phases]
-        return ae.load(autoencoder.train("tiny", changed, autoencoder.ToyWorld(), tmp_path / out)).state_dict()
-
-    plain, other = run("plain"), run("other", **{field: 1.0})
+    other, logged = two_steps(tmp_path, **{field: 1.0})
     assert all(torch.isfinite(v).all() for v in other.values())
     assert any(not torch.equal(plain[k], v) for k, v in other.items())
-    logged = loop.read_log(tmp_path / "other" / "low")[-1]
     assert field in logged or field in ("front", "masked")
 
 
