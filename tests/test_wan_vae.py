@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from conftest import golden
 from files import checkpoint
 from files.checkpoint import UserError
-from wan import tiny, vae
+from tiny_layouts import write_vae
+from wan import vae
 
 NAMES = {"wan2.1": "wan_vae_tiny", "wan2.2": "wan22_vae_tiny"}
 GOLDEN = {name: load_file(golden(f"{file}.safetensors")) for name, file in NAMES.items()}
@@ -200,7 +201,7 @@ def test_every_kind_of_file_gives_the_same_model(net, name, tmp_path):
     checkpoint.save_tensors(tmp_path / "original.safetensors", sd)
     checkpoint.save_tensors(tmp_path / "diffusers.safetensors", theirs)
     checkpoint.save_tensors(tmp_path / "bf16.safetensors", {k: v.bfloat16() for k, v in sd.items()})
-    tiny.write_vae(tmp_path / "folder", net)
+    write_vae(tmp_path / "folder", net)
     for file in ("vae.pth", "container.pth", "original.safetensors", "diffusers.safetensors", "folder"):
         loaded = vae.load(tmp_path / file)
         assert loaded.config == net.config and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -214,7 +215,7 @@ def test_other_sizes_and_constants(tmp_path):
     config = vae.Config(4, 6, 3, patch=1, shortcuts=True, mean=(0.5, 0, -1), std=(2, 1, 3), multipliers=(1, 2, 2), depth=1,
                             temporal=(True, False))
     net = vae.WanVAE(config).eval()
-    tiny.write_vae(tmp_path, net)
+    write_vae(tmp_path, net)
     loaded = vae.load(tmp_path)
     assert loaded.config == config
     x = torch.rand(1, 3, 3, 8, 8)
@@ -248,7 +249,7 @@ def test_wrong_files_are_refused(tmp_path):
 def test_diffusers_agrees(net, name, tmp_path):
     """In diffusers' layout it loads strictly there and gives the same latents and pixels."""
     peer_class = pytest.importorskip("diffusers").AutoencoderKLWan
-    tiny.write_vae(tmp_path, net)
+    write_vae(tmp_path, net)
     peer, info = peer_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert peer.config.scale_factor_spatial == net.config.spatial_factor
