@@ -174,7 +174,12 @@ def toy_batch(seed, n, frames=FRAMES, size=SIZE, any_colour=False):
     if any_colour:
         for scene in scenes[1::2]:
             scene.paint, scene.ground = (tuple(rng.uniform(10, 245, 3)) for _ in range(2))
-    return torch.stack([to_tensor(render(s, frames, size)) for s in scenes]), scenes
+    return clips_of(scenes, frames, size), scenes
+
+
+def clips_of(scenes, frames=FRAMES, size=SIZE):
+    """Float tensor [n, 3, frames, size, size] in [-1, 1]."""
+    return torch.stack([to_tensor(render(scene, frames, size)) for scene in scenes])
 
 
 def held_out_prompts(n, seed=10_000_019):

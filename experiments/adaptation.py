@@ -57,7 +57,7 @@ from experiments import verdicts
 from experiments.verdicts import GROUPS, spread
 from files import checkpoint, video
 from files.checkpoint import UserError
-from training import bases, journal, loop, metrics, toy_base, toy_score
+from training import bases, journal, loop, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.toy_base import TIMES
 from wan import released
@@ -433,15 +433,12 @@ def gate(world):
     least 0.9 and the deep autoencoder loses at most 0.03."""
     prompts = sum(world.prompts.values(), [])
     rng = np.random.default_rng(98)
-    clips = [toy.render(toy.scene_of(p, rng), world.base.frames, world.base.size[0])
-             for p in prompts]
-    clips = torch.stack([video.to_tensor(x) for x in clips])
+    scenes = [toy.scene_of(p, rng) for p in prompts]
+    clips = toy.clips_of(scenes, world.base.frames, world.base.size[0])
     rows = {"clips": toy_score.prompt_fit(clips, prompts)}
     for name, model in (("base", world.base), ("deep", world.deep)):
-        made = [model.ae(x.to(world.device)).float().cpu() for x in clips.split(16)]
-        made = torch.cat(made)
-        found = toy_score.prompt_fit(made, prompts)
-        rows[f"{name} reconstruction"] = {**found, "psnr": metrics.psnr(made, clips)}
+        found = toy_base.score_reconstruction(model, prompts, clips)
+        rows[f"{name} reconstruction"] = found
     base, shown = world.score(world.base)
     checkpoint.save_tensors(world.out / "shown" / "base.safetensors", shown)
     passed, samples = {}, {}

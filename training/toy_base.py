@@ -26,7 +26,7 @@ import flow
 import kernels
 import sample
 import toy
-from files import checkpoint, video
+from files import checkpoint
 from training import loop, metrics, toy_score
 from training.cache import Batch
 from training.entries import Entries, hash_encoder, hash_of, hash_tensors
@@ -121,8 +121,7 @@ def encode_scenes(model, scenes, folder):
     entries = entries_of(model, folder)
     key = f"scenes-{hash_of([asdict(scene) for scene in scenes])}"
     if entries.facts(key) is None:
-        clips = [toy.render(scene, model.frames, model.size[0]) for scene in scenes]
-        clips = torch.stack([video.to_tensor(x) for x in clips])
+        clips = toy.clips_of(scenes, model.frames, model.size[0])
         entries.put(key, encode(model, clips))
     z = entries.get(key)["z"]
     condition = torch.zeros(len(z), 4 + z.shape[1], *z.shape[2:], dtype=z.dtype)
@@ -252,16 +251,12 @@ def score(args):
     autoencoders -> args.results, and a table."""
     prompts = toy.held_out_prompts(args.prompts or 256)
     rng = np.random.default_rng(10_000_019)
-    scenes = [toy.scene_of(a, rng) for a in prompts]
-    clips = torch.stack([video.to_tensor(toy.render(s)) for s in scenes])
+    clips = toy.clips_of([toy.scene_of(a, rng) for a in prompts])
     chance = {name: toy_score.chance(name) for name in (*toy.WORLD, "mean")}
     rows = {"chance": chance, "clips": toy_score.prompt_fit(clips, prompts)}
     for name in ("base", "dc"):
         model = released.load_model(name).to(args.device)
-        with torch.no_grad():
-            y = torch.cat([model.ae(x.to(model.device)).cpu() for x in clips.split(16)])
-        found = toy_score.prompt_fit(y, prompts)
-        rows[f"{name}: reconstruction"] = {**found, "psnr": metrics.psnr(y, clips)}
+        rows[f"{name}: reconstruction"] = score_reconstruction(model, prompts, clips)
         made = sample.videos(model, prompts, progress=True)
         rows[f"{name}: prompts"] = toy_score.prompt_fit(made, prompts)
         rows[f"{name}: image and prompt"] = score_images(model, prompts[:64], clips[:64])
@@ -272,6 +267,13 @@ def score(args):
         print(f"{name:26s}" + "".join(cell.rjust(12) for cell in cells))
     found = dict(**checkpoint.provenance(), prompts=len(prompts), rows=rows)
     checkpoint.write_json(args.results, found)
+
+
+@torch.no_grad()
+def score_reconstruction(model, prompts, clips):
+    """Prompt fit and PSNR of what a model's autoencoder makes of the clips of prompts."""
+    made = torch.cat([model.ae(x.to(model.device)).float().cpu() for x in clips.split(16)])
+    return {**toy_score.prompt_fit(made, prompts), "psnr": metrics.psnr(made, clips)}
 
 
 def score_images(model, prompts, clips):
