@@ -66,7 +66,6 @@ _WAN = dict(in_channels=16, out_channels=16)
 _WAN_I2V = dict(in_channels=36, out_channels=16)
 _DEEP = dict(in_channels=32, out_channels=32, patch=(1, 1, 1))
 _DEEP_I2V = dict(in_channels=68, out_channels=32, patch=(1, 1, 1))
-_F64 = dict(in_channels=128, out_channels=128, patch=(1, 1, 1))
 
 PRESETS = {
     "wan2.1-t2v-1.3b": Config(**_1B, **_WAN),
@@ -78,8 +77,6 @@ PRESETS = {
     "dc-wan2.1-t2v-1.3b": Config(**_1B, **_DEEP),
     "dc-wan2.1-t2v-14b": Config(**_14B, **_DEEP),
     "dc-wan2.1-i2v-14b": Config(**_14B, **_DEEP_I2V, image_dim=1280),
-    "dc-wan2.1-t2v-14b-f64t4c128": Config(**_14B, **_F64),
-    "dc-wan2.1-t2v-1.3b-f64t4c128": Config(**_1B, **_F64),
     # One toy does text- and image-to-video: without an image, mask and condition are zero.
     "toy-base": Config(**_TOY, **_WAN_I2V),
     "toy-dc": Config(**_TOY, **_DEEP_I2V),

@@ -89,14 +89,6 @@ def loss(velocity, z, drawn):
     return (drawn.weight.to(v.device) * mse).mean(), mse.detach()
 
 
-def by_sigma(mse, sigma, bins=5):
-    """Mean loss in `bins` equal bins of sigma; nan where nothing was drawn. One mean
-    over all sigma hides what is being learned: at high sigma layout and motion, at low
-    sigma texture."""
-    index = (sigma * bins).long().clamp(max=bins - 1)
-    return [mse[index == i].mean().item() for i in range(bins)]
-
-
 # ------------------------------------------------ which times training sees
 
 

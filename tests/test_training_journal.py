@@ -112,6 +112,11 @@ def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches()
     assert journal.linear_bound(spectrum, torch.tensor([0.0, 1.0])).tolist() == [1.0, 1.25]
 
 
+def test_by_sigma():
+    mean = journal.by_sigma(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.05, 0.19, 1.0]))
+    assert mean[0] == 2 and mean[4] == 5 and all(m != m for m in mean[1:4])
+
+
 def test_loss_by_sigma_stands_beside_its_bound(net):
     """A regressed head on correlated latents beats what a cell alone tells, a zero head
     does not."""
