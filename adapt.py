@@ -88,7 +88,8 @@ def adapt(base, settings, args):
 
 def align_ends(job, expert, by_sgd=None):
     """Stage 1a: the patch embedder, so that it imitates the base's on clean latents;
-    and the head that stage 1b starts from -> {name: tensor} of both ends."""
+    and the head that stage 1b starts from -> {name: tensor} of both ends.
+    by_sgd: (weight, bias) from `align.sgd`, where that is the way chosen."""
     s, pairs = job.settings, job.pairs(expert)
     weight, bias = by_sgd or align.fit(s.align, pairs)
 
