@@ -23,10 +23,9 @@ Rerun the same command after an interruption: what is finished is not done again
 was begun goes on, and other settings are refused. Each stage has a folder in --out;
 after each `training/journal.py` says whether it works: report.json, stages.png.
 """
-import os
+from files import errors
 
-# busy-waiting threads slow every other process down; must precede torch
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
 import dataclasses
@@ -39,8 +38,7 @@ import torch
 import align
 import flow
 from dit import ENDS
-from files import checkpoint, video
-from files.checkpoint import UserError
+from files import checkpoint, options, video
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
 from training.entries import hash_tensors
@@ -205,13 +203,16 @@ def train_once(job, expert, stage, start):
 
 # ------------------------------------------------ command line
 
-#: which of bases.Settings are options, with their choices
-OPTIONS = dict.fromkeys(("drop", "shift", "steps_align", "steps_head", "lr_head", "steps", "lr",
-                         "warmup", "rank", "ema", "batch", "accumulate", "checkpoint_blocks",
-                         "seed"))
-OPTIONS |= dict(
+#: which of bases.Settings are options, with their choices or their range
+OPTIONS = dict(
     align=("sgd", *align.CLOSED_FORMS), head=("zero", "closed_form"),
-    time_sampling=("released", "shifted"), null=("negative", "empty"), dtype=tuple(DTYPES))
+    time_sampling=("released", "shifted"), shift=options.real(0, 1000, above=True),
+    null=("negative", "empty"), drop=options.real(0, 1),
+    steps_align=options.whole(1), steps_head=options.whole(1), steps=options.whole(1),
+    lr_head=options.learning_rate, lr=options.learning_rate, warmup=options.whole(0),
+    rank=options.whole(1, 4096), ema=options.real(0, 0.999999), batch=options.whole(1, 65536),
+    accumulate=options.whole(1, 65536), checkpoint_blocks=None, dtype=tuple(DTYPES),
+    seed=options.seed)
 IN_BASES = "other values are a row of BASES in training/bases.py"
 GONE = {
     "--no-cache": "use --cache memory",
@@ -229,11 +230,11 @@ USED = {
     "compare": set()}
 TOY_ONLY = {"shards", "prompts", "results"}
 NOT_TOY = {"weights", "data", "buckets", "frames", "fps", "caption_per_line", "text_cache",
-           "target"}
+           "target", "null"}
 
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         description="AE-Adapt-V: move a video diffusion transformer into a deep latent space. "
                     "What is left out of the settings is what was published for the base, or "
                     "what was chosen for the toy (training/bases.py).")
@@ -256,7 +257,7 @@ def parser():
     add("--stage", choices=STAGES, default="export",
         help="stop after this one; cache: fill and verify it (default: export)")
     add("--plan", action="store_true", help="print what the run needs, and stop")
-    add("--gpus", type=int, help="for --plan (default: 8; for the toy 1)")
+    add("--gpus", type=options.whole(1, 65536), help="for --plan (default: 8; for the toy 1)")
     add("--pretrain", action="store_true", help="train the toy base itself instead")
     add("--score", action="store_true", help="score the embedded toys instead")
     add("--compare", action="store_true",
@@ -267,65 +268,71 @@ def parser():
         help="latents and prompt states (default: OUT/cache); may be shared by runs; memory: "
              "they are kept there, for small sets")
     add("--buckets", help="family of frame sizes (default: 480F32MS for f32, 480F64MS for f64)")
-    add("--frames", type=int, default=80,
+    add("--frames", type=options.whole(1, 10_000), default=80,
         help="of a clip (default: 80; the base sees the first 77)")
     add("--fps", type=video.rate_arg,
         help="at which clips are read, or native: every stored frame (default: the model's)")
     add("--caption-per-line", action="store_true",
         help="each line of a .txt is a caption (default: the file is one)")
     add("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
-    add("--shards", type=int, default=10,
+    add("--shards", type=options.whole(1, 10_000), default=10,
         help=f"toy: clips, in shards of {toy_base.SHARD} (default: 10)")
 
     settings = p.add_argument_group("settings")
     for field in dataclasses.fields(bases.Settings):
         if field.name not in OPTIONS:
             continue
-        more = dict(type=type(field.default), choices=OPTIONS[field.name])
-        if type(field.default) is bool:
+        allowed = OPTIONS[field.name]
+        more = dict(type=allowed, metavar="N")
+        if allowed is None:
             more = dict(action=argparse.BooleanOptionalAction)
-        elif not more["choices"]:
-            more["metavar"] = "N"
+        elif isinstance(allowed, tuple):
+            more = dict(choices=allowed)
         settings.add_argument(f"--{field.name.replace('_', '-')}", **more)
 
     add = p.add_argument_group("how").add_argument
     add("--format", choices=["original", "diffusers"], default="original",
         help="of the exported transformer (default: original)")
-    add("--sample-steps", type=int, default=12,
+    add("--sample-steps", type=options.whole(0, 1000), default=12,
         help="of the samples after each stage (default: 12; 0: none)")
-    add("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
-    add("--prompts", type=int,
+    add("--save-every", type=options.whole(1), default=250,
+        help="steps between checkpoints (default: 250)")
+    add("--prompts", type=options.whole(1, 100_000),
         help="toy: held-out prompts to score with (default: 64, with --score 256)")
     add("--results", help="toy: where --score writes (default: OUT/toy.json)")
-    add("--device", type=torch.device, help="(default: a GPU if there is one)")
-    add("--threads", type=int, help="CPU threads (default: all)")
-    checkpoint.refuse_options(p, GONE)
+    add("--device", type=options.device, help="(default: a GPU if there is one)")
+    add("--threads", type=options.threads, help="CPU threads (default: all)")
+    p.refuse_gone(GONE)
     return p
 
 
 def arguments(argv=None):
     """-> (arguments, settings that were given)"""
     p = parser()
-    args = p.parse_args(argv)
-    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
-    refuse_unused(args, given)
+    args, given = p.parse(argv)
+    refuse_unused(p, args, given)
     args.cache = args.cache or str(Path(args.out) / "cache")
     args.results = args.results or str(Path(args.out) / "toy.json")
     return args, {k: getattr(args, k) for k in OPTIONS if k in given}
 
 
-def refuse_unused(args, given):
+def refuse_unused(p, args, given):
     """UserError for an option that this run would ignore."""
     toy = bases.find(args.base).name == "toy"
-    what, wrong = f"--base {args.base}", given & (NOT_TOY if toy else TOY_ONLY)
+    p.refuse(f"--base {args.base}", given & (NOT_TOY if toy else TOY_ONLY))
     for mode, used in USED.items():
         if getattr(args, mode):
-            what, wrong = f"--{mode}", given - used - {mode, "device", "threads"}
-    if "gpus" in given and not args.plan:
-        what, wrong = "a run (torchrun --nproc-per-node N starts N processes)", {"gpus"}
-    if wrong:
-        option = sorted(wrong)[0].replace("_", "-")
-        raise UserError(f"--{option} says nothing to {what}: leave it out.")
+            p.refuse(f"--{mode}", given - used - {mode, "device", "threads"})
+    if not args.plan:
+        started = "a run (torchrun --nproc-per-node N starts N processes)"
+        p.refuse(started, given & {"gpus"})
+    if not args.score:
+        p.refuse("a run without --score", given & {"results"})
+    if args.continue_from:
+        p.refuse("--continue-from", given & {"align", "head", "steps_align", "steps_head", "lr_head"})
+    settings = bases.find(args.base).settings
+    if (args.align or settings.align) != "sgd":
+        p.refuse(f"--align {args.align or settings.align}", given & {"steps_align"})
 
 
 def main(argv=None):
@@ -352,9 +359,11 @@ def main(argv=None):
     if args.pretrain or args.score:
         vars(args).update(vars(settings), device=str(args.device or loop.start()))
         return toy_base.pretrain(args) if args.pretrain else toy_base.score(args)
-    adapt(base, settings, args)
+    loop.start()
+    with loop.lock(args.out):
+        adapt(base, settings, args)
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

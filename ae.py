@@ -21,11 +21,10 @@ on, give the same latent.
     python ae.py eval FILE ... --data CLIPS         PSNR, SSIM, LPIPS, FVD, flicker
     python ae.py compare                            chunk-causal against the others
 """
-import os
+from files import errors
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy-waiting threads slow every process
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
-import argparse
 import dataclasses
 import math
 import re
@@ -40,7 +39,7 @@ from einops import reduce
 import kernels
 from chunk_causal import (
     Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, recut, run_layers, split_state)
-from files import checkpoint
+from files import checkpoint, options
 from files.checkpoint import UserError
 
 
@@ -447,7 +446,7 @@ def save(net, path, dtype=torch.float32, **metadata):
 def main(argv=None):
     """Each command lives in a file above this one, imported only when asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         description="DC-AE-V, the deep compression video autoencoder.",
         usage="ae.py COMMAND ... (COMMAND --help says more)")
     p.add_argument(
@@ -467,5 +466,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import layouts
-from files.checkpoint import UserError, load_strict
+from files.checkpoint import UserError, check_fit, load_strict
 from kernels import (attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm,
                      rms_norm, rms_norm_rope)
 
@@ -510,7 +510,7 @@ def inherit(base, config, share=False):
     fresh["patch_embedding.bias"].copy_(bias)
     taken = {k: v if share else v.clone() for k, v in base.state_dict().items()}
     tensors = {**taken, **fresh}
-    load_strict(net, tensors, "the base transformer")  # only looks: there is nothing to fill
+    check_fit(own, tensors, "the base transformer")
     net.load_state_dict(tensors, assign=True)
     net.weight_dtype = base.weight_dtype
     return net
@@ -544,6 +544,16 @@ def load(path, heads=None, dtype=torch.float32, device="cpu"):
 def read_config(path):
     """The Config that `load` would use, without reading the weights."""
     return Config(**layouts.open_checkpoint(path)[1])
+
+
+def outline(path):
+    """The net that `load` would give, without its weights (on the meta device). UserError
+    where the file does not fit, from its header."""
+    tensors, settings = layouts.open_checkpoint(path)
+    with torch.device("meta"):
+        net = WanDiT(Config(**settings))
+    check_fit(net.state_dict(), tensors, str(path))
+    return net
 
 
 def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):

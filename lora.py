@@ -24,17 +24,17 @@ A file written by anybody else reads the same way. One procedure (`load`) covers
 diffusers, ComfyUI, kohya, VideoX-Fun, DiffSynth and LyCORIS names and mixtures of them:
 names are not parsed, but looked up in a table made from the model itself.
 """
-import json
 import math
 import re
-from pathlib import Path
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files.checkpoint import UserError, load_tensors, save_tensors
+from files import checkpoint
+from files.checkpoint import UserError, bare, save_tensors
 from files.layouts import to_diffusers
 
 # What AE-Adapt-V adapts: 6 linears per block and the 3 of the time embedding.
@@ -204,26 +204,17 @@ def load(net, source, strength=1.0, merge=True, expert=None):
 
     in fp32, stored in W's own dtype. With merge=False low-rank updates of linear layers
     stay live, trainable adapters. Keys of modules this net does not have (an image
-    branch, a text encoder) are skipped and reported. A file for a base of another size
-    is refused before anything is changed.
+    branch, a text encoder) are skipped, with a warning. A file for a base of another size
+    is refused before anything is changed (`fit`).
     expert: which of Wan 2.2's two transformers `net` is, "high" or "low" (noise). Of a
         file with a part for each (`transformer.`, `transformer_2.`) only that part is
         looked at; a file with one part fits either.
     """
     plain_only(net)
-    what = "the adapter" if isinstance(source, dict) else str(source)
-    tensors, config = (source, {}) if isinstance(source, dict) else read(source)
-    tensors, config = part_of(tensors, expert, what), part_of(config, expert, what)
-    config = {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
     parameters = dict(net.named_parameters())
-    updates, skipped = sort(tensors, spellings(parameters), what)
-    for name in updates:
-        skipped += check(updates, name, parameters[name].shape, what)
-    roles = {role for update in updates.values() for role in update}
-    if roles <= {"full", "alpha"}:
-        raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors "
-                        "changes one of the model's layers; use an adapter of the same base model.")
+    updates, skipped, config = fit({k: p.shape for k, p in parameters.items()}, source, expert)
     for name, update in updates.items():
+        update = {role: checkpoint.read(value) for role, value in update.items()}
         w, module = parameters[name], name.rpartition(".")[0]
         if "full" in update:
             whole = update["full"].to(w.device, torch.float32)
@@ -236,12 +227,36 @@ def load(net, source, strength=1.0, merge=True, expert=None):
             else:
                 replace(net, module, live_adapter(linear, update, scale))
         if "up_bias" in update:
-            scale = scale_of(name, updates[f"{module}.weight"], config)
+            low = updates[f"{module}.weight"]
+            scale = scale_of(name, {k: checkpoint.read(v) for k, v in low.items()}, config)
             add_(w, strength * scale, update["up_bias"])
         for role in update.keys() & {"diff", "diff_b", "diff_m"}:
             add_(w, strength, update[role])
     applied = [name for name, update in updates.items() if update.keys() - {"alpha"}]
     return Loaded(sorted(applied), sorted(skipped))
+
+
+def fit(shapes, source, expert=None):
+    """What `load` would do to a net of these {parameter: shape}, from the headers alone
+    -> ({parameter: {role: Stored tensor}}, keys that fit nothing, PEFT's settings).
+
+    UserError for what is not supported, or was made for another base."""
+    what = "the adapter" if isinstance(source, dict) else str(source)
+    tensors, config = (source, {}) if isinstance(source, dict) else read(source)
+    refuse_unsupported(tensors, what)
+    tensors, config = part_of(tensors, expert, what), part_of(config, expert, what)
+    config = {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
+    updates, skipped = sort(tensors, spellings(shapes), what)
+    for name in updates:
+        skipped += check(updates, name, shapes[name], what)
+    roles = {role for update in updates.values() for role in update}
+    if roles <= {"full", "alpha"}:
+        raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors "
+                        "changes one of the model's layers; use an adapter of the same base model.")
+    if skipped:
+        warnings.warn(f"{what}: {len(skipped)} of {len(tensors)} tensors fit nothing in this model "
+                      f"(first: {min(skipped)}); the others are applied.")
+    return updates, skipped, config
 
 
 def live_adapter(linear, update, scale):
@@ -259,12 +274,35 @@ def live_adapter(linear, update, scale):
 def read(path):
     """Adapter file -> (tensors, PEFT's settings: from the file's header, or from
     adapter_config.json beside it)."""
-    tensors, metadata = load_tensors(path)
+    path = file_of(path)
+    tensors, metadata = checkpoint.open_tensors(path)
     config = metadata.get("lora_adapter_metadata") or {}
-    beside = Path(path).parent / "adapter_config.json"
-    if not config and Path(path).stem == "adapter_model" and beside.is_file():
-        config = json.loads(beside.read_text())
+    beside = path.parent / "adapter_config.json"
+    if not config and path.stem == "adapter_model" and beside.is_file():
+        config = checkpoint.read_json(beside)
+    if not isinstance(config, dict):
+        raise UserError(f"the header of {path} is damaged (lora_adapter_metadata is no object, so "
+                        "its alpha is not known): get the file again.")
     return tensors, config
+
+
+def file_of(path):
+    """An adapter file, or the one in a folder as PEFT and diffusers write it."""
+    path = checkpoint.existing(path)
+    if not path.is_dir():
+        return path
+    found = [path / name for name in IN_FOLDERS if (path / name).exists()]
+    if not found:
+        raise UserError(f"{path} is a folder without {IN_FOLDERS[0]}: give the LoRA file itself.")
+    return found[0]
+
+
+def refuse_unsupported(tensors, what):
+    """UserError for a kind of adapter that would only be applied in part."""
+    for kind, mark in UNSUPPORTED.items():
+        if found := [key for key in tensors if mark.search(key)]:
+            raise UserError(f"{what} is a {kind} (it has {min(found)}), which is not supported: "
+                            "use a plain LoRA.")
 
 
 def part_of(entries, expert, what):
@@ -284,13 +322,25 @@ def part_of(entries, expert, what):
 
 # A key is <prefix><module name><what it is>, and what it is decides which parameter changes:
 KEY = re.compile(r"(?P<name>.+?)\."
-                 r"(?P<part>lora_(A|B|down|up|magnitude_vector)|dora_scale|alpha|diff|diff_[bm])"
+                 r"(?P<part>lora_(A|B|down|up)|alpha|diff|diff_[bm])"
                  r"(\.default)?(\.(?P<leaf>weight|bias))?")
-ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up",
-         "lora_magnitude_vector": "dora", "dora_scale": "dora"}
+ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 CHANGES = {"diff_b": "_bias", "up_bias": "_bias", "diff_m": "_modulation", "full": ""}
-PREFIX = re.compile("^(base_model_model_|model_diffusion_model_|diffusion_model_|pipe_dit_|"
+PREFIX = re.compile("^(base_model_|model_|diffusion_model_|module_|_?orig_mod_|pipe_dit_|"
                     "transformer_2_|transformer_|lora_unet__|lora_unet_|lycoris_)+")
+
+
+IN_FOLDERS = ("adapter_model.safetensors", "adapter_model.bin",
+              "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+#: kinds of adapters -> what marks them in their keys
+UNSUPPORTED = {kind: re.compile(mark) for kind, mark in {
+    "DoRA": r"lora_magnitude_vector|dora_scale",
+    "LoKr": r"lokr_", "LoHa": r"hada_", "GLoRA": r"\.[ab][12]\.weight$", "OFT": r"\.b?oft_",
+    "IA3": r"ia3_|\.on_input$", "VeRA": r"vera_lambda", "LoCon with a middle matrix": r"lora_mid",
+    "LyCORIS norm": r"\.[wb]_norm$",
+    "LoRA of fused layers": r"(to_|[._])(qkv|kv)[._](lora|diff|alpha)",
+    "patch that sets weights": r"\.set_weight$|\.reshape_weight$",
+}.items()}
 
 
 def spellings(parameters):
@@ -313,13 +363,15 @@ def sort(tensors, table, what):
     """File's keys -> ({parameter name: {role: tensor}}, keys that fit nothing)."""
     updates, skipped = {}, []
     for key, value in tensors.items():
-        match = KEY.fullmatch(key)
-        role, flat = "full", key
+        match = KEY.fullmatch(bare(key))
+        role, flat = "full", bare(key)
         if match:
             role, flat = ROLES.get(match["part"], match["part"]), match["name"]
             role = "up_bias" if role == "up" and match["leaf"] == "bias" else role
         flat = PREFIX.sub("", flat.replace(".", "_"))
         name = table.get(flat + CHANGES.get(role, "_weight"))
+        if name is None and role == "diff":  # of a parameter that is no layer's weight
+            name = table.get(flat)
         if name is None:
             skipped.append(key)
         elif role in updates.setdefault(name, {}):
@@ -334,20 +386,17 @@ def check(updates, name, shape, what):
     """Refuse an update that cannot be meant for this net -> what was dropped from
     `updates` instead, for the report."""
     update, module = updates[name], name.rpartition(".")[0]
-    if "dora" in update:
-        raise UserError(f"{what} is a DoRA (it has magnitude vectors), which is not supported: use "
-                        "a plain LoRA.")
     low = updates.get(f"{module}.weight", {}) if "up_bias" in update else update
     if low.keys() & {"down", "up"} or "up_bias" in update:
         both = "down" in low and "up" in low
-        if not both or low["up"][0].numel() != len(low["down"]):
+        if not both or math.prod(low["up"].shape[1:]) != low["down"].shape[0]:
             raise UserError(f"{what} does not hold both matrices for {module}: it is damaged, get "
                             "it again.")
     wrong = None
     for role in update.keys() - {"alpha", "up"}:
         theirs, ours = list(update[role].shape), list(shape)
         if role == "down":  # of a convolution too: its kernel counts as inputs
-            theirs = [len(update["up"]), update["down"][0].numel()]
+            theirs = [update["up"].shape[0], math.prod(update["down"].shape[1:])]
             ours = [shape[0], math.prod(shape[1:])]
         if theirs != ours:
             theirs, ours = (" x ".join(map(str, sizes)) for sizes in (theirs, ours))

@@ -22,19 +22,19 @@ path to rounding, except what its flag calls approximate; `--slow` runs the plai
 Writes NAME.mp4, NAME.png (contact sheet), NAME.json (settings and timings) and
 NAME.safetensors (the latent before it is decoded: `--decode NAME.safetensors`).
 """
-import os
+from files import errors
 
-# busy-waiting threads slow every other process down; must precede torch
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
+import itertools
+import json
+import os
 import re
 import resource
-import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import dit
 import flow
-from files import checkpoint, video
+from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
 from kernels import Replay
@@ -279,20 +279,26 @@ GONE = {
     "--tile": "use --memory GIB, from which the tile is chosen",
     "--noise": "in Python, sample.generate(noise=...) takes it",
 }
+#: what decides a latent, which --decode has already
+LATENT = ("prompt", "negative", "image", "last_image", "seed", "text_cache", "lora", "steps",
+          "solver", "guidance", "shift", "compile", "fp8")
+LONGEST = 200  # bytes of a name, to which suffixes are added
+#: what a video does not depend on
+NEUTRAL = ("memory", "offload", "download", "text_cache")
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Prompt (and image) to video. What is left out "
-                                     "is as the model was made for.")
+    parser = options.Parser(description="Prompt (and image) to video. What is left out is as the "
+                            "model was made for.")
     what = parser.add_argument_group("what").add_argument
     what("--prompt", help="what the video shows")
     what("--negative", help="what it should not show")
     what("--image", metavar="FILE", help="picture that becomes the first frame")
     what("--last-image", metavar="FILE", help="and the last frame")
-    what("--frames", type=int, help="number of frames")
+    what("--frames", type=options.whole(1, 100_000), help="number of frames")
     what("--size", type=video.size_arg, metavar="HxW",
          help="height x width in pixels; with --image the picture's aspect is kept")
-    what("--seed", type=int, default=0, help="of the noise, the same on every machine (0)")
+    what("--seed", type=options.seed, default=0, help="of the noise, the same on every machine (0)")
     which = parser.add_argument_group("which model").add_argument
     which("--model", help="dc (default) or base: the embedded toys; a folder made by adapt.py, "
           f"or a LoRA file in it; {', '.join(released.RELEASED)}")
@@ -303,11 +309,11 @@ def arguments(argv=None):
     which("--lora", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH[:EXPERT]]",
           help="add a LoRA (to the expert high or low only); may be repeated")
     how = parser.add_argument_group("how").add_argument
-    how("--steps", type=int, help="solver steps")
+    how("--steps", type=options.whole(1, 1000), help="solver steps")
     how("--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"])
     how("--guidance", type=guidance_arg, metavar="G",
         help="classifier-free guidance; 1 is none; LOW,HIGH for two experts")
-    how("--shift", type=float, help="shift of the noise schedule")
+    how("--shift", type=options.real(0, 1000, above=True), help="shift of the noise schedule")
     how("--slow", action="store_true",
         help="the plain path: plain kernels, nothing kept between steps; equal to rounding")
     how("--compile", action="store_true",
@@ -315,25 +321,27 @@ def arguments(argv=None):
     how("--fp8", action="store_true",
         help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
     how("--dtype", choices=TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
-    how("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu")
+    how("--device", type=options.device, default=options.DEVICE)
     how("--offload", choices=["none", "parts", "blocks"],
         help="what leaves the device while it is not used (default: as little as fits)")
-    how("--memory", type=float, metavar="GIB", help="memory to plan for (default: what is free)")
+    how("--memory", type=options.real(0, 1e6, above=True), metavar="GIB",
+        help="memory to plan for (default: what is free)")
     how("--plan", action="store_true", help="print what the run needs, and stop")
     output = parser.add_argument_group("output").add_argument
     output("--out", default="out/sample", help="folder for the results (out/sample)")
-    output("--name", help="file name without suffix (default: model, prompt and seed)")
+    output("--name", type=name_arg, help="file name without suffix (default: model, prompt and "
+           "seed); a number is added where it holds a video made with other settings")
     output("--decode", metavar="FILE", help="only decode a latent saved by an earlier run again")
-    checkpoint.refuse_options(parser, GONE)
-    args = parser.parse_args(argv)
-    for flag in ("frames", "steps"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} must be at least 1, got {value}.")
+    parser.refuse_gone(GONE)
+    args, given = parser.parse(argv)
     if args.slow and (args.compile or args.fp8):
         raise UserError("--slow is the plain path: leave --compile and --fp8 away.")
-    if args.prompt is None and args.decode is None:
+    if args.decode is not None:
+        parser.refuse("--decode, for the latent is made", given & set(LATENT))
+    elif args.prompt is None:
         parser.error("--prompt is needed (or --decode FILE).")
+    if args.model in (None, "dc", "base"):
+        parser.refuse("the embedded models", given & {"download", "text_cache"})
     return args
 
 
@@ -342,29 +350,26 @@ def lora_arg(text):
     colons."""
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
     file, strength, expert = re.fullmatch(
-        rf"(.+?)(?::({number}))?(?::(high|low))?", text).groups()
-    return Lora(file, float(strength or 1), expert or "")
-
-
-def device_arg(text):
-    """cpu, cuda, cuda:1, ... -> torch.device"""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a device: give cpu, cuda or cuda:NUMBER") from None
-    there = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise argparse.ArgumentTypeError(f"{text} is not there: torch finds {there} GPUs")
-    return device
+        rf"(.*?)(?::({number}))?(?::(high|low))?", text, re.DOTALL).groups()
+    return Lora(file, options.real(-100, 100)(strength or "1"), expert or "")
 
 
 def guidance_arg(text):
     """One number, or LOW,HIGH -> float or pair."""
-    values = [float(v) for v in text.split(",")]
+    values = [options.real(0, 100)(part) for part in text.split(",")]
     if len(values) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or LOW,HIGH")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def name_arg(text):
+    """A file name without suffix: no path, and short enough for every suffix."""
+    if not text or "/" in text or "\0" in text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name; --out takes the folder")
+    if len(os.fsencode(text)) > LONGEST:
+        raise argparse.ArgumentTypeError(f"a name of {len(os.fsencode(text))} bytes is too long, "
+                                         f"{LONGEST} are possible")
+    return text
 
 
 class Timer(dict):
@@ -388,6 +393,8 @@ class Run:
     """What a run of the command line knows: `resolve` and `prepare` fill it."""
 
     args: argparse.Namespace
+    name: str = ""  # of the results
+    stored: dict = field(default_factory=dict)  # settings of a latent to decode again
     seconds: Timer = field(default_factory=Timer)
     latent: torch.Tensor | None = None  # to decode again
     model: Model | None = None
@@ -397,30 +404,61 @@ class Run:
     plan: memory.Plan | None = None
 
     def file(self, suffix):
-        """Path of a result, named after model, prompt and seed unless --name says
-        otherwise."""
+        """Path of a result."""
+        return Path(self.args.out) / (self.name + suffix)
+
+    def claim(self):
+        """Choose the name of the results -> the lock that keeps it for this process:
+        --name, or model, prompt and seed; with a number behind it where that one holds a
+        video made with other settings, or another process is at it."""
         args = self.args
         label = Path(args.model).stem if Path(args.model).exists() else args.model
         words = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-        name = args.name or (Path(args.decode).stem if args.decode else None)
-        name = name or f"{label}-{words}-{args.seed}"
-        return Path(args.out) / (name + suffix)
+        wanted = args.name or (Path(args.decode).stem if args.decode else None)
+        wanted = wanted or f"{label[:60]}-{words}-{args.seed}"
+        wanted = os.fsencode(wanted)[:LONGEST].decode(errors="ignore")
+        for number in itertools.count(1):
+            self.name = wanted if number == 1 else f"{wanted}-{number}"
+            with suppress(folders.Locked):
+                lock = folders.Lock(args.out, f".{self.name}.lock")
+                if self.is_ours():
+                    return lock
+                lock.release()
+
+    def is_ours(self):
+        """Is there no video of this name yet, or one of these settings?"""
+        if not any(self.file(s).exists() for s in (".json", ".safetensors", ".mp4", ".png")):
+            return True
+        made = {}
+        with suppress(UserError):
+            if self.file(".json").exists():
+                made = checkpoint.read_json(self.file(".json")).get("settings")
+            elif self.file(".safetensors").exists():
+                made = checkpoint.open_tensors(self.file(".safetensors"))[1].get("settings")
+        ours = json.loads(json.dumps(settings_of(self), default=str))
+        decisive = [k for k in ours if k not in NEUTRAL]
+        return isinstance(made, dict) and all(made.get(k) == ours[k] for k in decisive)
 
 
 def resolve(args):
     """Arguments -> Run: every setting has its value, pictures and model are looked
     at."""
-    run, stored = Run(args), {}
+    run = Run(args)
     if args.decode:
         tensors, metadata = checkpoint.load_tensors(args.decode)
-        run.latent, stored = tensors.get("latent"), metadata.get("settings")
-        if run.latent is None or not isinstance(stored, dict):
+        run.latent, run.stored = tensors.get("latent"), metadata.get("settings")
+        if run.latent is None or not isinstance(run.stored, dict):
             raise UserError(f"{args.decode} is not a latent saved by sample.py: give the "
                             ".safetensors file beside a video.")
+        for name in ("steps", "shift", "solver", "guidance"):
+            value = run.stored.get(name)
+            setattr(args, name, tuple(value) if isinstance(value, list) else value)
     for name, default in dict(model="dc", weights=[], frames=None, size=None, prompt="").items():
         if not getattr(args, name):
-            setattr(args, name, stored.get(name) or default)
-    if args.download and args.model in released.RELEASED:
+            setattr(args, name, run.stored.get(name) or default)
+    if args.download and args.model not in released.RELEASED:
+        raise UserError(f"--download says nothing to {args.model}: leave it out.")
+    if args.download:
         args.weights = args.weights or [f"checkpoints/{args.model}"]
         released.download(args.model, args.weights[0])
     args.dtype = matmul_dtype(args)
@@ -477,6 +515,9 @@ def prepare(run):
         run.sampling = s = replace(s, graph=no_graph(model, args.slow) is None)
         run.choices.append(describe_step(model, s))
     print("\n".join(f"  {line}" for line in run.choices))
+    folders.writable(args.out)
+    pixels = s.frames * s.size[0] * s.size[1] * model.upscale**2
+    folders.check_room(args.out, 10e6 + pixels / 10, "the results")
     model.to(args.device)
 
 
@@ -526,8 +567,6 @@ def produce(run):
     if latent is None:
         with run.seconds("text"):
             context, null = model.contexts([args.prompt], args.negative)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # told now, not after the work
         first, last = run.images
         with run.seconds("transformer"):
             latent = generate(model, context, first, last_image=last, null=null, progress=True,
@@ -543,7 +582,8 @@ def settings_of(run):
     left_out = ("out", "name", "plan", "decode")
     given = {k: v for k, v in vars(run.args).items() if k not in left_out}
     chosen = {k: v for k, v in asdict(run.sampling).items() if k in given}
-    return {**given, **chosen, "device": str(run.args.device)}
+    before = {k: run.stored[k] for k in LATENT if k in run.stored}
+    return {**given, **chosen, "device": str(run.args.device), **before}
 
 
 def report(run):
@@ -611,14 +651,15 @@ def ahead(pieces):
 
 
 def main(argv=None):
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run = resolve(arguments(argv))
     prepare(run)
-    if not run.args.plan:
+    if run.args.plan:
+        return
+    with run.claim():
         produce(run)
         report(run)
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

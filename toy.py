@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import checkpoint
+from files import errors
 from files.checkpoint import UserError
 from files.video import contact_sheet, to_tensor, write_video
 
@@ -286,5 +286,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

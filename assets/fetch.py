@@ -36,7 +36,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import checkpoint, video
+from files import checkpoint, errors, video
 from files.checkpoint import UserError
 
 # Licences as the packages state them (metadata, README, source, Debian copyright file);
@@ -235,5 +235,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

@@ -7,9 +7,9 @@
 
 Each writes OUT/bench_SUITE.json, the last two a roofline beside it.
 """
-import os
+from files import errors
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy threads slow others; before torch
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
 from pathlib import Path
@@ -18,19 +18,19 @@ import torch
 
 from bench import cpu, gpu
 from bench.harness import Report
-from files import checkpoint
+from files import options
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--suite", choices=("toy", "cpu", "gpu"), default="toy")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7, help="rounds, of which the median counts")
+    parser.add_argument("--threads", type=options.threads, default=1, help="of the CPU")
     parser.add_argument("--results", default="out", help="folder for the report")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)[0]
     torch.set_num_threads(args.threads)
     path = Path(args.results) / f"bench_{args.suite}.json"
     if args.suite == "gpu":
@@ -44,5 +44,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

@@ -22,9 +22,9 @@ seeds at that rate. `verdicts.py` says what follows from the spread over seeds.
 
 OUT/trials.jsonl holds what is finished, so the same command goes on where it stopped.
 """
-import os
+from files import errors
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # busy threads slow others; before torch
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
 import contextlib
@@ -55,7 +55,7 @@ import toy
 from dit import ENDS
 from experiments import verdicts
 from experiments.verdicts import GROUPS, spread
-from files import checkpoint, video
+from files import checkpoint, options, video
 from files.checkpoint import UserError
 from training import bases, journal, loop, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
@@ -631,7 +631,7 @@ def show(world, path):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         description="Ways to move a transformer into a deep latent space, on narrow toy data.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -641,15 +641,15 @@ def main(argv=None):
         help=f"A to G, or options of E: {', '.join(OPTIONS)} (ARMS and OPTIONS in this file)")
     add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
         help="deep autoencoders, each of which gets the whole comparison")
-    add("--steps", type=int, help="of every arm, in place of the preset's")
-    add("--seeds", type=int, help="fewer than the preset's; the others can be added later")
+    add("--steps", type=options.whole(1), help="of every arm, in place of the preset's")
+    add("--seeds", type=options.whole(1, 1000), help="fewer than the preset's; the others can be added later")
     add("--base-weights", help="transformer of the base in place of the embedded one")
     add("--half-weights", help="one trained at half the size too, for the control")
     add("--out", type=Path, default=Path("out/adaptation"), help="caches, trials, weights")
     add("--results", type=Path, help="report and pictures (default: OUT)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="CPU threads (default: all)")
-    args = p.parse_args(argv)
+    add("--device", type=options.device, default=options.DEVICE)
+    add("--threads", type=options.threads, help="CPU threads (default: all)")
+    args, _ = p.parse(argv)
     if "E" not in args.arms and set(args.arms) & OPTIONS.keys():
         raise UserError("options take the learning rate of E: add E to --arms.")
     names = [file.stem for file in args.ae]
@@ -675,5 +675,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

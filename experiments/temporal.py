@@ -26,7 +26,7 @@ from einops import rearrange
 import ae
 import kernels
 from chunk_causal import run_layers
-from files import checkpoint, video
+from files import checkpoint, options, video
 from training import clips, loop, metrics
 from training.muon import Muon
 
@@ -306,7 +306,7 @@ def table(arms):
 
 
 def main_compare(argv):
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         prog="ae.py compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train and judge the arms of the paper's comparison on film.")
     p.add_argument("--data", nargs="+", default=["out/clips", "out/pans"], metavar="FOLDER",
@@ -315,11 +315,11 @@ def main_compare(argv):
     p.add_argument("--results", metavar="FOLDER",
                    help="of compare.json and its plot, where it is not --out")
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    p.add_argument("--steps", type=int, help="of each arm, in place of its group's")
-    p.add_argument("--seed", type=int, default=0, help="of weights and clips")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    checkpoint.refuse_options(p, {"--score": "what is finished is only judged: leave it out"})
-    args = p.parse_args(argv)
+    p.add_argument("--steps", type=options.whole(1), help="of each arm, in place of its group's")
+    p.add_argument("--seed", type=options.seed, default=0, help="of weights and clips")
+    p.add_argument("--threads", type=options.threads, default=1, help="CPU threads")
+    p.refuse_gone({"--score": "what is finished is only judged: leave it out"})
+    args, _ = p.parse(argv)
     torch.set_num_threads(args.threads)
     out, arms = Path(args.out), {}
     results, films = Path(args.results or out), hold_out(args.data, out)

@@ -1,4 +1,4 @@
-"""Reading and writing weights safely, and the mistakes that a user can mend.
+"""Reading and writing weights safely.
 
 Every weight file of the project goes through this file, in both directions:
 
@@ -15,10 +15,8 @@ Every weight file of the project goes through this file, in both directions:
     tensors["head.head.weight"].shape                    # (64, 5120)
     tensors["head.head.weight"].read()                   # now this one is in memory
 """
-import argparse
 import contextlib
 import datetime
-import errno
 import json
 import os
 import pickle
@@ -26,7 +24,6 @@ import platform
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -37,79 +34,26 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from files import ROOT
-
-
-class UserError(Exception):
-    """A mistake the user can mend, told in one sentence that says what to do."""
-
-
-@contextlib.contextmanager
-def user_errors():
-    """Wrap a script's `main`: what the user can mend becomes one sentence on stderr and
-    exit status 1. Set `DEBUG=1` to see the traceback instead."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped; finished work is kept.", file=sys.stderr)
-        raise SystemExit(130)
-    except (UserError, torch.cuda.OutOfMemoryError, OSError) as error:
-        if os.environ.get("DEBUG"):
-            raise
-        lines = map(printable, sentence(error).split("\n"))  # lists of what is missing have some
-        print("error:", "\n".join(lines), file=sys.stderr)
-        raise SystemExit(1)
-
-
-def sentence(error):
-    """What the user can do about an error."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of GPU memory: lower --frames, --size or --batch, or use --device cpu."
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.errno == errno.ENOSPC:
-        file = error.filename or "a file"
-        return f"the disk is full while writing {file}: free some space and run it again."
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return (f"{error.filename} cannot be written or read (permission denied or read-only): "
-                "choose another folder with --out.")
-    if isinstance(error, FileNotFoundError):
-        return f"{error.filename} does not exist: check the path."
-    return str(error)
-
-
-def printable(text):
-    """Words that may hold names of files, for people: without control characters, and
-    always UTF-8."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return "".join(shown)
-
-
-def refuse_options(parser, gone):
-    """Options that went, {"--old": "what to use instead"}: each is refused in one
-    sentence. They are not in --help."""
-    class Gone(argparse.Action):
-        def __call__(self, parser, namespace, values, option):
-            raise UserError(f"{option} is gone: {gone[option]}.")
-
-    for option in gone:
-        parser.add_argument(option, nargs="*", action=Gone, help=argparse.SUPPRESS)
+from files import ROOT, folders
+from files.errors import UserError, naming
 
 
 # ------------------------------------------------------------------------- files of any kind
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path, size=0):
     """Yield a temporary path beside `path` (same suffix); on success it replaces
-    `path`, on failure it is removed."""
+    `path`, on failure it is removed. size: bytes that will be needed, for the sentence
+    about a full disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    fd, name = tempfile.mkstemp(path.suffix, folders.owned_prefix(path), path.parent)
     os.close(fd)
     os.chmod(name, 0o644)
     try:
-        yield Path(name)
+        with naming(path, size):
+            yield Path(name)
         os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -196,7 +140,7 @@ def save_tensors(path, tensors, metadata=None):
                             data_offsets=[start, end])
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    with atomic_path(path) as tmp, open(tmp, "wb") as f:
+    with atomic_path(path, len(head) + end) as tmp, open(tmp, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for name in order:  # without a name for it, which would keep it until the next one
             f.write(bytes_of(read(tensors[name])))
@@ -257,9 +201,10 @@ def open_tensors(path):
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index} is not an index of shards (it has no weight_map): get this file "
                         "again.")
+    where = {bare(name): file for name, file in where.items()}
     tensors, metadata = {}, {}
     for file in sorted({index.parent / name for name in where.values()}):
-        if not file.is_file():
+        if not file.exists() and not file.is_symlink():
             raise UserError(f"{file} does not exist, but {index.name} names it: the download is "
                             "not complete, get this file too.")
         found, metadata = open_file(file)
@@ -289,9 +234,7 @@ def index_in(path):
 
 def only_file(path):
     """The weight file that `path` is, or the only one in the folder `path`."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the path of a weight file.")
-    if path.is_file():
+    if not existing(path).is_dir():
         return path
     for suffixes in ((".safetensors",), (".pt", ".pth", ".bin")):
         files = [f for f in path.iterdir() if f.suffix in suffixes]
@@ -305,8 +248,21 @@ def only_file(path):
     raise UserError(f"{path} holds no weight file: give the folder or the file with the weights.")
 
 
+def existing(path):
+    """The path, if there is something. UserError where there is not, or a link to
+    nothing."""
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: get the "
+                        "file again.")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of a weight file.")
+    return path
+
+
 def open_file(file):
     """One weight file -> ({name: Stored}, metadata)"""
+    existing(file)
 
     def stored(name):  # opened anew for each tensor (0.6 ms): no pages stay mapped
         with open_safetensors(file) as f:
@@ -326,7 +282,7 @@ def open_file(file):
                 raise UserError(f"{name} in {file} has the type {dtype}, which is not supported: "
                                 "use bf16, fp16 or fp32 weights.")
             tensors[name] = Stored(shape, DTYPES[dtype], lambda name=name: stored(name), file.name)
-        return tensors, metadata_of(f)
+        return renamed(tensors, bare, str(file)), metadata_of(f)
 
 
 @contextlib.contextmanager
@@ -358,12 +314,13 @@ def load_tensors(path):
     `weights_only=True`, unwrapped by `unwrap`. Metadata values that are JSON are
     parsed. Raises UserError for a missing, truncated or unsafe file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the path of a weight file.")
+    path = existing(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the path of a weight file.")
     if path.suffix == ".safetensors":
         with open_safetensors(path) as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, metadata_of(f)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return renamed(tensors, bare, str(path)), metadata_of(f)
     return unwrap(load_pickle(path)), {}
 
 
@@ -392,14 +349,33 @@ def load_pickle(path, mmap=False):
 
 
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
+HOLDERS = ("model.", "diffusion_model.")  # programs that keep a network inside of another one
+
+
+def bare(name):
+    """A tensor's name without what compilers, distributed training and other programs
+    add to it: the same for weights and adapters, in every kind of file."""
+    name = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+    while name.startswith(HOLDERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def renamed(tensors, spell, what="these weights"):
+    """{spell(name): tensor}. UserError where two names become one."""
+    names = {}
+    for key in tensors:
+        if names.setdefault(spell(key), key) != key:
+            raise UserError(f"{what} hold {spell(key)} twice, as {names[spell(key)]} and as "
+                            f"{key}: get a file with one model.")
+    return {name: tensors[key] for name, key in names.items()}
 
 
 def unwrap(container):
     """Official training container -> bare state dict.
 
     `ema_model_state_dict` is `{decay: state_dict}` and wins (first entry), then
-    `model_state_dict`, then `state_dict`, then the dict itself. The wrappers of
-    distributed training are removed from the names, wherever they stand.
+    `model_state_dict`, then `state_dict`, then the dict itself. Names are `bare`.
     """
     sd = container
     if not isinstance(sd, dict):
@@ -410,21 +386,26 @@ def unwrap(container):
         sd = sd["model_state_dict"]
     elif isinstance(sd.get("state_dict"), dict):
         sd = sd["state_dict"]
-    tensors = {}
-    for name, value in sd.items():
-        if isinstance(value, torch.Tensor):
-            parts = [part for part in str(name).split(".") if part not in WRAPPERS]
-            tensors[".".join(parts)] = value
+    tensors = {name: value for name, value in sd.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError("this file holds no tensors: give a model's weight file.")
-    return tensors
+    return renamed(tensors, bare)
 
 
 def load_strict(net, tensors, what):
     """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype
-    widens or narrows to the parameter's own. Strict: a missing, unexpected or wrongly
-    shaped tensor is a UserError that names it; nothing is copied then."""
+    widens or narrows to the parameter's own. Nothing is copied where they do not fit."""
     own = net.state_dict()
+    check_fit(own, tensors, what)
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(read(tensors[name]))
+    return net
+
+
+def check_fit(own, tensors, what):
+    """Strict: a missing, unexpected or wrongly shaped tensor is a UserError that names
+    it, and so are whole numbers where floats belong. Looks at headers only."""
     wrong = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys()}
     parts = [f"{len(names)} {how} (first: {min(names)})" for how, names in wrong.items() if names]
     if parts:
@@ -437,7 +418,6 @@ def load_strict(net, tensors, what):
             raise UserError(f"{what} does not fit this model: {name} has shape {list(given.shape)}"
                             f"{place}, expected {list(value.shape)}; use the weights of the same "
                             "model.")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(read(tensors[name]))
-    return net
+        if value.is_floating_point() and not given.dtype.is_floating_point:
+            raise UserError(f"{what} holds {name} in {str(given.dtype)[6:]}, whole numbers without "
+                            "a scale that is known here: use bf16, fp16, fp32 or fp8 weights.")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from files import checkpoint
-from files.checkpoint import Stored, UserError, read
+from files.checkpoint import Stored, UserError, bare, read, renamed
 
 # (original, diffusers); the first that matches whole path components wins.
 BLOCK_NAMES = [  # inside blocks.i.
@@ -140,21 +140,12 @@ def original(tensors):
 
 
 def without_prefix(name):
-    return name.removeprefix("model.diffusion_model.").removeprefix("0.")
+    return bare(name).removeprefix("0.")
 
 
 def unused(name):
     """DC-VideoGen's training, ComfyUI's mark on fp8 files, old diffusers exports."""
     return name in ("null_embedding", "scaled_fp8") or "norm_added_q" in name
-
-
-def renamed(tensors, spell):
-    names = {}
-    for key in tensors:
-        if names.setdefault(spell(key), key) != key:
-            raise UserError(f"these weights hold {spell(key)} twice, as {names[spell(key)]} and as "
-                            f"{key}: get a file with one model.")
-    return {name: tensors[key] for name, key in names.items()}
 
 
 def apply_scales(tensors):

@@ -69,12 +69,17 @@ def on_white(frames):
     return np.minimum(colours + 255 - alpha, 255).astype(np.uint8)
 
 
+LARGEST = 16384  # side of a frame that anything here can be asked for
+
+
 def size_arg(text):
     """argparse type: "180x320" -> (180, 320), rows first."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     size = tuple(map(int, match.groups())) if match else (0, 0)
     if 0 in size:
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 180x320")
+    if max(size) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} has a side of more than {LARGEST} pixels")
     return size
 
 

@@ -21,7 +21,7 @@ import lora
 import sample
 import toy
 from conftest import ROOT
-from files import checkpoint, video
+from files import checkpoint, errors, video
 from files.checkpoint import UserError
 from tiny_layouts import FOLDERS, TEXT_DIM
 from training import bases, loop, toy_base
@@ -131,7 +131,7 @@ def quick(monkeypatch):
 
 
 TINY_RUN = ["--base", "toy", "--shards", "2", "--steps-head", "4", "--steps", "4", "--batch", "4", "--accumulate", "1", "--prompts", "2",
-            "--rank", "2", "--steps-align", "20", "--device", "cpu"]
+            "--rank", "2", "--device", "cpu"]
 
 
 def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, quick, tmp_path, monkeypatch, capsys):
@@ -210,9 +210,11 @@ def wan(tiny_folders, clips, text_cache, quick, tmp_path, monkeypatch):
     def run(base, *more, deep="DC-VideoGen-Wan2.1-14B", layout=0, out=tmp_path / "out"):
         name = bases.ALIASES.get(base, base)
         monkeypatch.setitem(bases.BASES, name, dataclasses.replace(bases.BASES[name], validation=4))
+        ends = [] if "--continue-from" in more else ["--steps-head", "2"]
+        ends += [] if {"--align", "--continue-from"} & {*more} else ["--steps-align", "3"]
         adapt.main(["--base", base, "--weights", *(str(tiny_folders / f) for f in (*FOLDERS[name][layout], deep)), "--data", str(clips), "--buckets", "64x96F32MS",
                     "--frames", "8", "--text-cache", str(text_cache), "--null", "empty", "--out", str(out), "--device", "cpu", "--batch", "1", "--accumulate", "2",
-                    "--steps-align", "3", "--steps-head", "2", "--steps", "3", "--warmup", "2", "--lr", "1e-2", "--rank", "2", "--sample-steps", "2", *more])
+                    *ends, "--steps", "3", "--warmup", "2", "--lr", "1e-2", "--rank", "2", "--sample-steps", "2", *more])
         return out
 
     return run
@@ -478,7 +480,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsy
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, tensors, about)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit), checkpoint.user_errors():
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), errors.user_errors():
         patch.setattr(loop, "save_sharded", full)
         adapt.train_head(job, job.expert)
     assert "the disk is full while writing" in capsys.readouterr().err
@@ -495,7 +497,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(job, monkeypatch, capsy
     (["--base", "wan2.1", "--shards", "2"], "--shards says nothing to --base wan2.1"),
     (["--score", "--rank", "2"], "--rank says nothing to --score"),
     (["--gpus", "2"], "--gpus says nothing to a run .torchrun"),
-    (["--shards", "0"], "--shards must be at least 1, got 0")])
+    (["--shards", "0"], "argument --shards: '0' is not a whole number from 1")])
 def test_an_option_that_went_or_would_be_ignored_is_refused(tiny_toy, argv, says):
     with pytest.raises(UserError, match=says):
         adapt.main([*argv, "--device", "cpu"])

@@ -13,7 +13,7 @@ from PIL import Image
 
 import toy
 from conftest import ROOT
-from files import checkpoint, video
+from files import checkpoint, errors, video
 from files.checkpoint import UserError
 
 BUNNY = ROOT / "assets" / "bunny.mp4"
@@ -471,7 +471,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch, capsys, frames):
     (tmp_path / "full.mp4").symlink_to("/dev/full")  # where every write fails
     full = contextlib.nullcontext(tmp_path / "full.mp4")
     monkeypatch.setattr(checkpoint, "atomic_path", lambda path: full)
-    with pytest.raises(SystemExit), checkpoint.user_errors():
+    with pytest.raises(SystemExit), errors.user_errors():
         video.write_video(tmp_path / "a.mp4", torch.zeros(3, 4 * frames, 128, 128), fps=8)
     said = f"error: the disk is full while writing {tmp_path / 'a.mp4'}: free some space"
     assert capsys.readouterr().err.startswith(said)
@@ -485,7 +485,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path, capsys, frames):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-        with pytest.raises(SystemExit), checkpoint.user_errors():
+        with pytest.raises(SystemExit), errors.user_errors():
             pieces = (torch.rand(3, 4, 128, 128) * 2 - 1 for _ in range(frames))
             video.write_video(tmp_path / "clip.mp4", pieces, fps=8)
     finally:
@@ -504,7 +504,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
 
     monkeypatch.setattr(checkpoint.tempfile, "mkstemp", read_only)
-    with pytest.raises(SystemExit) as e, checkpoint.user_errors():
+    with pytest.raises(SystemExit) as e, errors.user_errors():
         video.write_video(tmp_path / "clip.mp4", torch.zeros(3, 2, 8, 8), fps=8)
     assert e.value.code == 1 and "choose another folder with --out" in capsys.readouterr().err
 

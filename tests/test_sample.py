@@ -24,7 +24,7 @@ import kernels
 import lora
 import sample
 from conftest import ROOT
-from files import checkpoint, video
+from files import checkpoint, errors, folders, video
 from files.checkpoint import UserError
 from gpu import choose
 from training import toy_score
@@ -331,8 +331,7 @@ QUICK = ["--frames", "5", "--size", "50x70", "--steps", "2"]
 
 
 @pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main sets it: put back
+def out(tmp_path):
     return tmp_path / "new folder" / "out"
 
 
@@ -342,7 +341,7 @@ def files(folder):
 
 def refusal(capsys, *argv):
     """Run the command line with arguments it must refuse -> the one sentence it says."""
-    with pytest.raises(SystemExit) as e, checkpoint.user_errors():
+    with pytest.raises(SystemExit) as e, errors.user_errors():
         sample.main(list(map(str, argv)))
     said = capsys.readouterr().err
     assert e.value.code in (1, 2) and "Traceback" not in said
@@ -402,9 +401,16 @@ def test_unknown_words_are_warned_about(tiny_toy, out):
     ("--model", "none.safetensors", "none.safetensors does not exist"),
     ("--size", "64", "'64' is not HEIGHTxWIDTH, for example 180x320"),
     ("--size", "64x0", "'64x0' is not HEIGHTxWIDTH"),
-    ("--frames", "0", "--frames must be at least 1, got 0."),
-    ("--steps", "0", "--steps must be at least 1, got 0."),
-    ("--shift", "0", "--shift must be above 0"),
+    ("--frames", "0", "argument --frames: '0' is not a whole number from 1 to 100000"),
+    ("--steps", "1000000000", "argument --steps: '1000000000' is not a whole number from 1 to 1000"),
+    ("--shift", "0", "argument --shift: '0' is not a number above 0, up to 1000"),
+    ("--guidance", "nan", "argument --guidance: 'nan' is not a number from 0 to 100"),
+    ("--memory", "nan", "'nan' is not a number above 0"),
+    ("--seed", "18446744073709551616", "is not a whole number from 0 to 9223372036854775807"),
+    ("--size", "999968x999968", "has a side of more than 16384 pixels"),
+    ("--device", "mps", "there is no device 'mps' that can be used: use cpu"),
+    ("--name", "x" * 300, "a name of 300 bytes is too long, 200 are possible"),
+    ("--text-cache", "a", "--text-cache says nothing to the embedded models: leave it out"),
     ("--solver", "magic", "invalid choice: 'magic'"),
 ])
 def test_bad_arguments(tiny_toy, tmp_path, out, capsys, monkeypatch, flag, value, says):
@@ -487,8 +493,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tiny_toy, tmp_p
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(sample, "generate", None)  # is not reached
-    monkeypatch.setattr(sample.tempfile, "TemporaryFile", read_only)  # permissions mean nothing to the super user
-    assert f"{out} cannot be written or read" in refusal(capsys, "--prompt", "a ring", "--out", out)
+    monkeypatch.setattr(folders.tempfile, "TemporaryFile", read_only)  # permissions mean nothing to the super user
+    assert f"nothing can be written into the folder {out} (read-only file system)" in refusal(capsys, "--prompt", "a ring", "--out", out)
     (tmp_path / "file").write_text("")
     assert "file" in refusal(capsys, "--prompt", "a ring", "--out", tmp_path / "file" / "below")
 
@@ -501,11 +507,11 @@ def test_a_full_disk(tiny_toy, out, capsys, monkeypatch, full_from, left):
     device.symlink_to("/dev/full")  # every write fails with "no space left on device"
 
     @contextlib.contextmanager
-    def full(path):
+    def full(path, size=0):
         if Path(path).suffix == full_from:
             yield device
         else:
-            with atomic_path(path) as tmp:
+            with atomic_path(path, size) as tmp:
                 yield tmp
 
     monkeypatch.setattr(checkpoint, "atomic_path", full)

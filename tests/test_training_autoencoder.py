@@ -371,7 +371,7 @@ def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
                            ("--measure", "gone: the step was timed by this script")):
         with pytest.raises(UserError, match=f"{argument} is {said}"):
             ae.main(["train", "--preset", "toy", argument, "w"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="'beauty=1' is not NAME=WEIGHT"):
         ae.main(["train", "--losses", "beauty=1"])
     with pytest.raises(UserError, match="no phase refine here: use low, decoder"):
         ae.main(["train", "--preset", "toy", "--phases", "refine"])

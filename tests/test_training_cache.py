@@ -16,7 +16,7 @@ import torch
 import ae
 import dit
 import toy
-from files import checkpoint, video
+from files import checkpoint, errors, video
 from files.checkpoint import UserError
 from training import cache, captions, entries, loop
 from wan import models, released, vae
@@ -333,7 +333,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(folder, tiny, monkeypatch
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
     make = lambda: cache.Source(folder, student, folder=tmp_path, **HOW)
-    with pytest.raises(SystemExit), checkpoint.user_errors():
+    with pytest.raises(SystemExit), errors.user_errors():
         make()
     assert f"error: the disk is full while writing {tmp_path}" in capsys.readouterr().err
     assert all(f.exists() for f in written) and not list(tmp_path.rglob(".*"))

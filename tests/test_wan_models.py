@@ -7,6 +7,7 @@ text encoder too. What other programs make of the same files: test_peer.py.
 import dataclasses
 import fnmatch
 import gc
+import itertools
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ import flow
 import lora
 import sample
 from conftest import ROOT, golden
-from files import checkpoint, video
+from files import checkpoint, errors, video
 from files.checkpoint import UserError
 from gpu import choose
 from tiny_layouts import DC_SHIFT, FOLDERS, TEXT_DIM
@@ -78,15 +79,17 @@ def run(tiny_folders, text_cache, picture, tmp_path, monkeypatch):
     picture for a model that takes one, where `more` does not say otherwise."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main sets it: put back
 
+    numbers = itertools.count()
+
     def run(name, folders, *more, weights=tiny_folders, with_picture=True):
         defaults = {"--prompt": PROMPT, "--negative": NEGATIVE, "--frames": 3, "--size": "24x34", "--steps": 1, "--text-cache": text_cache,
-                    "--device": "cpu", "--out": tmp_path / "out", "--name": name}
+                    "--device": "cpu", "--out": tmp_path / "out" / str(next(numbers)), "--name": name}
         if released.RELEASED[name].task != "t2v" and with_picture:
             defaults["--image"] = picture
         given = [*map(str, more)]
         defaults = [str(part) for pair in defaults.items() if pair[0] not in given for part in pair]
         sample.main(["--model", name, "--weights", *(str(weights / f) for f in folders), *defaults, *given])
-        file = tmp_path / "out" / name
+        file = Path(defaults[defaults.index("--out") + 1]) / name
         return file, checkpoint.load_tensors(f"{file}.safetensors")[0]["latent"]
 
     return run
@@ -96,11 +99,11 @@ def run(tiny_folders, text_cache, picture, tmp_path, monkeypatch):
 def refusal(run, tmp_path, capsys):
     """refusal(...) as run(...), which must refuse -> what it says: an error of status 1 without traceback, and no file is written."""
     def refusal(*arguments, **more):
-        with pytest.raises(SystemExit) as e, checkpoint.user_errors():
+        with pytest.raises(SystemExit) as e, errors.user_errors():
             run(*arguments, **more)
         said = capsys.readouterr().err
         assert e.value.code == 1 and "Traceback" not in said and "error: " in said
-        assert not list(tmp_path.glob("out/*"))
+        assert not list(tmp_path.glob("out/*/*"))
         return said[said.index("error: ") + 7 :].strip()
 
     return refusal
@@ -511,7 +514,7 @@ def test_other_ways_to_the_same_video(run):
     (["--lora", "{cache}:1:high"], "has one transformer, no experts: use --lora .*:1 without :high."),
     (["--text-cache", "cache.pt"], "must have a name that ends in .safetensors"),
     (["--memory", "1e-6"], "needs about .* GiB free: use a smaller --size"),
-    (["--shift", "0"], "--shift must be above 0"),
+    (["--shift", "0"], "argument --shift: '0' is not a number above 0"),
 ])
 def test_arguments_that_do_not_fit(refusal, text_cache, more, says):
     said = refusal("wan2.1-t2v-1.3b", ["Wan2.1-T2V-1.3B"], *(part.format(cache=text_cache) for part in more))

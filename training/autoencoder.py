@@ -42,7 +42,7 @@ import ae
 import kernels
 import toy
 from chunk_causal import ISOLATED, Conv3d
-from files import checkpoint, video
+from files import checkpoint, options, video
 from files.checkpoint import UserError
 from training import clips, latents, loop, losses, metrics
 from training.muon import Muon
@@ -617,16 +617,16 @@ def loss_weight(text):
     """argparse type: "jumps=0.5" -> ("jumps", 0.5)."""
     name, _, weight = text.partition("=")
     try:
-        if name in LOSSES and float(weight) >= 0:
-            return name, float(weight)
-    except ValueError:
+        if name in LOSSES:
+            return name, options.real(0, 1e6)(weight)
+    except argparse.ArgumentTypeError:
         pass
     names = ", ".join(LOSSES)
     raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, with a name of {names}")
 
 
 def arguments():
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         prog="ae.py train",
         description="Train an autoencoder on a folder of clips, or a toy on the toy world. "
         "Interrupted, the same command goes on where it stopped. What is left out has the "
@@ -644,28 +644,48 @@ def arguments():
     add("--align-to", nargs="+", default=(), metavar="FILE",
         help="a base that the latent is to predict: weights of its autoencoder, and of its "
         "transformer; or its name, for files in checkpoints/NAME")
-    add("--align-weight", type=float, default=0.05, help="of that loss (default: %(default)s)")
-    add("--steps", type=int, nargs="+", help="one number for each phase, or one for all")
-    add("--batch", type=int, help="clips per step and process; in the phase image, so many times "
-        "8 (published sizes: 32) pictures")
-    add("--accumulate", type=int, help="batches per step")
-    add("--frames", type=int, help="frames per clip: whole chunks, two or more")
+    add("--align-weight", type=options.real(0, 1e6), default=0.05,
+        help="of that loss (default: %(default)s)")
+    add("--steps", type=options.whole(1), nargs="+",
+        help="one number for each phase, or one for all")
+    add("--batch", type=options.whole(1, 65536),
+        help="clips per step and process; in the phase image, so many times 8 (published "
+        "sizes: 32) pictures")
+    add("--accumulate", type=options.whole(1, 65536), help="batches per step")
+    add("--frames", type=options.whole(1, 10_000),
+        help="frames per clip: whole chunks, two or more")
     add("--size", type=video.size_arg, metavar="HxW", help="of the crops")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=options.learning_rate, help="peak learning rate")
     add("--losses", nargs="+", type=loss_weight, default=(), metavar="NAME=WEIGHT",
         help=f"other weights than the phase's; 0 is off: {', '.join(LOSSES)}")
-    add("--workers", type=int, default=2, help="threads that decode clips (default: %(default)s)")
+    add("--workers", type=options.whole(0, 256), default=2,
+        help="threads that decode clips (default: %(default)s)")
     add("--cache", metavar="FOLDER", help="keep decoded clips there: ten times faster to read")
     add("--fp32", action="store_true", help="no bf16")
-    add("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights and clips")
-    add("--threads", type=int, help="CPU threads")
-    checkpoint.refuse_options(p, GONE)
+    add("--save-every", type=options.whole(1), default=200,
+        help="steps between checkpoints (%(default)s)")
+    add("--seed", type=options.seed, default=0, help="of weights and clips")
+    add("--threads", type=options.threads, help="CPU threads")
+    p.refuse_gone(GONE)
     return p
 
 
+def refuse_unused(p, a, given):
+    """UserError for an option that this run would ignore."""
+    if a.overfit:
+        p.refuse("--overfit, which reads one clip", given & {"data", "workers", "cache"})
+    if not a.data:
+        p.refuse("a run without --data", given & {"workers", "cache"})
+    if not a.align_to:
+        p.refuse("a run without --align-to", given & {"align_weight"})
+    if a.inflate:
+        p.refuse("--inflate, which begins with other weights", given & {"start"})
+
+
 def main_train(argv):
-    a = arguments().parse_args(argv)
+    p = arguments()
+    a, given = p.parse(argv)
+    refuse_unused(p, a, given)
     if a.threads:
         torch.set_num_threads(a.threads)
     if a.fps != "native" and not a.data:
@@ -692,7 +712,9 @@ def main_train(argv):
         raise UserError("--align-to needs a phase that trains the encoder of clips: low or high.")
     settings = Settings(a.seed, a.save_every, not a.fp32, start=a.start, inflate=a.inflate,
                         align_to=tuple(a.align_to))
-    path = train(a.preset, phases, source, a.out, settings)
+    loop.start()
+    with loop.lock(a.out):
+        path = train(a.preset, phases, source, a.out, settings)
     if a.overfit:
         log = [line for line in loop.read_log(path.parent) if "psnr" in line]
         about = dict(clip=Path(a.overfit).name, length=LENGTH, preset=a.preset)

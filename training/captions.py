@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from files import video
-from files.checkpoint import UserError, printable
+from files.errors import UserError, printable
 from training.clips import VIDEOS, iter_files
 from training.entries import hash_file
 

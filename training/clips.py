@@ -25,10 +25,9 @@ What is held out depends on the files alone, not on frames, size or rate
                                       skipped; a contact sheet of samples
     python assets/fetch.py            eight films and some stills into out/clips
 """
-import os
+from files import errors
 
-# busy-waiting threads slow every other process down; must precede torch
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
 import collections
@@ -38,6 +37,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +49,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import checkpoint, video
-from files.checkpoint import UserError, printable
+from files import checkpoint, options, video
+from files.errors import UserError, printable
 from files.video import crop_box
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif "
@@ -595,19 +595,19 @@ def table(folder, frames, size, fps, index, workers):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Show what a folder of clips holds, how it is read "
-                                            "and how it is sampled.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = options.Parser(description="Show what a folder of clips holds, how it is read and how "
+                       "it is sampled.",
+                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("folder")
-    add("--frames", type=int, default=16)
+    add("--frames", type=options.whole(1, 10_000), default=16)
     add("--size", type=video.size_arg, default=(128, 128), help="HEIGHTxWIDTH of a sample")
     add("--fps", type=video.rate_arg, default="native", help="rate at which clips are read")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=2)
+    add("--seed", type=options.seed, default=0)
+    add("--workers", type=options.whole(0, 256), default=2)
     add("--out", default="out/clips.png", help="contact sheet of samples")
     add("--index", default=INDEX, help="what earlier scans found")
-    args = p.parse_args(argv)
+    args, _ = p.parse(argv)
     fps = None if args.fps == "native" else args.fps
     table(args.folder, args.frames, args.size, fps, args.index, args.workers)
     dataset = Clips(args.folder, args.frames, args.size, seed=args.seed, fps=fps, index=args.index)
@@ -621,5 +621,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()

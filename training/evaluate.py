@@ -15,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 from chunk_causal import recut
-from files import ROOT, checkpoint, video
-from files.checkpoint import UserError
+from files import ROOT, checkpoint, folders, options, video
 from gpu import choose
 from training import clips, latents, metrics
 from training.latents import load_autoencoder as load
@@ -126,25 +125,29 @@ def show(path, nets, held_out, frames=4):
 
 
 def main_eval(argv):
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
     p.add_argument("weights", nargs="+", help="DC-AE-V or Wan VAE files")
     p.add_argument("--data", default="out/clips", metavar="FOLDER",
                    help="clips; judged is what training/clips.py holds out of them")
-    p.add_argument("--clips", type=int, default=16, help="how many")
-    p.add_argument("--frames", type=int, default=80,
+    p.add_argument("--clips", type=options.whole(1, 100_000), default=16, help="how many")
+    p.add_argument("--frames", type=options.whole(1, 100_000), default=80,
                    help="per clip, as published; fewer where the clips are short")
-    p.add_argument("--size", type=video.size_arg, default="256x256", metavar="HxW",
+    p.add_argument("--size", type=video.size_arg, default=(256, 256), metavar="HxW",
                    help="as published")
     p.add_argument("--base", nargs="+", metavar="FILE",
                    help="weights of a base's autoencoder, and of its transformer: R^2 to it")
     p.add_argument("--results", metavar="FILE",
                    help="JSON to write; beside it a contact sheet of three clips")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint.refuse_options(p, {"--stream": "the memory of an endless stream was measured by "
-                                  "this script as of commit 0fe0031, results/streaming.json"})
-    args = p.parse_args(argv)
+    p.add_argument("--device", type=options.device, default=options.DEVICE)
+    p.refuse_gone({"--stream": "the memory of an endless stream was measured by this script as of "
+                   "commit 0fe0031, results/streaming.json"})
+    args, _ = p.parse(argv)
+    if len({Path(file).stem for file in args.weights}) < len(args.weights):
+        p.error("two of the weights have the same name: rename one")
+    if args.results:
+        folders.writable(Path(args.results).parent)
     nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
     dataset = clips.validation(args.data, args.frames, args.size, args.clips)
     held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
@@ -168,7 +171,7 @@ def main_eval(argv):
 
 
 def main_reconstruct(argv):
-    p = argparse.ArgumentParser(
+    p = options.Parser(
         prog="ae.py reconstruct", description="A video file through the autoencoder: "
         "side-by-side mp4, contact sheet, PSNR, SSIM.")
     p.add_argument("clip", help="video file")
@@ -176,20 +179,19 @@ def main_reconstruct(argv):
                    help="official .pt, or .safetensors (default: the toy's)")
     p.add_argument("--out", default="out/reconstruct",
                    help="folder for the results (default: %(default)s)")
-    p.add_argument("--frames", type=int, help="read only the first FRAMES frames (default: all)")
+    p.add_argument("--frames", type=options.whole(1, 10**7),
+                   help="read only the first FRAMES frames (default: all)")
     p.add_argument("--size", type=video.size_arg, metavar="HxW",
                    help="scale and crop; 180x320 gives 180 rows (default: as it is)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    p.add_argument("--device", type=options.device, default=options.DEVICE,
                    help="default: %(default)s")
     p.add_argument("--dtype", choices=("fp32", "bf16"),
                    help="default: bf16 on a GPU, fp32 on the CPU")
-    checkpoint.refuse_options(p, {"--compat": "a clip's end is padded and cropped; what the "
-                                  "released code did with it, tests/test_ae.py holds"})
-    args = p.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU that torch can use: leave --device off, or install a "
-                        "CUDA build of torch.")
+    p.refuse_gone({"--compat": "a clip's end is padded and cropped; what the released code did "
+                   "with it, tests/test_ae.py holds"})
+    args, _ = p.parse(argv)
+    device = args.device
+    folders.writable(args.out)
     choose.choose_kernels(device)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     net = load(args.weights).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)

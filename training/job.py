@@ -196,5 +196,8 @@ def export(job):
     if job.student.task == "i2v":
         command.append("--image PICTURE")
     prompt = toy_base.PROMPTS[0] if job.base.name == "toy" else "..."
-    print(f"done in {time.perf_counter() - job.started:.0f} s. See {out / 'stages.png'} and "
-          f"{out / 'report.json'}, and try\n  {' '.join(map(str, command))} --prompt \"{prompt}\"")
+    see = out / "report.json"
+    if (out / "stages.png").exists():  # without samples there is none
+        see = f"{out / 'stages.png'} and {see}"
+    print(f"done in {time.perf_counter() - job.started:.0f} s. See {see}, and try\n"
+          f"  {' '.join(map(str, command))} --prompt \"{prompt}\"")

@@ -23,6 +23,7 @@ a GAN may reuse what the first one computed. Several processes (`torchrun`) are 
 a larger batch; their networks are copies, or sharded (`shard`).
 """
 import contextlib
+import errno
 import json
 import math
 import os
@@ -39,7 +40,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from files import checkpoint, video
+from files import checkpoint, folders, video
+from files.errors import is_full, naming, system_error
 from files.checkpoint import UserError
 from gpu import choose
 
@@ -83,11 +85,12 @@ class Run:
 
     With several processes the folder must be on a disk that all of them see. Another
     number of processes may go on with a run, if the batches per step (processes x
-    accumulate) are as many.
+    accumulate) are as many. Two runs at a time are refused (`lock`).
     """
 
     def __init__(self, folder, config, nets, optimisers, plan):
         self.folder, self.plan, self.step = Path(folder), plan, 0
+        self.lock = lock(folder)  # until the end of `fit`
         self.nets, self.optimisers = nets, optimisers
         decisive = {k: v for k, v in asdict(plan).items() if k not in KEEPING}
         config = {**config, **decisive, "processes": processes()}
@@ -132,7 +135,8 @@ class Run:
         """
         bar = tqdm(total=self.plan.steps, initial=self.step, desc=what, unit="step",
                    mininterval=5, disable=rank() > 0)
-        with one_dies_all_die(self.folder), bar:
+        folders.check_room(self.folder, self.checkpoint_bytes(), "the checkpoints")
+        with self.lock, one_dies_all_die(self.folder), bar:
             rows, begun = [], time.perf_counter()
             while self.step < self.plan.steps:
                 rows.append(self._one_step(batches, losses))
@@ -207,7 +211,8 @@ class Run:
     def _log(self, line):
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a") as f:
+            file = self.folder / "log.jsonl"
+            with naming(file), open(file, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     # ---- what must not be lost
@@ -241,6 +246,12 @@ class Run:
                 named = {f"optimiser/{name}/{i}/{k}": v for k, v in values.items()}
                 state |= {k: torch.as_tensor(v) for k, v in named.items()}
         return state
+
+    def checkpoint_bytes(self):
+        """What a checkpoint takes, the optimisers' two moments included."""
+        tensors = [v for k, v in self._state().items() if not k.startswith("optimiser/")]
+        moments = [p for net in self.nets.values() for p in trained(net).values()]
+        return sum(map(checkpoint.size_of, tensors)) + 8 * sum(p.numel() for p in moments)
 
     def _like(self, about, stored):
         """What to read a checkpoint into: tensors as this process holds them, however
@@ -473,6 +484,15 @@ def together(task, *args):
     return result, first_found(said)
 
 
+def lock(folder):
+    """A folder for this run alone, taken by process 0 for all of them -> a context in
+    which it is held. UserError in all processes where another run has it."""
+    held, refused = together(folders.Lock, folder) if rank() == 0 else together(str)
+    if refused:
+        raise UserError(refused)
+    return held if rank() == 0 else contextlib.nullcontext()
+
+
 def all_true(flag):
     """Is a flag (bool tensor) true in all processes?"""
     if processes() > 1:
@@ -588,8 +608,13 @@ def save_sharded(path, tensors, about):
             shutil.rmtree(tmp, ignore_errors=True)
         if rank() in e.failures:
             error = e.failures[rank()][0]
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, str(path)) from e
+            system = system_error(error)
+            need = sum(map(checkpoint.size_of, mine.values()))
+            if system and is_full(system) or shutil.disk_usage(path.parent).free < need:
+                with naming(path, need):
+                    raise OSError(errno.ENOSPC, "No space left on device") from e
+            if system:
+                raise OSError(system.errno, system.strerror, str(path)) from e
             raise error
         number, (error, _) = min(e.failures.items())
         raise UserError(

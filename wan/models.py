@@ -52,8 +52,18 @@ class Deferred:
     def __init__(self, path, loras=(), dtype=torch.float32, expert=None, config=None):
         self.path, self.dtype, self.expert = path, dtype, expert
         self.loras = [Lora(*given) for given in loras]
-        self.config = config or dit.read_config(path)
+        self.config = config or self.look()
         self.net = None
+
+    def look(self):
+        """-> its config. UserError now, not after the text encoder, where the file or a
+        LoRA does not fit."""
+        net = dit.outline(self.path)
+        shapes = {name: p.shape for name, p in net.named_parameters()}
+        for file, _, expert in self.loras:
+            if expert in ("", self.expert):
+                lora.fit(shapes, file, self.expert)
+        return net.config
 
     def get(self, device, stream=False):
         if self.net is None:
@@ -116,6 +126,9 @@ class Model:
             raise UserError(f"the transformer of {self.name} makes latents of {c.out_channels} "
                             f"channels, but its autoencoder reads {z}: they do not belong "
                             "together.")
+        if self.low is not None and self.low.config != c:
+            raise UserError(f"the two transformers of {self.name} are of different shapes: they do "
+                            "not belong together.")
         if c.in_channels not in (z, with_condition):
             raise UserError(f"the transformer of {self.name} takes {c.in_channels} channels, "
                             f"neither {z} (latent) nor {with_condition} (latent, mask, "

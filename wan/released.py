@@ -234,8 +234,7 @@ def check_loras(name, loras):
     experts = name in RELEASED and RELEASED[name].boundary > 0
     experts = experts or bool(find(transformer_files("transformer_2"), [name]))
     for file, strength, expert in loras:
-        if not Path(file).is_file():
-            raise UserError(f"{file} does not exist: give the path of a LoRA file.")
+        lora.file_of(file)
         if expert and not experts:
             raise UserError(f"{name} has one transformer, no experts: use --lora "
                             f"{file}:{strength:g} without :{expert}.")

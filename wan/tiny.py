@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import ae
 import dit
-from files import checkpoint
+from files import errors
 from files.checkpoint import UserError
 from wan import vae
 from wan.image import CLIPVision
@@ -293,5 +293,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with checkpoint.user_errors():
+    with errors.user_errors():
         main()
