@@ -65,7 +65,7 @@ def user_errors():
         told = sentence(error)
         if told is None or os.environ.get("DEBUG"):
             raise
-        print(f"error: {printable(told)}", file=sys.stderr)
+        print(f"error: {CONTROL.sub(escape, told)}", file=sys.stderr)
         raise SystemExit(1)
     finally:
         if begun:  # what is left is the interpreter's own end
