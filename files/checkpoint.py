@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from files import ROOT, folders
-from files.errors import UserError, naming
+from files.errors import UserError, naming, printable, user_errors  # noqa: F401, also from here
 
 
 # ------------------------------------------------------------------------- files of any kind
