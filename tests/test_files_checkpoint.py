@@ -241,3 +241,22 @@ def test_debug_shows_the_traceback_and_bugs_are_never_hidden(monkeypatch):
 def test_no_error_passes_through():
     with user_errors():
         pass
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "diffusion_model."])
+def test_names_are_bare_in_every_kind_of_file(tmp_path, prefix, suffix):
+    file, tensors = tmp_path / f"a{suffix}", {f"{prefix}w.weight": torch.ones(2)}
+    torch.save(tensors, file) if suffix == ".pt" else save_tensors(file, tensors)
+    assert [*load_tensors(file)[0]] == [*open_tensors(file)[0]] == ["w.weight"]
+
+
+def test_whole_numbers_without_scales_are_no_weights():
+    with pytest.raises(UserError, match="holds weight in int8, whole numbers without a scale"):
+        load_strict(torch.nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2, dtype=torch.int8)}, "a.safetensors")
+
+
+def test_a_dead_link_names_itself_and_its_end(tmp_path):
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="a.safetensors is a link to .*gone, which does not exist"):
+        open_tensors(tmp_path / "a.safetensors")

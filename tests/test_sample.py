@@ -387,6 +387,21 @@ def test_a_folder_and_a_lora_file_are_models_too(tiny_toy, tmp_path):
     assert torch.equal(made[2], made[0])
 
 
+def test_a_video_made_with_other_settings_is_never_replaced(tiny_toy, out):
+    """The same settings have the same name; others get a number; a latent decoded again is what it was made with."""
+    for more in ([], ["--guidance", "1"], [], ["--prompt", "a ring!"], ["--guidance", "1"]):
+        sample.main(["--prompt", "a ring", "--out", str(out), *QUICK, *more])
+    assert {f.split(".")[0] for f in files(out)} == {"dc-a-ring-0", "dc-a-ring-0-2", "dc-a-ring-0-3"}
+    made = [json.loads((out / f"dc-a-ring-0{n}.json").read_text())["settings"] for n in ("", "-2", "-3")]
+    assert [m["guidance"] for m in made] == [4, 1, 4] and made[2]["prompt"] == "a ring!"
+    sample.main(["--decode", str(out / "dc-a-ring-0-2.safetensors"), "--out", str(out)])
+    assert len(files(out)) == 12  # in place of the same video
+    again = json.loads((out / "dc-a-ring-0-2.json").read_text())
+    assert again["steps"] == 2 and again["settings"] == made[1]
+    with pytest.raises(UserError, match="--prompt says nothing to --decode"):
+        sample.main(["--decode", str(out / "dc-a-ring-0.safetensors"), "--prompt", "a ring"])
+
+
 def test_unknown_words_are_warned_about(tiny_toy, out):
     with pytest.warns(UserWarning, match="leaves out 'shiny'.*colour: red, yellow"):
         sample.main(["--prompt", "a shiny circle", "--out", str(out), *QUICK])
