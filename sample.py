@@ -364,7 +364,7 @@ def guidance_arg(text):
 
 def name_arg(text):
     """A file name without suffix: no path, and short enough for every suffix."""
-    if not text or "/" in text or "\0" in text or text.startswith("."):
+    if not text.isprintable() or not text or "/" in text or text.startswith("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not a file name; --out takes the folder")
     if len(os.fsencode(text)) > LONGEST:
         raise argparse.ArgumentTypeError(f"a name of {len(os.fsencode(text))} bytes is too long, "
