@@ -27,17 +27,11 @@ from files import errors
 errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
-import itertools
-import json
 import os
 import re
-import resource
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +39,13 @@ from tqdm import tqdm
 
 import dit
 import flow
-from files import checkpoint, folders, options, video
+from files import checkpoint, options, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
 from kernels import Replay
-from wan import memory, released
-from wan.models import Lora, Model
+from wan import released, session
+from wan.models import Lora
+from wan.session import check_streamed, no_graph
 
 # -------------------------------------------------------------------------- the guided loop
 
@@ -86,15 +81,6 @@ class Sampling:
         batch = small if s.cfg_batch is None else s.cfg_batch
         graph = no_graph(model, s.plain) is None if s.graph is None else s.graph
         return replace(s, cfg_batch=batch, graph=graph)
-
-
-def no_graph(model, plain=False):
-    """Why a step is not run as one CUDA graph; None where it is."""
-    if plain:
-        return "the graph is switched off"
-    if model.device.type != "cuda":
-        return f"graphs are for CUDA, not {model.device.type}"
-    return "the blocks are streamed" if model.offload == "blocks" else None
 
 
 @torch.no_grad()
@@ -240,14 +226,6 @@ def joined(context, null):
     return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
 
 
-def check_streamed(model, sampling):
-    """UserError where something is asked for that streamed blocks cannot do."""
-    if model.offload == "blocks" and (sampling.compiled or sampling.fp8):
-        flag = "--compile" if sampling.compiled else "--fp8"
-        raise UserError(f"{flag} needs all blocks on the device, but here they are streamed: "
-                        "leave it away, or use --offload parts.")
-
-
 @torch.no_grad()
 def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
     """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h,
@@ -266,7 +244,6 @@ def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
 
 # ----------------------------------------------------------------------------- command line
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GONE = {
     "--guidance-interval": "fewer --steps come nearer to the full run at the same work",
     "--reuse": "fewer --steps come nearer to the full run at the same work",
@@ -279,12 +256,6 @@ GONE = {
     "--tile": "use --memory GIB, from which the tile is chosen",
     "--noise": "in Python, sample.generate(noise=...) takes it",
 }
-#: what decides a latent, which --decode has already
-LATENT = ("prompt", "negative", "image", "last_image", "seed", "text_cache", "lora", "steps",
-          "solver", "guidance", "shift", "compile", "fp8")
-LONGEST = 200  # bytes of a name, to which suffixes are added
-#: what a video does not depend on
-NEUTRAL = ("memory", "offload", "download", "text_cache")
 
 
 def arguments(argv=None):
@@ -320,7 +291,7 @@ def arguments(argv=None):
         help="compile the transformer's blocks (a minute at the start of every size)")
     how("--fp8", action="store_true",
         help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
-    how("--dtype", choices=TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
+    how("--dtype", choices=session.TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
     how("--device", type=options.device, default=options.DEVICE)
     how("--offload", choices=["none", "parts", "blocks"],
         help="what leaves the device while it is not used (default: as little as fits)")
@@ -337,7 +308,7 @@ def arguments(argv=None):
     if args.slow and (args.compile or args.fp8):
         raise UserError("--slow is the plain path: leave --compile and --fp8 away.")
     if args.decode is not None:
-        parser.refuse("--decode, for the latent is made", given & set(LATENT))
+        parser.refuse("--decode, for the latent is made", given & set(session.LATENT))
     elif args.prompt is None:
         parser.error("--prompt is needed (or --decode FILE).")
     if args.model in (None, "dc", "base"):
@@ -366,199 +337,18 @@ def name_arg(text):
     """A file name without suffix: no path, and short enough for every suffix."""
     if not text.isprintable() or not text or "/" in text or text.startswith("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not a file name; --out takes the folder")
-    if len(os.fsencode(text)) > LONGEST:
+    if len(os.fsencode(text)) > session.LONGEST:
         raise argparse.ArgumentTypeError(f"a name of {len(os.fsencode(text))} bytes is too long, "
-                                         f"{LONGEST} are possible")
+                                         f"{session.LONGEST} are possible")
     return text
 
 
-class Timer(dict):
-    """Seconds by name: `with timer("text"): ...`; waits for the GPU."""
-
-    def __call__(self, name):
-        self.name = name
-        return self
-
-    def __enter__(self):
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self[self.name] = time.perf_counter() - self.started
-
-
-@dataclass
-class Run:
-    """What a run of the command line knows: `resolve` and `prepare` fill it."""
-
-    args: argparse.Namespace
-    name: str = ""  # of the results
-    stored: dict = field(default_factory=dict)  # settings of a latent to decode again
-    seconds: Timer = field(default_factory=Timer)
-    latent: torch.Tensor | None = None  # to decode again
-    model: Model | None = None
-    images: tuple = (None, None)  # first and last frame
-    sampling: Sampling | None = None
-    choices: list = field(default_factory=list)  # lines that say what runs
-    plan: memory.Plan | None = None
-
-    def file(self, suffix):
-        """Path of a result."""
-        return Path(self.args.out) / (self.name + suffix)
-
-    def claim(self):
-        """Choose the name of the results -> the lock that keeps it for this process:
-        --name, or model, prompt and seed; with a number behind it where that one holds a
-        video made with other settings, or another process is at it."""
-        args = self.args
-        label = Path(args.model).stem if Path(args.model).exists() else args.model
-        words = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-        wanted = args.name or (Path(args.decode).stem if args.decode else None)
-        wanted = wanted or f"{label[:60]}-{words}-{args.seed}"
-        wanted = os.fsencode(wanted)[:LONGEST].decode(errors="ignore")
-        for number in itertools.count(1):
-            self.name = wanted if number == 1 else f"{wanted}-{number}"
-            with suppress(folders.Locked):
-                lock = folders.Lock(args.out, f".{self.name}.lock")
-                if self.is_ours():
-                    return lock
-                lock.release()
-
-    def is_ours(self):
-        """Is there no video of this name yet, or one of these settings?"""
-        if not any(self.file(s).exists() for s in (".json", ".safetensors", ".mp4", ".png")):
-            return True
-        made = {}
-        with suppress(UserError):
-            if self.file(".json").exists():
-                made = checkpoint.read_json(self.file(".json")).get("settings")
-            elif self.file(".safetensors").exists():
-                made = checkpoint.open_tensors(self.file(".safetensors"))[1].get("settings")
-        ours = json.loads(json.dumps(settings_of(self), default=str))
-        decisive = [k for k in ours if k not in NEUTRAL]
-        return isinstance(made, dict) and all(made.get(k) == ours[k] for k in decisive)
-
-
-def resolve(args):
-    """Arguments -> Run: every setting has its value, pictures and model are looked
-    at."""
-    run = Run(args)
-    if args.decode:
-        tensors, metadata = checkpoint.load_tensors(args.decode)
-        run.latent, run.stored = tensors.get("latent"), metadata.get("settings")
-        if run.latent is None or not isinstance(run.stored, dict):
-            raise UserError(f"{args.decode} is not a latent saved by sample.py: give the "
-                            ".safetensors file beside a video.")
-        for name in ("steps", "shift", "solver", "guidance"):
-            value = run.stored.get(name)
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
-    for name, default in dict(model="dc", weights=[], frames=None, size=None, prompt="").items():
-        if not getattr(args, name):
-            setattr(args, name, run.stored.get(name) or default)
-    if args.download and args.model not in released.RELEASED:
-        raise UserError(f"--download says nothing to {args.model}: leave it out.")
-    if args.download:
-        args.weights = args.weights or [f"checkpoints/{args.model}"]
-        released.download(args.model, args.weights[0])
-    args.dtype = matmul_dtype(args)
-    dtype = TYPES[args.dtype]
-    with run.seconds("load"):
-        if args.plan and args.model in released.RELEASED:
-            run.model = released.outline(args.model, dtype)
-        else:
-            run.model = released.load_model(args.model, args.weights, args.lora, dtype,
-                                            args.device, args.text_cache)
-    run.images = tuple(None if file is None else video.read_image(file)[None]
-                       for file in (args.image, args.last_image))
-    if args.size is None and args.image:
-        args.size = run.model.size_for(run.images[0])
-    run.sampling = Sampling(
+def resolved(args, model):
+    """What the arguments say of sampling."""
+    return Sampling(
         frames=args.frames, size=args.size and tuple(args.size), steps=args.steps,
         shift=args.shift, guidance=args.guidance, solver=args.solver, seed=args.seed,
-        plain=args.slow, compiled=args.compile, fp8=args.fp8).resolved(run.model)
-    return run
-
-
-def matmul_dtype(args):
-    """Name of the type of the matrix products."""
-    wide = args.device.type == "cuda" and released.is_wan(args.model)
-    name = args.dtype or ("bf16" if wide else "fp32")
-    elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a GPU
-    if name == "bf16" and not elsewhere and (reason := choose.without_bf16(args.device)):
-        print(f"matrix products: fp32, because {reason}")
-        return "fp32"
-    return name
-
-
-def prepare(run):
-    """Choose what runs on this device and how it fits into memory; says both."""
-    args, model, s = run.args, run.model, run.sampling
-    if not args.plan:
-        run.choices = choose_fast_paths(run)
-        s = run.sampling
-    free = args.memory and args.memory * 2**30
-    plan = memory.plan(model, s.frames, s.size, TYPES[args.dtype], 1 + s.cfg_batch,
-                       args.offload, free)
-    model.offload, run.plan = plan.offload, plan
-    needs = ", ".join(f"{name.replace('_', ' ')} {n:.2f}" for name, n in plan.gib.items())
-    tile = "untiled"
-    if plan.tile:
-        tile = f"in tiles of {plan.tile[0]}x{plan.tile[1]} latent cells"
-    print(f"{model.name}: {s.frames} frames of {s.size[0]}x{s.size[1]}; expected memory {needs} "
-          f"GiB; offload {plan.offload}, decode {tile}")
-    if args.plan:
-        return
-    check_streamed(model, s)
-    if not args.decode:
-        model.check_pictures(*run.images)
-        run.sampling = s = replace(s, graph=no_graph(model, args.slow) is None)
-        run.choices.append(describe_step(model, s))
-    print("\n".join(f"  {line}" for line in run.choices))
-    folders.writable(args.out)
-    pixels = s.frames * s.size[0] * s.size[1] * model.upscale**2
-    folders.check_room(args.out, 10e6 + pixels / 10, "the results")
-    model.to(args.device)
-
-
-def choose_fast_paths(run):
-    """What is decided by trying it on the device -> lines that say what runs, and
-    why."""
-    args, model, s = run.args, run.model, run.sampling
-    lines = [choose.choose_kernels(args.device, plain=args.slow)]
-    if args.device.type == "cuda":
-        if args.device.index is not None:
-            torch.cuda.set_device(args.device)  # kernels are launched on the current one
-        if args.dtype == "bf16" and not args.slow:
-            c = model.net.config
-            tokens = dit.tokens(c, model.latent_shape(s.frames, s.size))
-            width = c.dim // c.heads
-            lines.append(choose.choose_attention(args.device, tokens, c.heads, width)[1])
-        convolution = choose.choose_convolution(args.device, model.ae_dtype)
-        model.ae_dtype = convolution.dtype
-        layout = torch.contiguous_format if args.slow else convolution.layout
-        model.ae.to(memory_format=layout)
-        lines.append(convolution.line)
-    if args.compile and (reason := choose.without_compiler(args.device)):
-        run.sampling = replace(s, compiled=False)
-        lines.append(f"blocks: not compiled, because {reason}")
-    if args.fp8:
-        emulated = ""
-        if not fp8.hardware(args.device):
-            emulated = (f", computed in fp32: {args.device} multiplies no fp8 (for measuring the "
-                        "quality)")
-        lines.append(f"matrix products: fp8{emulated}")
-    return lines
-
-
-def describe_step(model, s):
-    reason = no_graph(model, s.plain)
-    parts = [f"kernel by kernel ({reason})" if reason else "one CUDA graph"]
-    if s.compiled:
-        parts.append("compiled blocks")
-    if s.cfg_batch:
-        parts.append("both guidance passes in one batch")
-    return f"a step: {', '.join(parts)}"
+        plain=args.slow, compiled=args.compile, fp8=args.fp8).resolved(model)
 
 
 def produce(run):
@@ -571,93 +361,21 @@ def produce(run):
         with run.seconds("transformer"):
             latent = generate(model, context, first, last_image=last, null=null, progress=True,
                               sampling=s)
-        settings = {"settings": settings_of(run)}
+        settings = {"settings": session.settings_of(run)}
         checkpoint.save_tensors(run.file(".safetensors"), {"latent": latent}, settings)
     with run.seconds("decode"):
-        write(model, latent, s, run.file, run.plan.tile)
-
-
-def settings_of(run):
-    """What the run was made with, by the names of the options."""
-    left_out = ("out", "name", "plan", "decode")
-    given = {k: v for k, v in vars(run.args).items() if k not in left_out}
-    chosen = {k: v for k, v in asdict(run.sampling).items() if k in given}
-    before = {k: run.stored[k] for k in LATENT if k in run.stored}
-    return {**given, **chosen, "device": str(run.args.device), **before}
-
-
-def report(run):
-    """Print what was made and how fast, and write it to NAME.json."""
-    args, model, s = run.args, run.model, run.sampling
-    shape = model.latent_shape(s.frames, s.size)
-    tokens, passes = dit.tokens(model.net.config, shape), 1 if s.guidance in (1, (1, 1)) else 2
-    if args.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated()
-    else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = dict(
-        model=model.name, prompt=args.prompt, frames=s.frames, size=s.size, steps=s.steps,
-        passes=passes, tokens=tokens, plan=run.plan._asdict(), choices=run.choices,
-        seconds={name: round(t, 3) for name, t in run.seconds.items()},
-        peak_memory_gib=used / 2**30)
-    times = ", ".join(f"{name} {t:.2f} s" for name, t in run.seconds.items())
-    if not args.decode:
-        work = passes * s.steps * memory.flops(model.net.config, shape).total
-        found["tflops_per_second"] = work / run.seconds["transformer"] / 1e12
-        times += f"; {found['tflops_per_second']:.3f} TFLOP/s"
-    checkpoint.write_json(run.file(".json"), {**found, "settings": settings_of(run)})
-    print(f"{model.name}: {s.frames} frames of {s.size[0]}x{s.size[1]}, {tokens} tokens, "
-          f"{s.steps} steps x {passes} passes\n  {times}; peak memory {used / 2**30:.2f} GiB\n"
-          f"  {run.file('.mp4')}   {run.file('.png')}")
-
-
-def write(model, z, s, file, tile):
-    """Latent -> NAME.mp4 and the contact sheet NAME.png. Frames are written as they are
-    decoded, the next ones while these are encoded; only the sheet's stay in memory."""
-    shown = {round(i * (s.frames - 1) / 7) for i in range(8)}
-    kept, count = [], 0
-
-    def pieces():
-        nonlocal count
-        cuda = model.device.type == "cuda"
-        on_device = torch.cuda.device(model.device) if cuda else nullcontext()
-        with torch.no_grad(), on_device:  # inside: both hold for one thread
-            for piece in model.decode(z, s.frames, s.size, tile):
-                piece = piece[0].float().cpu()
-                for i in range(piece.shape[1]):
-                    if count + i in shown:
-                        kept.append(piece[:, i].clone())
-                count += piece.shape[1]
-                bar.update(piece.shape[1])
-                yield piece
-
-    with tqdm(total=s.frames, desc="decode", leave=False) as bar:
-        made = pieces() if s.plain else ahead(pieces())
-        video.write_video(file(".mp4"), made, model.fps, scale=model.upscale)
-    small = s.size[1] <= 256
-    scale = max(model.upscale // 2, 1) if small else 256 / s.size[1]
-    sheet = [torch.stack(kept, dim=1)]
-    video.contact_sheet(file(".png"), sheet, columns=len(kept), scale=scale)
-
-
-def ahead(pieces):
-    """The same pieces, the next one being made in a thread while the consumer works on
-    this one."""
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, pieces, None)
-        while (piece := following.result()) is not None:
-            following = thread.submit(next, pieces, None)
-            yield piece
+        session.write(model, latent, s, run.file, run.plan.tile)
 
 
 def main(argv=None):
-    run = resolve(arguments(argv))
-    prepare(run)
+    run = session.begin(arguments(argv))
+    run.sampling = resolved(run.args, run.model)
+    session.prepare(run)
     if run.args.plan:
         return
     with run.claim():
         produce(run)
-        report(run)
+        session.report(run)
 
 
 if __name__ == "__main__":

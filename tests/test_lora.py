@@ -13,6 +13,7 @@ import dit
 import kernels
 import lora
 from conftest import golden
+from files import lora_keys
 from files.checkpoint import UserError
 from files.layouts import to_diffusers
 
@@ -433,18 +434,18 @@ def test_a_kind_that_is_not_supported_is_refused_by_name(kind, key):
     """Also beside a part that would fit."""
     fits = {"diffusion_model.blocks.0.norm3.diff": torch.zeros(24)}
     with pytest.raises(UserError, match=f"is a {kind} .it has .*, which is not supported: use a plain LoRA"):
-        lora.fit({"blocks.0.norm3.weight": (24,)}, fits | {f"diffusion_model.blocks.0.{key}": torch.zeros(4, 4)})
+        lora_keys.fit({"blocks.0.norm3.weight": (24,)}, fits | {f"diffusion_model.blocks.0.{key}": torch.zeros(4, 4)})
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "diffusion_model.", "model.diffusion_model.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_taken_and_what_fits_nothing_is_said(prefix):
     tensors = {f"{prefix}a.{key}": torch.ones(1, 3) for key in ("lora_A.weight",)} | {f"{prefix}a.lora_B.weight": torch.ones(2, 1)}
-    updates, skipped, _ = lora.fit({"a.weight": (2, 3)}, tensors)
+    updates, skipped, _ = lora_keys.fit({"a.weight": (2, 3)}, tensors)
     assert updates["a.weight"].keys() == {"down", "up"} and not skipped
     with pytest.warns(UserWarning, match="the adapter: 1 of 3 tensors fit nothing in this model .first: b.diff"):
-        lora.fit({"a.weight": (2, 3)}, tensors | {"b.diff": torch.ones(1)})
+        lora_keys.fit({"a.weight": (2, 3)}, tensors | {"b.diff": torch.ones(1)})
 
 
 def test_a_modulation_has_a_difference_too():
-    updates, skipped, _ = lora.fit({"blocks.0.modulation": (1, 6, 4)}, {"diffusion_model.blocks.0.modulation.diff": torch.ones(1, 6, 4)})
+    updates, skipped, _ = lora_keys.fit({"blocks.0.modulation": (1, 6, 4)}, {"diffusion_model.blocks.0.modulation.diff": torch.ones(1, 6, 4)})
     assert updates["blocks.0.modulation"].keys() == {"diff"} and not skipped

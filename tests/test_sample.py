@@ -28,7 +28,7 @@ from files import checkpoint, errors, folders, video
 from files.checkpoint import UserError
 from gpu import choose
 from training import toy_score
-from wan import released
+from wan import released, session
 
 SMALL = dict(frames=8, size=(32, 32), steps=2)
 
@@ -255,7 +255,7 @@ def test_frames_are_made_ahead():
         raise UserError("the video holds NaN")
 
     with pytest.raises(UserError, match="holds NaN"):
-        for piece in sample.ahead(pieces()):
+        for piece in session.ahead(pieces()):
             used.append(int(piece[0]))
             assert len(made) <= len(used) + 1
     assert used == made == [0, 1, 2, 3, 4]

@@ -28,7 +28,7 @@ import ae
 import dit
 import lora
 import toy
-from files import video
+from files import lora_keys, video
 from files.checkpoint import UserError
 from gpu import tiling
 from gpu.offload import stream_blocks
@@ -62,7 +62,7 @@ class Deferred:
         shapes = {name: p.shape for name, p in net.named_parameters()}
         for file, _, expert in self.loras:
             if expert in ("", self.expert):
-                lora.fit(shapes, file, self.expert)
+                lora_keys.fit(shapes, file, self.expert)
         return net.config
 
     def get(self, device, stream=False):

@@ -17,7 +17,7 @@ import ae
 import dit
 import lora
 import toy
-from files import ROOT, checkpoint
+from files import ROOT, checkpoint, lora_keys
 from files.checkpoint import UserError
 from wan import vae
 from wan.image import WanImage
@@ -234,7 +234,7 @@ def check_loras(name, loras):
     experts = name in RELEASED and RELEASED[name].boundary > 0
     experts = experts or bool(find(transformer_files("transformer_2"), [name]))
     for file, strength, expert in loras:
-        lora.file_of(file)
+        lora_keys.file_of(file)
         if expert and not experts:
             raise UserError(f"{name} has one transformer, no experts: use --lora "
                             f"{file}:{strength:g} without :{expert}.")
