@@ -517,7 +517,8 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
     with torch.no_grad(), autocast:
         some = itertools.islice(stream(0), MEASURED)
         latent = metrics.latent_statistics(net.encode(x).float() for x in some)
-    net.config = dataclasses.replace(net.config, scale=round(latent["inverse_rms"], 4))
+    scale = float(f"{latent['inverse_rms']:.4g}")
+    net.config = dataclasses.replace(net.config, scale=scale)
     path = out / f"{name}.safetensors"
     if loop.rank() == 0:
         loop.plot(out)
