@@ -130,5 +130,5 @@ def check_room(folder, need, what):
                  if p.exists())
     free = shutil.disk_usage(there).free
     if need > free:
-        raise UserError(f"{what} need {need / 1e9:.1f} GB and {folder} has {free / 1e9:.1f}: free "
+        raise UserError(f"{what} need {need / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f}: free "
                         "some space, or use another folder.")

@@ -74,7 +74,7 @@ def test_a_file_is_no_folder(tmp_path, below):
 
 def test_room_on_the_disk_is_looked_at_before(tmp_path):
     folders.check_room(tmp_path / "new", 1000, "the checkpoints")
-    with pytest.raises(UserError, match="the checkpoints need .* GB and .*new has .*: free some space"):
+    with pytest.raises(UserError, match="the checkpoints need .* MB and .*new has .*: free some space"):
         folders.check_room(tmp_path / "new", 2 * shutil.disk_usage(tmp_path).total, "the checkpoints")
 
 
