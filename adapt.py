@@ -322,7 +322,8 @@ def refuse_unused(p, args, given):
     p.refuse(f"--base {args.base}", given & (NOT_TOY if toy else TOY_ONLY))
     for mode, used in USED.items():
         if getattr(args, mode):
-            p.refuse(f"--{mode}", given - used - {mode, "device", "threads"})
+            always = {mode, "device", "threads"} | ({"base"} if toy else set())
+            p.refuse(f"--{mode}", given - used - always)
     if not args.plan:
         started = "a run (torchrun --nproc-per-node N starts N processes)"
         p.refuse(started, given & {"gpus"})

@@ -228,7 +228,7 @@ def test_pretraining_makes_a_base_that_loads_and_can_be_killed(tiny_toy, tmp_pat
 
 
 def test_scores_of_both_models_beside_chance_and_their_ceilings(tiny_toy, tmp_path):
-    adapt.main(["--score", "--prompts", "3", "--results", str(tmp_path / "toy.json")])
+    adapt.main(["--base", "toy", "--score", "--prompts", "3", "--results", str(tmp_path / "toy.json")])
     report = json.loads((tmp_path / "toy.json").read_text())
     assert report["prompts"] == 3 and {"date", "commit", "torch", "threads"} <= report.keys()
     kinds = ("reconstruction", "prompts", "image and prompt")
