@@ -58,7 +58,8 @@ class Lock:
 
     def __init__(self, folder, name=".lock"):
         self.fd = None
-        self.file = writable(folder) / name
+        writable(folder, keep=True)
+        self.file = Path(folder) / name
         while self.fd is None:
             fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -107,10 +108,12 @@ def this_process():
     return f"process {os.getpid()} on {socket.gethostname()} ({command}; since {since})"
 
 
-def writable(folder):
-    """The folder, made if need be, as a Path. UserError now where nothing can be written
-    into it, not after the work."""
+def writable(folder, keep=False):
+    """UserError now where nothing can be written into this folder, not after the work.
+    One that is not there yet is made only if it is to be kept: work that fails leaves
+    none behind."""
     folder = Path(folder)
+    made = [p for p in (folder, *folder.parents) if not keep and not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -120,7 +123,10 @@ def writable(folder):
             reason = "it is a file, or below one"
         raise UserError(f"nothing can be written into the folder {folder} ({reason}): choose "
                         "another one.") from e
-    return folder
+    finally:
+        for path in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def check_room(folder, need, what):

@@ -72,6 +72,15 @@ def test_a_file_is_no_folder(tmp_path, below):
         folders.writable(tmp_path / below)
 
 
+def test_looking_leaves_nothing_behind(tmp_path):
+    folders.writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    folders.writable(tmp_path / "a" / "b", keep=True)
+    assert (tmp_path / "a" / "b").is_dir()
+    folders.writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_room_on_the_disk_is_looked_at_before(tmp_path):
     folders.check_room(tmp_path / "new", 1000, "the checkpoints")
     with pytest.raises(UserError, match="the checkpoints need .* MB and .*new has .*: free some space"):
