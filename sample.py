@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import dit
 import flow
+import toy
 from files import checkpoint, options, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
@@ -263,6 +264,7 @@ def arguments(argv=None):
                             "model was made for.")
     what = parser.add_argument_group("what").add_argument
     what("--prompt", help="what the video shows")
+    what("--words", action="store_true", help="print the words that the toy knows, and stop")
     what("--negative", help="what it should not show")
     what("--image", metavar="FILE", help="picture that becomes the first frame")
     what("--last-image", metavar="FILE", help="and the last frame")
@@ -305,12 +307,15 @@ def arguments(argv=None):
     output("--decode", metavar="FILE", help="only decode a latent saved by an earlier run again")
     parser.refuse_gone(GONE)
     args, given = parser.parse(argv)
+    if args.words:
+        parser.refuse("--words, which only prints", given - {"words"})
+        return args
     if args.slow and (args.compile or args.fp8):
         raise UserError("--slow is the plain path: leave --compile and --fp8 away.")
     if args.decode is not None:
         parser.refuse("--decode, for the latent is made", given & set(session.LATENT))
     elif args.prompt is None:
-        parser.error("--prompt is needed (or --decode FILE).")
+        parser.error("--prompt is needed (or --decode FILE); --words lists what the toy knows.")
     if args.model in (None, "dc", "base"):
         parser.refuse("the embedded models", given & {"download", "text_cache"})
     return args
@@ -368,7 +373,11 @@ def produce(run):
 
 
 def main(argv=None):
-    run = session.begin(arguments(argv))
+    args = arguments(argv)
+    if args.words:
+        print(toy.words())
+        return
+    run = session.begin(args)
     run.sampling = resolved(run.args, run.model)
     session.prepare(run)
     if run.args.plan:

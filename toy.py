@@ -266,6 +266,13 @@ class ToyText:
         return f"It knows {'; '.join(lists)}."
 
 
+def words():
+    """The vocabulary for people, a line per attribute, and an example."""
+    lines = [f"{name:12s}{', '.join(of)}" for name, of in WORLD.items()]
+    example = caption({name: of[-1] for name, of in WORLD.items()})
+    return "\n".join([*lines, "", f'python sample.py --prompt "{example}"'])
+
+
 # ------------------------------------------------------------------ command line
 
 

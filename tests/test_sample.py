@@ -23,6 +23,7 @@ import dit
 import kernels
 import lora
 import sample
+import toy
 from conftest import ROOT
 from files import checkpoint, errors, folders, video
 from files.checkpoint import UserError
@@ -365,6 +366,14 @@ def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsy
     torch.testing.assert_close(latent["latent"], again)
     assert metadata["settings"] == report["settings"]
     assert "5 frames of 50x70, 12 tokens, 2 steps x 2 passes" in capsys.readouterr().out
+
+
+def test_the_words_of_the_toy(capsys):
+    sample.main(["--words"])
+    example = capsys.readouterr().out.split('"')[1]
+    found, unknown = toy.ToyText().parse(example)
+    assert found.keys() == toy.WORLD.keys() and not unknown
+    assert "--prompt says nothing to --words" in refusal(capsys, "--words", "--prompt", "a ring")
 
 
 def test_model_image_solver_and_type_from_the_command_line(tiny_toy, out):
