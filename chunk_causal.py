@@ -34,35 +34,6 @@ from files.checkpoint import UserError
 TEMPORAL = ("chunk_causal", "causal", "non_causal")
 
 
-class _Isolated:
-    def __repr__(self):
-        return "ISOLATED"
-
-
-#: A state that says: this clip stands alone. Every convolution starts from zeros (and,
-#: unless it is causal, ends in zeros), whatever the clip's length, and hands the state
-#: on untouched. The released DC-AE-V treats single images so: repeated for the frames
-#: of one latent frame.
-ISOLATED = _Isolated()
-
-
-def split_state(state, n):
-    """The states of a layer's `n` parts. None and ISOLATED hold for all of them."""
-    return [state] * n if state is None or state is ISOLATED else state
-
-
-def run_layers(layers, x, state=None):
-    """Apply streaming layers one after the other -> (y, list of their states).
-
-    The list that comes in is used up: each state is replaced when its layer has run, so
-    that old and new do not pile up (at 4K the state of a layer is a GB).
-    """
-    states = split_state(state, len(layers))
-    for i, layer in enumerate(layers):
-        x, states[i] = layer(x, states[i])
-    return x, states
-
-
 class Conv3d(nn.Conv3d):
     """3x3x3 convolution, stride 1, zero padding in space; `temporal` chooses what a
     frame sees.
@@ -71,7 +42,8 @@ class Conv3d(nn.Conv3d):
 
     * chunk_causal: t must be a multiple of `chunk`. State: the last input frame.
     * causal: any t. State: the last two input frames.
-    * non_causal: any t, no state: every call is a clip of its own.
+    * non_causal: any t, no state: every call is a clip of its own (in any of them,
+      given the state ISOLATED below).
     """
 
     def __init__(self, in_channels, out_channels, chunk, temporal="chunk_causal", bias=True):
@@ -81,19 +53,13 @@ class Conv3d(nn.Conv3d):
         self.chunk, self.temporal = chunk, temporal
 
     def forward(self, x, state=None):
+        alone = state is ISOLATED
+        if self.temporal == "chunk_causal" and not alone:
+            return self._chunk_causal(x, state)
         if self.temporal == "causal":
-            y, last = self._causal(x, None if state is ISOLATED else state)
-            return y, state if state is ISOLATED else last
-        if self.temporal == "non_causal" or state is ISOLATED:
-            return kernels.convolution(x, self.weight, self.bias, (1, 1, 1)), state
-        return self._chunk_causal(x, state)
-
-    def _causal(self, x, past):
-        if past is None:
-            past = x.new_zeros(()).expand(x.shape[0], x.shape[1], 2, *x.shape[3:])
-        x = torch.cat([past.to(x.dtype), x], dim=2)
-        y = kernels.convolution(x, self.weight, self.bias, (0, 1, 1))
-        return y, x[:, :, -2:].clone()
+            y, last = self._causal(x, None if alone else state)
+            return y, state if alone else last
+        return kernels.convolution(x, self.weight, self.bias, (1, 1, 1)), state
 
     def _chunk_causal(self, x, past):
         n, rest = divmod(x.shape[2], self.chunk)
@@ -118,6 +84,37 @@ class Conv3d(nn.Conv3d):
             if n > 1 or past is not None:
                 y[:, :, 0] += kernels.convolution(before, self.weight[:, :, 0], None, (1, 1))
         return rearrange(y, "(b n) c t h w -> b c (n t) h w", n=n), last[:, :, -1:].clone()
+
+    def _causal(self, x, past):
+        if past is None:
+            past = x.new_zeros(()).expand(x.shape[0], x.shape[1], 2, *x.shape[3:])
+        x = torch.cat([past.to(x.dtype), x], dim=2)
+        y = kernels.convolution(x, self.weight, self.bias, (0, 1, 1))
+        return y, x[:, :, -2:].clone()
+
+
+def run_layers(layers, x, state=None):
+    """Apply streaming layers one after the other -> (y, list of their states).
+
+    The list that comes in is used up: each state is replaced when its layer has run, so
+    that old and new do not pile up (at 4K the state of a layer is a GB).
+    """
+    states = split_state(state, len(layers))
+    for i, layer in enumerate(layers):
+        x, states[i] = layer(x, states[i])
+    return x, states
+
+
+def split_state(state, n):
+    """The states of a layer's `n` parts. None and ISOLATED hold for all of them."""
+    return [state] * n if state is None or state is ISOLATED else state
+
+
+#: A state that says: this clip stands alone. Every convolution starts from zeros (and,
+#: unless it is causal, ends in zeros), whatever the clip's length, and hands the state
+#: on untouched. The released DC-AE-V treats single images so: repeated for the frames
+#: of one latent frame.
+ISOLATED = "isolated"
 
 
 # ------------------------------------------------------------------ space-time to depth
