@@ -37,7 +37,6 @@ import torch
 
 import align
 import flow
-from dit import ENDS
 from files import checkpoint, options, video
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
@@ -92,12 +91,12 @@ def align_ends(job, expert, by_sgd=None):
     weight, bias = by_sgd or align.fit(s.align, pairs)
 
     # assemble: blocks from the base, the aligned embedder, a zero or regressed head
-    weights = {"patch_embedding.weight": weight, "patch_embedding.bias": bias}
-    base, net = job.build(expert, weights)
+    base, net = job.build(expert)
+    net.set_embedder(weight, bias)
     if s.head == "closed_form":
         align.solve_head(net, job.source, job.times(expert), batches=96, batch=s.batch)
     journal.examine_aligned(job, expert, base, net, pairs, by_sgd)
-    return {k: v for k, v in net.state_dict().items() if k.startswith(ENDS)}
+    return {k: v for k, v in net.state_dict().items() if k.startswith(net.ends)}
 
 
 def train_head(job, expert):

@@ -134,13 +134,14 @@ class Moments:
         mine, theirs = vars(self).values(), vars(other).values()
         return Moments(*map(operator.add, mine, theirs))
 
-    def centred(self):
-        """(mean x, mean u, S_xx, S_xu, S_uu): means and covariances."""
+    def centred(self, intercept=True):
+        """(mean x, mean u, S_xx, S_xu, S_uu): means and covariances. Without an intercept
+        nothing is subtracted: the means count as zero."""
         if not self.n:
             raise UserError("there are no clips to align with: give at least one clip that has "
                             "latents in both spaces.")
-        x = self.x / self.n
-        u = self.u / self.n
+        x = self.x / self.n * intercept
+        u = self.u / self.n * intercept
         cov_xx = self.xx / self.n - x.outer(x)
         cov_xu = self.xu / self.n - x.outer(u)
         cov_uu = self.uu / self.n - u.outer(u)
@@ -148,12 +149,15 @@ class Moments:
 
 
 def matrix(embedder):
-    """(weight [d, c * prod(patch)], bias [d]) of a patch embedder, fp64 on the CPU."""
+    """(weight [d, c * prod(patch)], bias [d] or None) of a patch embedder, fp64 on the
+    CPU."""
     return flat(embedder.weight), flat(embedder.bias)
 
 
 def flat(p):
-    """A parameter as a matrix, or a vector: fp64, on the CPU."""
+    """A parameter as a matrix, or a vector: fp64, on the CPU. None stays None."""
+    if p is None:
+        return None
     p = p.detach().cpu().double()
     return p.flatten(1) if p.dim() > 1 else p
 
@@ -166,7 +170,7 @@ class Problem:
     """Stage 1a: which embedder is to imitate which, on which clips."""
 
     teacher: nn.Module  # the base's patch embedder
-    start: tuple  # (weight, bias) of the fresh one
+    start: tuple  # (weight, bias) of the fresh one; where the base has no bias, None
     pair: Callable  # i -> clip i in both spaces, clean inputs [c, t, h, w]
     clips: int
     tokens: Tokens
@@ -182,7 +186,8 @@ CLOSED_FORMS = ("random", "closed_form", "ridge_to_init", "noise_aware")
 
 
 def fit(method, problem):
-    """Stage 1a without SGD -> (weight [d, c_S p_S], bias [d]), fp32."""
+    """Stage 1a without SGD -> (weight [d, c_S p_S], bias [d]), fp32. Where the base's
+    embedder has no bias there is none here either, and the bias is None."""
     p = problem
     if method == "random":
         return p.start
@@ -205,9 +210,10 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
     """
     device = problem.start[0].device
     weight, bias = map(flat, problem.start)
-    net = nn.Linear(*reversed(weight.shape), device=device)
-    net.load_state_dict({"weight": weight, "bias": bias})
-    W, b = (p.float().to(device) for p in matrix(problem.teacher))
+    net = nn.Linear(*reversed(weight.shape), bias=bias is not None, device=device)
+    own = dict(weight=weight, bias=bias)
+    net.load_state_dict({k: v for k, v in own.items() if v is not None})
+    W, b = (p if p is None else p.float().to(device) for p in matrix(problem.teacher))
     opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=0)
     run = begin({"net": net}, {"net": opt})
 
@@ -229,7 +235,7 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
         yield "net", loss, {"loss": loss.detach()}
 
     run.fit(batches(run.number), losses, what="align embedder by SGD")
-    return net.weight.detach().cpu(), net.bias.detach().cpu()
+    return net.weight.detach().cpu(), None if bias is None else net.bias.detach().cpu()
 
 
 def solve_embedding(moments, teacher, ridge=1e-5, init=None):
@@ -239,12 +245,14 @@ def solve_embedding(moments, teacher, ridge=1e-5, init=None):
     init [d, c_S p_S] (or in the embedder's shape) is what it shrinks towards.
     """
     weight, bias = matrix(teacher)
-    mean_x, mean_u, _, cov_xu, cov_uu = moments.centred()
+    mean_x, mean_u, _, cov_xu, cov_uu = moments.centred(bias is not None)
     cov_yu = weight @ cov_xu
     l = ridge * cov_uu.diagonal().mean()
     start = 0.0 if init is None else flat(init)
     regular = cov_uu + l * torch.eye(len(cov_uu), dtype=torch.float64)
     solved = torch.linalg.solve(regular, (cov_yu + l * start).T).T
+    if bias is None:
+        return solved.float(), None
     offset = weight @ mean_x + bias - solved @ mean_u
     return solved.float(), offset.float()
 
@@ -283,8 +291,8 @@ def solve_noised(moments, teacher, tokens, times, ridge=1e-5):
 def coupling(moments, teacher, tokens):
     """C [p_T, p_S]: how the base's pooled noise follows from the student's."""
     base, deep = tokens.latent
-    weight, _ = matrix(teacher)
-    cov_yu = weight @ moments.centred()[3][:, :deep]
+    weight, bias = matrix(teacher)
+    cov_yu = weight @ moments.centred(bias is not None)[3][:, :deep]
     a, _, b = torch.linalg.svd(weight[:, :base].T @ cov_yu, full_matrices=False)
     return a @ b / tokens.s
 
@@ -340,6 +348,7 @@ def r_squared(moments, teacher, weight, bias):
     weight, bias = flat(weight), flat(bias)
     mean_x, mean_u, xx, xu, uu = moments.centred()
     variance = (W @ xx * W).sum() / len(W)
+    b, bias = (0.0 if p is None else p for p in (b, bias))
     offset = W @ mean_x + b - weight @ mean_u - bias
     unexplained = ((weight @ uu - 2 * W @ xu) * weight).sum() / len(W)
     mse = variance + unexplained + offset.square().mean()
@@ -362,15 +371,14 @@ def norm_ratio(weight, teacher, tokens):
 def velocity_of(net, batch, device):
     """A batch's transformer as a velocity function (x, t) -> v on `device`, with the
     batch's prompt and image condition."""
-    conditions = batch.condition, batch.context, batch.clip_fea
-    condition, context, clip_fea = (None if a is None else a.to(device) for a in conditions)
-    more = () if clip_fea is None else (clip_fea,)
+    condition = None if batch.condition is None else batch.condition.to(device)
+    prompt = [part.to(device) for part in batch.prompt]
 
     def velocity(x, t):
         x = x.to(device)
         if condition is not None:
             x = torch.cat([x, condition], dim=1)
-        return net(x, t.to(device), context, *more)
+        return net(x, t.to(device), *prompt)
 
     return velocity
 
@@ -381,12 +389,13 @@ def solve_head(net, source, times, batches=48, batch=64, ridge=1e-4, seed=7):
     the velocity, in place.
 
     Only forward passes at random times: sum w u u' and w u v' over features u (with a 1
-    for the bias) and target patches v, with the weights w of the time sampling.
+    for the bias, if there is one) and target patches v, with the weights w of the time
+    sampling.
     `source` gives the batches. Features are adapted to the embedder, so align that
     first.
     """
-    layer, features = net.head.head, []
-    device = layer.weight.device
+    layer, features = net.head_layer, []
+    device, ones = layer.weight.device, int(layer.bias is not None)
     patch = dict(zip("pqr", net.config.patch))
     hook = layer.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     uu = uv = 0.0
@@ -398,7 +407,8 @@ def solve_head(net, source, times, batches=48, batch=64, ridge=1e-4, seed=7):
             velocity_of(net, clips, device)(x, drawn.t)
             v = flow.velocity_target(clips.z, drawn.noise).to(device)
             v = rearrange(v, "b c (f p) (h q) (w r) -> b (f h w) (p q r c)", **patch)
-            u = F.pad(features.pop().double(), (0, 1), value=1.0)
+            u = features.pop().double().flatten(1, -2)
+            u = F.pad(u, (0, ones), value=1.0)
             weight = drawn.weight.to(u)[:, None, None]
             weighted = (u * weight).flatten(0, 1)
             uu += weighted.T @ u.flatten(0, 1)
@@ -407,5 +417,6 @@ def solve_head(net, source, times, batches=48, batch=64, ridge=1e-4, seed=7):
         hook.remove()
     regular = uu + ridge * uu.diagonal().mean() * torch.eye(len(uu)).to(uu)
     solved = torch.linalg.solve(regular, uv).T
-    layer.weight.copy_(solved[:, :-1])
-    layer.bias.copy_(solved[:, -1])
+    layer.weight.copy_(solved[:, : layer.in_features])
+    if ones:
+        layer.bias.copy_(solved[:, -1])

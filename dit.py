@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import layouts
-from files.checkpoint import UserError, check_fit, load_strict
+from files.checkpoint import UserError, check_fit, load_strict, read
 from kernels import (attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm,
                      rms_norm, rms_norm_rope)
 
@@ -272,6 +272,9 @@ class ImageEmbedding(nn.Module):
 
 # --------------------------------------------------------------------------- transformer
 
+ENDS = ("patch_embedding", "head")  # the modules that touch the latent
+
+
 class WanDiT(nn.Module):
     """net(x, t, context, clip_fea=None) -> velocity.
 
@@ -284,7 +287,16 @@ class WanDiT(nn.Module):
 
     Set `net.checkpointing = True` to recompute blocks in the backward pass: memory of
     one block instead of all, for a third more compute.
+
+    What the stages of an adaptation ask of a transformer, of this one and of any other
+    (families/): config, ends, lora_targets, embedder, set_embedder, head_layer, blocks,
+    checkpointing, embed_patches, and a call with `return_features`.
     """
+
+    ends = ENDS  # beginnings of the names of what is trained whole
+    lora_targets = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",
+                    r"time_embedding\.[02]", r"time_projection\.1")
+    lora_prefix = "transformer."  # of the names in the files that diffusers' pipeline loads
 
     def __init__(self, config):
         super().__init__()
@@ -318,6 +330,25 @@ class WanDiT(nn.Module):
         for linear in (*self.text_embedding[::2], *self.time_embedding[::2]):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+    # -- the two ends
+
+    @property
+    def embedder(self):
+        """The first layer: its weight [d, c pt ph pw], the latent's channels first, and
+        its bias, or None."""
+        return self.patch_embedding
+
+    @torch.no_grad()
+    def set_embedder(self, weight, bias):
+        """Give the first layer a weight [d, c pt ph pw] and a bias [d], in place."""
+        self.patch_embedding.weight.copy_(weight.view_as(self.patch_embedding.weight))
+        self.patch_embedding.bias.copy_(bias)
+
+    @property
+    def head_layer(self):
+        """The last layer, a linear one: what enters it are a token's features."""
+        return self.head.head
 
     # -- precision
 
@@ -473,9 +504,6 @@ def tokens(config, latent):
     return prod(s // p for s, p in zip(latent, config.patch))
 
 
-ENDS = ("patch_embedding", "head")  # the modules that touch the latent
-
-
 @torch.no_grad()
 def fresh_embedder(config, seed=None):
     """What a patch embedder starts from: Xavier, with a small random bias
@@ -487,6 +515,15 @@ def fresh_embedder(config, seed=None):
     nn.init.xavier_uniform_(weight, generator=generator)
     nn.init.uniform_(bias, -bound, bound, generator=generator)
     return weight, bias
+
+
+def deep_config(config, autoencoder):
+    """Config of a base, and of a deep autoencoder -> that of the base's transformer in its
+    latent space: only the two ends differ. An image condition is a mask and a latent."""
+    z, condition = autoencoder.latent_channels, 0
+    if config.in_channels != config.out_channels:
+        condition = autoencoder.temporal_factor + z
+    return dataclasses.replace(config, in_channels=z + condition, out_channels=z, patch=(1, 1, 1))
 
 
 @torch.no_grad()
@@ -514,6 +551,30 @@ def inherit(base, config, share=False):
     net.load_state_dict(tensors, assign=True)
     net.weight_dtype = base.weight_dtype
     return net
+
+
+def embedder(path):
+    """The patch embedder alone of a transformer's file or folder, fp32; nothing else is
+    read."""
+    tensors, config = layouts.open_checkpoint(path)
+    net = PatchEmbedder(config["in_channels"], config["dim"], config["patch"])
+    own = {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}
+    return load_strict(net, own, str(path))
+
+
+def read_ends(path):
+    """{name: tensor} of a transformer's two ends, fp32; nothing else is read."""
+    tensors = layouts.open_checkpoint(path)[0].items()
+    return {k: read(v).float() for k, v in tensors if k.startswith(ENDS)}
+
+
+def fingerprint(path):
+    """What tells any two trained models apart, quickly -> (config, {name: tensor}): all
+    vectors (norms, modulation, biases) and the ends."""
+    tensors, config = layouts.open_checkpoint(path)
+    small = {k: read(v) for k, v in tensors.items()
+             if len(v.shape) == 1 or "modulation" in k or k.startswith(ENDS)}
+    return config, small
 
 
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu",

@@ -12,10 +12,9 @@ self-attention, feed-forward and time layers. The patch embedder and the head, w
 shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B that is 183
 linear layers and 259.6 M LoRA parameters, for 14B 243 and 820.6 M.
 
-    whole = ("patch_embedding", "head")
-    lora.wrap(net, rank=256, alpha=512, full=whole)
+    lora.wrap(net, rank=256, alpha=512, full=net.ends)
     ... train whatever requires_grad ...
-    lora.save(net, "adapter.safetensors", format="peft", full=whole, step=40000)
+    lora.save(net, "adapter.safetensors", format="peft", full=net.ends, step=40000)
     lora.merge(net)                          # plain linears again: the base's speed
     lora.load(other_net, "adapter.safetensors", strength=0.8)
 
@@ -33,12 +32,6 @@ from torch import nn
 
 from files import checkpoint, lora_keys
 from files.checkpoint import UserError, save_tensors
-
-# What AE-Adapt-V adapts: 6 linears per block and the 3 of the time embedding.
-# Cross-attention, text and image embedders, norms and modulation stay as the base has them:
-# what they learned about prompts is what is inherited.
-TARGETS = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",
-           r"time_embedding\.[02]", r"time_projection\.1")
 
 
 class LoRALinear(nn.Module):
@@ -77,25 +70,31 @@ def adapters(net):
     return [(name, m) for name, m in net.named_modules() if isinstance(m, LoRALinear)]
 
 
-def wrap(net, rank, alpha, targets=TARGETS, full=()):
+def wrap(net, rank, alpha, targets=None, full=()):
     """Freeze `net` and adapt every linear layer whose whole name matches one of the
-    regular expressions `targets`.
+    regular expressions `targets` (default: what AE-Adapt-V adapts, `net.lora_targets`).
 
-    full: modules that are trained whole instead, e.g. ("patch_embedding", "head").
+    full: beginnings of the names of what is trained whole instead, e.g. `net.ends`.
     Returns net; afterwards `requires_grad` marks exactly what is to be trained.
     """
     plain_only(net)
+    targets = targets or net.lora_targets
     wanted = re.compile("|".join(targets))
     linears = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     names = [name for name in linears if wanted.fullmatch(name)]
     if not names:
         raise UserError(f"no linear layer of this model is called like {' or '.join(targets)}: "
                         "nothing to adapt.")
-    net.requires_grad_(False)
+    freeze(net, full)
     for name in names:
         replace(net, name, LoRALinear(net.get_submodule(name), rank, alpha))
-    for name in full:
-        net.get_submodule(name).requires_grad_(True)
+    return net
+
+
+def freeze(net, but=()):
+    """Train nothing of `net` but the parameters whose names begin so -> net."""
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(tuple(but)))
     return net
 
 
@@ -144,18 +143,16 @@ def save(net, path, format="peft", full=(), dtype=None, **metadata):
                                                                         VideoX-Fun,
                                                                         ComfyUI
 
-    full: modules stored whole, under their own plain tensor names in every format.
-        `load` puts them in place; other programs have no names for whole tensors in an
-        adapter, and diffusers refuses a file that has any.
+    full: beginnings of the names of what is stored whole, under its own plain tensor
+        names in every format. `load` puts it in place; other programs have no names for
+        whole tensors in an adapter, and diffusers refuses a file that has any.
     metadata: whatever is worth knowing (base=..., step=...); rank and alpha are added.
     """
     found = adapters(net)
     if not found:
         raise ValueError("this net has no adapters: wrap it first, or it is already merged.")
-    tensors, header = lora_keys.write(found, format)
-    for module in full:
-        for name, value in net.get_submodule(module).state_dict().items():
-            tensors[f"{module}.{name}"] = value
+    tensors, header = lora_keys.write(found, format, net.lora_prefix)
+    tensors |= {k: v for k, v in net.state_dict().items() if k.startswith(tuple(full))}
     if dtype is not None:
         tensors = {k: v.to(dtype) for k, v in tensors.items()}
     save_tensors(path, tensors, {"format": "pt", **header, **metadata})
@@ -186,7 +183,7 @@ def load(net, source, strength=1.0, merge=True, expert=None):
     plain_only(net)
     parameters = dict(net.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
-    updates, skipped, config = lora_keys.fit(shapes, source, expert)
+    updates, skipped, config = lora_keys.fit(shapes, source, expert, net.ends)
     for name, update in updates.items():
         update = {role: checkpoint.read(value) for role, value in update.items()}
         w, module = parameters[name], name.rpartition(".")[0]

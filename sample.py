@@ -45,7 +45,7 @@ from files.checkpoint import UserError
 from gpu import choose, fp8
 from kernels import Replay
 from wan import released, session
-from wan.models import Lora
+from wan.models import Lora, Prompts
 from wan.session import check_streamed, no_graph
 
 # -------------------------------------------------------------------------- the guided loop
@@ -80,8 +80,9 @@ class Sampling:
         flow.schedule(s.solver, s.steps, s.shift)  # refuses what cannot be
         small = dit.tokens(model.net.config, model.latent_shape(s.frames, s.size)) <= 4096
         batch = small if s.cfg_batch is None else s.cfg_batch
-        graph = no_graph(model, s.plain) is None if s.graph is None else s.graph
-        return replace(s, cfg_batch=batch, graph=graph)
+        plain = s.plain or not model.is_wan
+        graph = no_graph(model, plain) is None if s.graph is None else s.graph
+        return replace(s, cfg_batch=batch, graph=graph, plain=plain)
 
 
 @torch.no_grad()
@@ -222,7 +223,9 @@ class Velocity:
 
 def joined(context, null):
     """Both guidance contexts as one batch [2b, m, d]; the shorter gets zero rows, as
-    every prompt has after its end."""
+    every prompt of Wan has after its end."""
+    if isinstance(context, Prompts):
+        return Prompts([*context, *null])
     m = max(context.shape[1], null.shape[1])
     return torch.cat([F.pad(c, (0, 0, 0, m - c.shape[1])) for c in (context, null)])
 

@@ -52,12 +52,11 @@ import kernels
 import lora
 import sample
 import toy
-from dit import ENDS
 from experiments import verdicts
 from experiments.verdicts import GROUPS, spread
 from files import checkpoint, options, video
 from files.checkpoint import UserError
-from training import bases, journal, loop, toy_base, toy_score
+from training import journal, loop, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.toy_base import TIMES
 from wan import released
@@ -168,7 +167,7 @@ class World:
     def __init__(self, preset, out, autoencoder, base, device="cpu"):
         self.preset, self.out, self.device = preset, Path(out), torch.device(device)
         self.base = base.to(device)
-        self.config = bases.deep_config(base.net.config, autoencoder.config)
+        self.config = dit.deep_config(base.net.config, autoencoder.config)
         self.deep = replace(base, name="deep", net=self.fresh(0), ae=autoencoder).to(device)
         decisive = dict(preset=asdict(preset), held=HELD)
         for name, net in (("base", base.net), ("autoencoder", autoencoder)):
@@ -197,7 +196,7 @@ class World:
         teacher = toy_base.encode_scenes(self.base, scenes, cache)
         source = toy_base.Source(self.clips[group], self.base.text, teacher)
         tokens = align.Tokens.of((self.base.net.config, self.config), source.pair(0))
-        embedder, start = self.base.net.patch_embedding, self.deep.net.patch_embedding
+        embedder, start = self.base.net.embedder, self.deep.net.embedder
         start = start.weight, start.bias
         pair = functools.cache(source.pair)
         return align.Problem(embedder, start, pair, len(source), tokens, TIMES)
@@ -205,7 +204,7 @@ class World:
     def align(self, method, net, seed):
         """Stage 1a from the embedder that `net` has -> (weight, bias)."""
         problem = copy.copy(self.pairs["train"])  # with the moments, once they are known
-        problem.start = net.patch_embedding.weight, net.patch_embedding.bias
+        problem.start = net.embedder.weight, net.embedder.bias
         if not method.startswith("sgd"):
             return align.fit(method, problem)
         steps, clips, lr = getattr(self.preset, method)
@@ -308,7 +307,7 @@ class Trial:
         if self.arm.lora:
             torch.manual_seed(1000 + self.seed)
             rank = self.world.preset.rank
-            lora.wrap(net, rank, 2 * rank, full=ENDS)
+            lora.wrap(net, rank, 2 * rank, full=net.ends)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         steps = self.total - self.head_steps
         lines = lines + self.train(net, self.folder, self.head_steps, steps, self.lr)
@@ -327,17 +326,13 @@ class Trial:
         net = world.fresh(self.seed, arm.base)
         if not ready.exists():
             weight, bias = world.align(arm.align, net, self.seed)
-            with torch.no_grad():
-                net.patch_embedding.weight.copy_(weight.view_as(net.patch_embedding.weight))
-                net.patch_embedding.bias.copy_(bias)
+            net.set_embedder(weight, bias)
             if arm.head == "closed_form":
                 source = world.source("train", seed=self.seed)
                 align.solve_head(net, source, TIMES, world.preset.head_batches, 32)
             lines = []
             if self.head_steps:
-                net.requires_grad_(False)
-                for end in ENDS:
-                    net.get_submodule(end).requires_grad_(True)
+                lora.freeze(net, net.ends)
                 lr = world.preset.lr_head
                 lines = self.train(net, self.start, 0, self.head_steps, lr)
                 shutil.rmtree(self.start / "run")

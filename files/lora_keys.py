@@ -36,9 +36,10 @@ UNSUPPORTED = {kind: re.compile(mark) for kind, mark in {
 }.items()}
 
 
-def fit(shapes, source, expert=None):
+def fit(shapes, source, expert=None, ends=()):
     """What `load` would do to a net of these {parameter: shape}, from the headers alone
     -> ({parameter: {role: Stored tensor}}, keys that fit nothing, PEFT's settings).
+    ends: beginnings of the names of what belongs to a latent space.
 
     UserError for what is not supported, or was made for another base."""
     what = "the adapter" if isinstance(source, dict) else str(source)
@@ -48,7 +49,7 @@ def fit(shapes, source, expert=None):
     config = {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
     updates, skipped = sort(tensors, spellings(shapes), what)
     for name in updates:
-        skipped += check(updates, name, shapes[name], what)
+        skipped += check(updates, name, shapes[name], ends, what)
     roles = {role for update in updates.values() for role in update}
     if roles <= {"full", "alpha"}:
         raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors "
@@ -115,7 +116,7 @@ def spellings(parameters):
     Once flattened, "blocks_12_self_attn_k" needs no parsing, and names with mixed
     separators are covered too.
     """
-    table = {name.replace(".", "_"): name for name in parameters}
+    table = {PREFIX.sub("", name.replace(".", "_")): name for name in parameters}
     for name in parameters:
         diffusers = to_diffusers(name)  # LyCORIS mixes: self_attn.to_q
         mixed = diffusers.replace("attn1", "self_attn").replace("attn2", "cross_attn")
@@ -147,7 +148,7 @@ def sort(tensors, table, what):
     return updates, skipped
 
 
-def check(updates, name, shape, what):
+def check(updates, name, shape, ends, what):
     """Refuse an update that cannot be meant for this net -> what was dropped from
     `updates` instead, for the report."""
     update, module = updates[name], name.rpartition(".")[0]
@@ -166,7 +167,7 @@ def check(updates, name, shape, what):
         if theirs != ours:
             theirs, ours = (" x ".join(map(str, sizes)) for sizes in (theirs, ours))
             wrong = f"its {name} is {theirs}, this model's is {ours}"
-    if wrong and "full" not in update and module.split(".")[0] in ("patch_embedding", "head"):
+    if wrong and "full" not in update and name.startswith(ends):
         # An adapter of the base model carries over to the deep latent space, except where
         # the latent enters and leaves.
         update.clear()
@@ -196,9 +197,10 @@ def scale_of(name, update, config):
 # --------------------------------------------------------------------------- writing
 
 
-def write(adapters, format):
+def write(adapters, format, prefix="transformer."):
     """Adapters, (module name, its LoRALinear) each -> ({name: tensor} as a program
-    expects them, what belongs into the header); formats as in `lora.save`."""
+    expects them, what belongs into the header); formats as in `lora.save`. prefix: of the
+    names in the layout of PEFT."""
     if format not in ("peft", "comfyui", "kohya"):
         raise UserError(f'LoRA format "{format}" is unknown: use peft, comfyui or kohya.')
     kinds = {(a.rank, a.alpha) for _, a in adapters}
@@ -209,7 +211,7 @@ def write(adapters, format):
     tensors, header = {}, dict(rank=rank, alpha=alpha)
     for name, a in adapters:
         if format == "peft":
-            stem = f"transformer.{to_diffusers(name)}"
+            stem = prefix + to_diffusers(name.removeprefix("transformer."))
             tensors |= {f"{stem}.lora_A.weight": a.down, f"{stem}.lora_B.weight": a.up}
             continue
         flat = name.replace(".", "_")
@@ -217,12 +219,12 @@ def write(adapters, format):
         tensors |= {f"{stem}.lora_down.weight": a.down, f"{stem}.lora_up.weight": a.up,
                     f"{stem}.alpha": torch.tensor(float(a.alpha))}
     if format == "peft":
-        names = [name for name, _ in adapters]
-        header["lora_adapter_metadata"] = peft_header(rank, alpha, names)
+        names = [to_diffusers(name.removeprefix("transformer.")) for name, _ in adapters]
+        header["lora_adapter_metadata"] = peft_header(rank, alpha, names, prefix)
     return tensors, header
 
 
-def peft_header(rank, alpha, names):
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": list(map(to_diffusers, names)),
-              "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False}
-    return {f"transformer.{k}": v for k, v in config.items()}
+def peft_header(rank, alpha, names, prefix):
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": names, "lora_dropout": 0.0,
+              "bias": "none", "use_rslora": False, "use_dora": False}
+    return {f"{prefix}{k}": v for k, v in config.items()}

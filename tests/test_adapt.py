@@ -437,7 +437,7 @@ def test_step_0_of_the_lora_is_the_assembled_model_bit_for_bit(job):
     ends = job.result(job.expert, "1a")
     plain, wrapped = (job.build(job.expert, ends, rank)[1] for rank in (0, 4))
     batch = job.held.batch(0, range(2))
-    before, after = (net(torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context) for net in (plain, wrapped))
+    before, after = (net(torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.prompt[0]) for net in (plain, wrapped))
     assert before.any() and torch.equal(before, after)
 
 
@@ -451,7 +451,7 @@ def test_the_exported_model_is_the_trained_one(job, tmp_path):
     export(job)
     live = job.build(job.expert, job.result(job.expert, "2"), rank=3)[1]
     batch = job.held.batch(0, range(2))
-    args = torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.context
+    args = torch.cat([batch.z, batch.condition], dim=1), torch.tensor([300.0, 900.0]), batch.prompt[0]
     merged, start = dit.load(tmp_path / "run" / "transformer.safetensors")(*args), job.build(job.expert, {})[0]
     assert (merged - live(*args)).abs().max() < 1e-4
     for _, adapter in lora.adapters(live):

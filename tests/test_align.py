@@ -284,7 +284,7 @@ class Clips:
 
     def batch(self, step, positions):
         i = [(7 * step + p) % len(self.z) for p in positions]
-        return SimpleNamespace(z=self.z[i], condition=self.condition[i] if torch.is_tensor(self.condition) else None, context=torch.zeros(len(i), 8, 32), clip_fea=None)
+        return SimpleNamespace(z=self.z[i], condition=self.condition[i] if torch.is_tensor(self.condition) else None, prompt=(torch.zeros(len(i), 8, 32),))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ WAN = [name for name in BASES if name != "toy"]
 
 
 def deep(name, target="f32t4c32"):
-    return bases.deep_config(dit.PRESETS[released.RELEASED[name].preset], ae.PRESETS[target])
+    return dit.deep_config(dit.PRESETS[released.RELEASED[name].preset], ae.PRESETS[target])
 
 
 def arguments(folders, **more):
@@ -89,7 +89,7 @@ def test_models_from_the_official_layouts(tiny_folders, name):
     base = BASES[name]
     teacher, student = base.models(arguments(folders), dataclasses.replace(base.settings, dtype="fp32"))
     assert teacher.net.net is None and (teacher.ae.config.spatial_factor, student.ae.config.spatial_factor) == (8, 32)
-    assert student.net.config == bases.deep_config(teacher.net.config, student.ae.config) and student.low is None
+    assert student.net.config == dit.deep_config(teacher.net.config, student.ae.config) and student.low is None
     assert (student.frames, student.size, student.task, student.text) == (80, (480, 832), teacher.task, teacher.text)
     assert student.negative == teacher.negative and student.shift == (teacher.shift if "a14b" in name else 5.0)
     empty = base.models(arguments(folders), dataclasses.replace(base.settings, dtype="fp32", null="empty"))[1]
@@ -136,7 +136,7 @@ class Held:
         return Held(self.z, 1 - drop)
 
     def batch(self, step, positions):
-        return bases.cache.Batch(self.z.expand(len(positions), -1, -1, -1, -1), None, torch.full((len(positions), 1, TEXT_DIM), self.value), None)
+        return bases.cache.Batch(self.z.expand(len(positions), -1, -1, -1, -1), None, (torch.full((len(positions), 1, TEXT_DIM), self.value),))
 
 
 @pytest.mark.parametrize("expert", [bases.Expert("", None), bases.Expert("high", None, low=0.9), bases.Expert("low", None, high=0.9)], ids=["one", "high", "low"])

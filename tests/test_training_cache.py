@@ -76,6 +76,7 @@ def encoded(monkeypatch):
 
 
 def same(a, b):
+    a, b = (([*x[:2], *x.prompt] if isinstance(x, cache.Batch) else x) for x in (a, b))
     return all(x is None and y is None or torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -130,8 +131,8 @@ def test_a_sample_is_a_function_of_seed_step_and_position(source):
     for step in (3, 0, 1):
         a, b, c = whole.batch(step, range(4)), parts.batch(step, range(2)), parts.batch(step, range(2, 4))
         assert torch.equal(a.z, torch.cat([b.z, c.z]))
-        rows = [row for part in (b, c) for row in part.context]
-        assert all(torch.equal(x[: len(y)], y) and not x[len(y) :].any() for x, y in zip(a.context, rows))
+        rows = [row for part in (b, c) for row in part.prompt[0]]
+        assert all(torch.equal(x[: len(y)], y) and not x[len(y) :].any() for x, y in zip(a.prompt[0], rows))
     drawn = lambda s: [s.draw(step, p)[0].key for step in range(8) for p in range(4)]
     assert drawn(source()) == drawn(whole) != drawn(source(seed=1))
 
@@ -151,10 +152,10 @@ def test_prompts_are_drawn_by_score_and_dropped_for_the_null_context(source, tin
     assert np.mean([caption is None for _, caption in drawn]) == pytest.approx(0.1, abs=0.03)
     said = [caption for sample, caption in drawn if sample.name.endswith("b.mp4") and caption]
     assert np.mean([caption == RED for caption in said]) == pytest.approx(0.9**10 / (0.9**10 + 0.8**10), abs=0.06)
-    text, kept, dropped = toy.ToyText(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).context
+    text, kept, dropped = toy.ToyText(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).prompt[0]
     assert dropped.shape == (2, 1, 32) and not dropped.any()  # the toy's null context: zeros, of which any number of rows is the same
     assert all(kept.draw(step, 0)[1] for step in range(50))
-    context, expected = kept.batch(0, range(2)).context, text([kept.draw(0, p)[1] for p in range(2)]).to(torch.bfloat16).float()
+    context, expected = kept.batch(0, range(2)).prompt[0], text([kept.draw(0, p)[1] for p in range(2)]).to(torch.bfloat16).float()
     assert torch.equal(context, expected[:, : context.shape[1]]) and not expected[:, context.shape[1] :].any()
 
 
@@ -164,9 +165,9 @@ def test_the_null_context_is_the_negative_prompt_or_the_empty_one(folder, tiny, 
 
     def make(null):
         source = cache.Source(folder, student, folder=tmp_path, drop=1.0, null=null, **HOW)
-        return source.batch(0, range(1)).context
+        return source.batch(0, range(1)).prompt[0]
 
-    assert torch.equal(make("negative")[0], cache.encode_prompts(student.text, [BLUE])[BLUE].float()) and not make("empty").any()
+    assert torch.equal(make("negative")[0], cache.encode_prompts(student.text, [BLUE])[BLUE]["states"].float()) and not make("empty").any()
 
 
 def test_states_of_a_text_encoder_are_kept_without_padding():
@@ -175,7 +176,7 @@ def test_states_of_a_text_encoder_are_kept_without_padding():
     text.known = {"a cat": torch.randn(3, 6)}
     asked = []
     text.encode = lambda prompts: asked.append(prompts) or {p: torch.randn(len(p) + 1, 6) for p in prompts}
-    states = cache.encode_prompts(text, ["a  cat", "dog", "", "dog"])
+    states = {p: row["states"] for p, row in cache.encode_prompts(text, ["a  cat", "dog", "", "dog"]).items()}
     assert {p: len(s) for p, s in states.items()} == {"a  cat": 3, "dog": 4, "": 1}
     assert list(text.known) == ["a cat"] and asked == [["dog", ""]] and states["dog"].dtype == torch.bfloat16
 
@@ -187,14 +188,14 @@ def test_image_to_video_has_conditions(folder, tiny, tmp_path):
     some = cache.Source([folder / "a.mp4", folder / "b.mp4"], student, teacher, folder=tmp_path,
                         drop=1.0, **HOW)
     batch = some.batch(0, range(2))
-    assert batch.condition.shape == (2, 36, *batch.z.shape[2:]) and batch.clip_fea.shape == (2, 4, 3)
+    assert batch.condition.shape == (2, 36, *batch.z.shape[2:]) and batch.prompt[1].shape == (2, 4, 3)
     assert batch.condition[:, :4].sum((1, 2, 3, 4)).tolist() == [4 * batch.z.shape[3] * batch.z.shape[4]] * 2  # latent frame 0 is given (spec 11.7)
     for i, sample in enumerate(some.clips):
         base, deep = some.pair(i)
         x, first = captions.read_sample(sample, 8, captions.bucket_sizes(FAMILY))
         assert len(base) == 36 and len(deep) == 68 and base.shape[1] == deep.shape[1]
         assert torch.equal(deep[32:], student.condition(1, deep.shape[1:], x[None, :, 0])[0])
-        assert torch.equal(some.read(sample, None)["clip_fea"], student.clip(first[None])[0])
+        assert torch.equal(some.read(sample, None)[0]["clip_fea"], student.clip(first[None])[0])
 
 
 def test_what_is_held_out_depends_on_the_files_alone(source, folder, tmp_path):

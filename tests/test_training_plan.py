@@ -100,7 +100,7 @@ def test_encoding_a_clip():
 def test_the_plan_of_14b():
     """Parameters as in spec 5.3, operations of stage 1b as in spec 9.6; it fits eight
     H100, and all that with the blocks kept does not."""
-    config, settings = bases.deep_config(dit.PRESETS["wan2.1-t2v-14b"], ae.PRESETS["f32t4c32"]), bases.BASES["wan2.1-t2v-14b"].settings
+    config, settings = dit.deep_config(dit.PRESETS["wan2.1-t2v-14b"], ae.PRESETS["f32t4c32"]), bases.BASES["wan2.1-t2v-14b"].settings
     net = plan.transformer(config, "2", settings)
     assert sum(p.numel() for _, a in lora.adapters(net) for p in (a.down, a.up)) == pytest.approx(820.6e6, rel=1e-4)
     parts, cost = plan.memory(config, "1b", settings, (20, 15, 26), gpus=8, sharded=True, accumulate=2)

@@ -147,7 +147,7 @@ def test_a_part_has_its_own_clips_captions_and_images():
 
 def test_prompts_and_attributes_are_dropped_and_images_shown_as_often_as_asked():
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
-    z, condition, context, _ = toy_base.Source(latents, TEXT, null=0.1, drop=0.2, image=0.3).batch(0, range(4000))
+    z, condition, (context,) = toy_base.Source(latents, TEXT, null=0.1, drop=0.2, image=0.3).batch(0, range(4000))
     rows = (context != 0).any(dim=2)[:, : len(toy.WORLD)]  # which attributes are named
     said = rows.any(dim=1)
     assert 0.08 < 1 - said.float().mean() < 0.12
@@ -168,7 +168,8 @@ def test_a_sample_depends_on_seed_step_and_position_only():
     latents = latents_of(torch.randn(40, 2, 1, 1, 1), with_image=10)
     source = toy_base.Source(latents, TEXT, seed=3)
     whole, parts = source.batch(7, range(16)), [source.batch(7, part) for part in (range(8), range(8, 16))]
-    assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole[:3], *(p[:3] for p in parts)))
+    whole_of = lambda batch: [*batch[:2], *batch.prompt]
+    assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(*map(whole_of, [whole, *parts])))
     assert not torch.equal(whole.z, source.batch(8, range(16)).z)
     other = toy_base.Source(latents, TEXT, seed=4)
     assert not torch.equal(whole.z, other.batch(7, range(16)).z) and other.fingerprint != source.fingerprint

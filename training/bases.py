@@ -18,6 +18,7 @@ overrides the methods in which it differs.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ import dit
 import flow
 import sample
 import toy
-from files import checkpoint, layouts
 from files.checkpoint import UserError
 from training import cache, captions, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
@@ -112,13 +112,10 @@ def deep_autoencoder(target, file, folders):
     return net
 
 
-def deep_config(config, autoencoder):
-    """dit.Config of a base -> that of its transformer in the autoencoder's latent
-    space: only the two ends differ. An image condition is a mask and a latent."""
-    z, condition = autoencoder.latent_channels, 0
-    if config.in_channels != config.out_channels:
-        condition = autoencoder.temporal_factor + z
-    return replace(config, in_channels=z + condition, out_channels=z, patch=(1, 1, 1))
+def deep_net(teacher, autoencoder):
+    """The teacher's transformer in the latent space of an autoencoder, still to come."""
+    net = teacher.net
+    return type(net)(None, config=net.nets.deep_config(net.config, autoencoder.config))
 
 
 def buckets_of(args, autoencoder):
@@ -136,6 +133,7 @@ class Expert(NamedTuple):
     path: Path
     low: float = flow.Times.low  # times t / 1000 in [low, high)
     high: float = flow.Times.high
+    nets: ModuleType = dit  # what knows its kind of transformer
 
     @property
     def prefix(self):
@@ -144,21 +142,15 @@ class Expert(NamedTuple):
 
     def load(self, dtype=torch.float32, device="cpu"):
         """The base's transformer, frozen."""
-        return dit.load(self.path, dtype=dtype, device=device).requires_grad_(False)
+        return self.nets.load(self.path, dtype=dtype, device=device).requires_grad_(False)
 
     def embedder(self):
         """Its patch embedder alone, in fp32; nothing else is read."""
-        tensors, config = layouts.open_checkpoint(self.path)
-        net = dit.PatchEmbedder(config["in_channels"], config["dim"], config["patch"])
-        own = {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}
-        return checkpoint.load_strict(net, own, str(self.path)).requires_grad_(False)
+        return self.nets.embedder(self.path)
 
     def fingerprint(self):
-        """Hash of the config and of all vectors (norms, modulation, biases), which
-        differ between any two trained models; quick for 14B."""
-        tensors, config = layouts.open_checkpoint(self.path)
-        small = {k: checkpoint.read(v) for k, v in tensors.items()
-                 if len(v.shape) == 1 or "modulation" in k or k.startswith(("patch_", "head."))}
+        """Hash of what differs between any two trained models; quick for 14B."""
+        config, small = self.nets.fingerprint(self.path)
         return hash_of([config, hash_tensors(small)])
 
 
@@ -188,10 +180,9 @@ class Base:
         """The teacher around the deep autoencoder. It samples as the released
         DC-VideoGen models do, in the 16:9 that it is trained at."""
         size = captions.bucket_sizes(buckets)[0.5625]
-        config = deep_config(teacher.net.config, autoencoder.config)
         changed = dict(
             name=f"{self.name} in {target_of(autoencoder.config)}",
-            net=models.Deferred(None, config=config),
+            net=deep_net(teacher, autoencoder),
             low=None,
             ae=autoencoder,
             ae_dtype=DTYPES[settings.dtype],
@@ -209,7 +200,7 @@ class Base:
     def experts(self, teacher):
         """Its transformers, the one for high noise first."""
         if teacher.low is None:
-            return [Expert("", teacher.net.path)]
+            return [Expert("", teacher.net.path, nets=teacher.net.nets)]
         return [Expert("high", teacher.net.path, low=teacher.boundary),
                 Expert("low", teacher.low.path, high=teacher.boundary)]
 
@@ -249,11 +240,10 @@ class Base:
         inside = (times >= 1000 * expert.low) & (times < 1000 * expert.high)
         sigmas, times = torch.cat([sigmas[:-1][inside], torch.zeros(1)]), times[inside]
         batch = held.batch(0, range(n))
-        null = held.held_out(drop=1.0).batch(0, range(n)).context
-        inputs = batch.context, null, batch.condition, batch.clip_fea
-        inputs = [None if a is None else a.to(model.device) for a in inputs]
-        context, null, condition, clip = inputs
-        seen = models.ImageCondition(condition, clip=clip)
+        null = held.held_out(drop=1.0).batch(0, range(n)).prompt[0].to(model.device)
+        context, *clip = (part.to(model.device) for part in batch.prompt)
+        condition = None if batch.condition is None else batch.condition.to(model.device)
+        seen = models.ImageCondition(condition, clip=clip[0] if clip else None)
         how = sample.Sampling(guidance=model.guidance, cfg_batch=False, plain=True)
         velocity = sample.Velocity(model, context, null, seen, times, how)
 
@@ -277,8 +267,7 @@ class Toy(Base):
         file, dtype = released.WEIGHTS / "toy-base-dit.safetensors", DTYPES[settings.dtype]
         teacher = replace(teacher, net=models.Deferred(file, dtype=dtype))
         autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
-        config = deep_config(teacher.net.config, autoencoder.config)
-        net = models.Deferred(None, config=config)
+        net = deep_net(teacher, autoencoder)
         student = replace(teacher, name="toy DC-VideoGen", net=net, ae=autoencoder)
         return teacher, student.to(args.device)
 

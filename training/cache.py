@@ -36,7 +36,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from files import video
@@ -44,7 +43,6 @@ from files.checkpoint import UserError
 from training import captions, loop
 from training.entries import Entries, hash_encoder, hash_network, hash_of
 from wan.image import CLIPVision, WanImage, clip_pixels
-from wan.text import WanText, clean_prompt
 
 PROMPTS = 2048  # for one loading of the text encoder; their states (1 MB each) are in memory
 
@@ -58,8 +56,9 @@ class Batch(NamedTuple):
 
     z: torch.Tensor  # [b, z, t, h, w] clean latent as the transformer sees it (scaled), fp32
     condition: torch.Tensor | None  # [b, 4 + z, t, h, w] mask and condition latent
-    context: torch.Tensor  # [b, m, text_dim]; the null context where the prompt was dropped
-    clip_fea: torch.Tensor | None  # [b, 257, image_dim], for transformers with an image branch
+    #: what the transformer takes behind x and t: prompts (the null prompt where one was dropped),
+    #: [b, m, text_dim] or `models.Prompts`; and CLIP tokens, if it has an image branch
+    prompt: tuple
 
 
 @dataclass(frozen=True)
@@ -195,28 +194,25 @@ def keep_loaded(clip):
 
 
 def encode_prompts(text, prompts):
-    """Sentences -> {sentence: states [m, text_dim]} without padding, at least one row;
-    "" is the empty prompt."""
-    if isinstance(text, WanText):
-        new = text.uncached(prompts)
-        # not kept in `text`: a million captions would fill the memory
-        known = text.known | (text.encode(new) if new else {})
-        states = {p: known[clean_prompt(p)] for p in prompts}
-    else:  # the toy's
-        states = {p: (text([p]) if p else text.null(1))[0] for p in prompts}
-    return {p: unpadded(s).to(torch.bfloat16) for p, s in states.items()}
+    """Sentences -> {sentence: {name: states [m, d]}} as entries hold them: bf16, without
+    the zero rows at the end, but for one; "" is the empty prompt."""
+    return {prompt: {name: unpadded(states).to(torch.bfloat16) for name, states in row.items()}
+            for prompt, row in text.states(prompts).items()}
 
 
 def unpadded(states):
-    """Rows [m, d] up to the last that is not all zeros, at least one."""
+    """Rows [m, d] up to the last that is not all zeros, at least one. A single vector is
+    left alone."""
+    if states.ndim < 2:
+        return states
     used = states.ne(0).any(dim=1).nonzero().flatten()
     return states[: max(used[-1].item() + 1 if len(used) else 1, 1)]
 
 
 def prompt_entries(model, folder):
-    """Where the prompt states of a model's text encoder are kept, under `caption_key`:
-    {states [m, text_dim]}."""
-    made_by = dict(text=type(model.text).__name__, width=model.net.config.text_dim)
+    """Where the prompt states of a model's text encoder are kept, under `caption_key`, as
+    `encode_prompts` makes them."""
+    made_by = dict(text=type(model.text).__name__, width=model.text.text_dim)
     encoder = getattr(model.text, "encoder_path", None)
     return Entries(folder, "text", made_by, origin=hash_network(encoder))
 
@@ -315,10 +311,9 @@ class Source:
         return sample, None if rng.random() < self.drop else chosen
 
     def read(self, sample, caption):
-        """-> the entry's tensors, with the prompt's (None: the null prompt's)
-        `states`."""
+        """-> tensors of the clip's entry, and of the prompt's (None: the null prompt's)."""
         prompt = self.null if caption is None else caption
-        return self.student.entries.get(sample.key) | self.text.get(caption_key(prompt))
+        return self.student.entries.get(sample.key), self.text.get(caption_key(prompt))
 
     def batch(self, step, positions):
         """Samples `positions` (a range) of the global batch of `step` -> Batch on the
@@ -329,13 +324,15 @@ class Source:
         self.ahead = {key: read for key, read in self.ahead.items() if step <= key[0] <= step + 1}
         if (step + 1, positions) not in self.ahead:
             self.ahead[step + 1, positions] = self._submit(step + 1, positions)
-        rows = [row.result() for row in rows]
+        clips, prompts = zip(*(row.result() for row in rows))
 
         def stack(name):
-            return torch.stack([row[name].float() for row in rows]) if name in rows[0] else None
+            return torch.stack([clip[name].float() for clip in clips]) if name in clips[0] else None
 
-        context = pad_sequence([row["states"].float() for row in rows], batch_first=True)
-        return Batch(stack("latent"), stack("condition"), context, stack("clip_fea"))
+        prompts = [{name: states.float() for name, states in row.items()} for row in prompts]
+        prompt, clip_fea = self.student.model.text.collate(prompts), stack("clip_fea")
+        seen = (prompt,) if clip_fea is None else (prompt, clip_fea)
+        return Batch(stack("latent"), stack("condition"), seen)
 
     def _submit(self, step, positions):
         if not hasattr(self, "pool"):
@@ -462,7 +459,7 @@ def fill_prompts(encoder, text, prompts):
     with tqdm(total=len(todo), desc="prompts", unit="prompt", disable=hidden) as bar:
         for i in range(0, len(todo), PROMPTS):
             for prompt, states in encode_prompts(encoder, todo[i : i + PROMPTS]).items():
-                text.put(caption_key(prompt), {"states": states}, name=prompt)
+                text.put(caption_key(prompt), states, name=prompt)
                 bar.update()
 
 

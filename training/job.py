@@ -15,8 +15,7 @@ import align
 import dit
 import flow
 import lora
-from dit import ENDS
-from files import checkpoint, layouts
+from files import checkpoint
 from files.checkpoint import UserError
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
@@ -76,26 +75,26 @@ class Job:
         another source."""
         most = 256 if source else self.settings.clips_align
         source = source or self.source
-        start = dit.fresh_embedder(self.student.net.config, self.settings.seed)
-        start = tuple(p.to(self.device) for p in start)
-        return align.Problem(expert.embedder(), start, source.pair, min(len(source), most),
+        teacher = expert.embedder()
+        weight, bias = dit.fresh_embedder(self.student.net.config, self.settings.seed)
+        start = weight.to(self.device), None if teacher.bias is None else bias.to(self.device)
+        return align.Problem(teacher, start, source.pair, min(len(source), most),
                              self.tokens, self.times(expert))
 
-    def build(self, expert, tensors, rank=0, dtype=None, device=None):
+    def build(self, expert, tensors=None, rank=0, dtype=None, device=None):
         """-> (the base's transformer, the deep one with `tensors` {name: value} over
         what is fresh), frozen but for the ends and, with a rank, adapters.
 
         They share all that is inherited: two networks in the memory of one.
         """
         base = expert.load(dtype or DTYPES[self.settings.dtype], device or self.device)
-        net = dit.inherit(base, self.student.net.config, share=True)
-        net.requires_grad_(False).eval()
-        for part in ENDS:
-            net.get_submodule(part).requires_grad_(True)
+        net = expert.nets.inherit(base, self.student.net.config, share=True).eval()
         if rank:
-            lora.wrap(net, rank, 2 * rank, full=ENDS)
+            lora.wrap(net, rank, 2 * rank, full=net.ends)
+        else:
+            lora.freeze(net, net.ends)
         own = dict(net.state_dict())
-        loop.copy_into(net, {k: v.view_as(own[k]) for k, v in tensors.items()})
+        loop.copy_into(net, {k: v.view_as(own[k]) for k, v in (tensors or {}).items()})
         return base, net
 
     # -- what a stage leaves behind
@@ -158,8 +157,7 @@ def start_again(job, expert):
     "start" -> its name."""
     file = job.file(expert, "start")
     if not file.exists() and main_process_first(file):
-        tensors = layouts.open_checkpoint(expert.path)[0].items()
-        ends = {k: checkpoint.read(v).float() for k, v in tensors if k.startswith(ENDS)}
+        ends = expert.nets.read_ends(expert.path)
         journal.examine(job, expert, "before", job.build(expert, ends)[1])
         checkpoint.save_tensors(file, ends)
     return "start"
@@ -181,14 +179,14 @@ def export(job):
         trained = job.result(expert, "2")
         net = job.build(expert, trained, s.rank, dtype=dtype, device="cpu")[1]
         for layout, ending in (("comfyui", ""), ("kohya", "-kohya"), ("peft", "-peft")):
-            full = () if layout == "peft" else ENDS  # diffusers refuses a LoRA with whole tensors
+            full = () if layout == "peft" else net.ends  # diffusers refuses whole tensors there
             file = out / f"lora{suffix}{ending}.safetensors"
             lora.save(net, file, layout, full=full, dtype=half, **about)
         lora.merge(net)
         file = out / f"transformer{suffix}"
         if job.args.format == "original":
             file = file.with_suffix(".safetensors")
-        dit.save(net, file, {"adapted": adapted}, dtype, job.args.format)
+        expert.nets.save(net, file, {"adapted": adapted}, dtype, job.args.format)
     ae.save(job.student.ae, out / "ae.safetensors", dtype)
     command = ["python sample.py --model", out]
     if job.args.weights:

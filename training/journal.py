@@ -228,28 +228,28 @@ def examine_aligned(job, expert, base, net, pairs, by_sgd=None):
     if job.args.sample_steps:
         show_pair(job.journal.out / "pairs.png", (job.teacher, job.student), held.pair(0))
     rms = job.held.batch(0, range(8)).z.square().mean().sqrt()
-    numbers = imitation(*net.patch_embedding.parameters(), held)
+    numbers = imitation(net.embedder.weight, net.embedder.bias, held)
     numbers |= dict(latent_rms=rms.item(), clips=pairs.clips, depth=depth(job.held, base, net))
     examine(job, expert, "1a, assembled", net, **numbers)
 
 
 @torch.no_grad()
-def depth_curve(base, deep, teacher, student, contexts, t=0.0, blocks=None):
+def depth_curve(base, deep, teacher, student, prompt, t=0.0, blocks=None):
     """How far the new model's features are from the base's, block by block
     -> {block: (mse, mse / variance of the base's)}.
 
-    teacher, student: clean inputs of the same clips [b, c, t, h, w]; contexts: the
-    prompt (and clip_fea) for both, as the transformers take them. Both see the same
-    clip at the same time t; the base's features are averaged over the cells of the deep
-    grid. "embedding" is stage 1a's own distance. The patch embedder alone is aligned,
-    so the curve tells how much of that survives the blocks.
+    teacher, student: clean inputs of the same clips [b, c, t, h, w]; prompt: what both
+    transformers take behind x and t. Both see the same clip at the same time t; the
+    base's features are averaged over the cells of the deep grid. "embedding" is stage
+    1a's own distance. The patch embedder alone is aligned, so the curve tells how much
+    of that survives the blocks.
     """
     blocks = list(range(base.config.layers) if blocks is None else blocks)
     features = []
     for net, x in ((base, teacher), (deep, student)):
         x = x.to(next(net.parameters()).device)
         times = torch.full((len(x),), float(t), device=x.device)
-        _, seen = net(x, times, *(c.to(x.device) for c in contexts), return_features=blocks)
+        _, seen = net(x, times, *(part.to(x.device) for part in prompt), return_features=blocks)
         features.append({"embedding": net.embed_patches(x), **seen})
     out = {}
     for block, ours in features[1].items():
@@ -267,14 +267,11 @@ def depth(held, base, net):
     shape = pairs[0][1].shape  # of one bucket
     pairs = [pair for pair in pairs if pair[1].shape == shape]
     batch = held.batch(0, range(1))  # any prompt, the same for both
-    contexts = [batch.context]
-    if batch.clip_fea is not None:
-        contexts.append(batch.clip_fea)
-    contexts = [c.expand(len(pairs), -1, -1) for c in contexts]
+    prompt = [part.expand(len(pairs), -1, -1) for part in batch.prompt]
     layers = base.config.layers
     blocks = range(0, layers, max(layers // 6, 1))
     teacher, student = map(torch.stack, zip(*pairs))
-    curve = depth_curve(base, net, teacher, student, contexts, blocks=blocks)
+    curve = depth_curve(base, net, teacher, student, prompt, blocks=blocks)
     return {str(block): relative for block, (_, relative) in curve.items()}
 
 
@@ -320,7 +317,7 @@ def examine_trained(job, expert, stage):
     if not job.args.continue_from:  # there the base's own space plays no part
         numbers["depth"] = depth(job.held, base, net)
         held = job.pairs(expert, job.held)
-        numbers |= imitation(*net.patch_embedding.parameters(), held)
+        numbers |= imitation(net.embedder.weight, net.embedder.bias, held)
     examine(job, expert, stage.title, net, **numbers)
 
 

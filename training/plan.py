@@ -61,11 +61,11 @@ def transformer(config, stage, settings):
     """The transformer as stage "1b" or "2" trains it, on the meta device: frozen
     weights in settings.dtype, trained ones in fp32."""
     with torch.device("meta"):
-        net = dit.WanDiT(config).cast_weights(bases.DTYPES[settings.dtype]).requires_grad_(False)
+        net = dit.WanDiT(config).cast_weights(bases.DTYPES[settings.dtype])
         if stage == "2":
-            lora.wrap(net, settings.rank, settings.alpha)
-    for end in dit.ENDS:
-        net.get_submodule(end).requires_grad_(True)
+            lora.wrap(net, settings.rank, settings.alpha, full=net.ends)
+        else:
+            lora.freeze(net, net.ends)
     net.checkpointing = settings.checkpoint_blocks
     return loop.masters(net)
 
@@ -285,7 +285,7 @@ class Case:
                 base_config, teacher = outline.net.config, outline.ae
                 family = buckets or f"480F{student.config.spatial_factor}MS"
                 size = captions.bucket_sizes(family)[0.5625]  # its 16:9
-        config = bases.deep_config(base_config, student.config)
+        config = dit.deep_config(base_config, student.config)
         latent = student.latent_shape(frames, *size)
         return cls(base_config, teacher, student, config, frames, size, latent)
 
@@ -318,7 +318,7 @@ def work_table(case, settings, samples, costs, experts):
     Step}"""
     nets = {stage: transformer(case.config, stage, settings) for stage in costs}
     sgd = settings.steps_align if settings.align == "sgd" else 0  # one solve costs nothing
-    ends = count(nets["1b"].patch_embedding.parameters())
+    ends = count(nets["1b"].embedder.parameters())
     rows = [("1a", ends, 0, sgd, embedder_flops(case), "", settings.batch_align)]
     for (stage, cost), steps in zip(costs.items(), (settings.steps_head, settings.steps)):
         parameters = list(nets[stage].parameters())

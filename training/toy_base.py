@@ -176,7 +176,7 @@ class Source:
         index, prompts, shown = map(list, zip(*drawn))
         shown = torch.tensor(shown)[:, None, None, None, None]
         condition = self.latents.condition[index].float() * shown
-        return Batch(self.latents.z[index].float(), condition, self.text.encode(prompts), None)
+        return Batch(self.latents.z[index].float(), condition, (self.text.encode(prompts),))
 
     def pair(self, i):
         """Clean input of clip i in both spaces, [c, t, h, w] each; with the image

@@ -42,11 +42,11 @@ def plan(model, frames, size, dtype, fold=1, offload=None, free=None):
     shape = model.latent_shape(frames, size)
     free = free or free_memory(model.device)
     budget = 0.9 * free  # the allocator loses some to fragments
-    weights, streamed = weight_bytes(model.net.config, dtype)
+    weights, streamed = weight_bytes(model, dtype)
     autoencoder = sum(p.numel() for p in model.ae.parameters()) * model.ae_dtype.itemsize
     step = activation_bytes(model.net.config, shape, fold, dtype)
     ways = ["none", "parts", "blocks"]
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" or not model.is_wan:
         ways = ways[:2]
     if not isinstance(model.net, Deferred):
         ways = ways[:1]
@@ -84,11 +84,24 @@ def free_memory(device):
     return int(found[1]) * 1024 if found else 8 * 2**30
 
 
-def weight_bytes(config, dtype):
+def counted(config):
+    """The dit.Config that a transformer is counted by: another family's as a Wan of its
+    width and depth, with the usual MLP."""
+    c = config
+    if isinstance(c, dit.Config):
+        return c
+    return dit.Config(dim=c.dim, ffn_dim=4 * c.dim, heads=max(c.dim // 128, 1), layers=c.layers,
+                      in_channels=c.in_channels, out_channels=c.out_channels, patch=c.patch)
+
+
+def weight_bytes(model, dtype):
     """Memory of a transformer's weights -> (all of them, those on the device while the
     blocks are streamed: ends and two blocks)."""
+    if not model.is_wan:
+        whole = sum(p.numel() for p in model.net.outline().parameters()) * dtype.itemsize
+        return whole, whole
     with torch.device("meta"):
-        net = dit.WanDiT(config)
+        net = dit.WanDiT(model.net.config)
     whole = waiting = 0
     for name, p in net.named_parameters():
         size = p.numel() * (4 if dit.keeps_fp32(name) else dtype.itemsize)
@@ -109,7 +122,7 @@ def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2):
     same 8, its input, its hidden layer before and after the activation function).
     Attention itself needs no scores in memory.
     """
-    c, L, s = config, dit.tokens(config, latent), dtype.itemsize
+    c, L, s = counted(config), dit.tokens(config, latent), dtype.itemsize
     block = batch * L * max(22 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
     keys = prompts * c.layers * (c.text_len + (257 if c.image_dim else 0)) * 2 * c.dim * s
     ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
@@ -132,7 +145,8 @@ class Flops(NamedTuple):
 def flops(config, latent, image_tokens=257):
     """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The
     time MLPs (one row) are left out."""
-    c, L, T = config, dit.tokens(config, latent), config.text_len
+    c, L = counted(config), dit.tokens(config, latent)
+    T = c.text_len
     I, width = (image_tokens, c.image_dim) if c.image_dim else (0, 0)
     block = 12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2
     ends = 2 * L * c.dim * prod(c.patch) * (c.in_channels + c.out_channels)

@@ -36,6 +36,23 @@ from wan import vae
 from wan.text import WanText
 
 
+class Prompts(list):
+    """The prompts of several videos as a text encoder that is not umT5 sees them, {name:
+    states [m, d]} each, without padding. Their transformer makes of them what it needs;
+    for all others they are handled like the one tensor [b, m, d] that Wan takes."""
+
+    def to(self, device):
+        return Prompts({k: v.to(device) for k, v in row.items()} for row in self)
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Prompts(found) if isinstance(index, slice) else found
+
+    def expand(self, n, *_):
+        """One prompt, n times."""
+        return Prompts(self * (n if len(self) == 1 else 1))
+
+
 class Lora(NamedTuple):
     """A LoRA file to put on the transformer."""
 
@@ -49,6 +66,8 @@ class Deferred:
     encoder has gone, and unloaded when its memory is needed: Wan 2.2's experts take
     turns, and with --offload it makes room for the decode."""
 
+    nets = dit  # what knows its kind of transformer: load, outline
+
     def __init__(self, path, loras=(), dtype=torch.float32, expert=None, config=None):
         self.path, self.dtype, self.expert = path, dtype, expert
         self.loras = [Lora(*given) for given in loras]
@@ -58,16 +77,21 @@ class Deferred:
     def look(self):
         """-> its config. UserError now, not after the text encoder, where the file or a
         LoRA does not fit."""
-        net = dit.outline(self.path)
+        net = self.outline()
         shapes = {name: p.shape for name, p in net.named_parameters()}
         for file, _, expert in self.loras:
             if expert in ("", self.expert):
-                lora_keys.fit(shapes, file, self.expert)
+                lora_keys.fit(shapes, file, self.expert, net.ends)
         return net.config
+
+    def outline(self):
+        """The net without its weights, on the meta device."""
+        return self.nets.outline(self.path)
 
     def get(self, device, stream=False):
         if self.net is None:
-            self.net = dit.load(self.path, dtype=self.dtype, device="cpu" if stream else device)
+            start = "cpu" if stream else device
+            self.net = self.nets.load(self.path, dtype=self.dtype, device=start)
             for file, strength, expert in self.loras:
                 if expert in ("", self.expert):
                     lora.load(self.net, file, strength, expert=self.expert)
@@ -134,6 +158,12 @@ class Model:
                             f"neither {z} (latent) nor {with_condition} (latent, mask, "
                             "condition): it is for another task.")
 
+    @property
+    def is_wan(self):
+        """Is the transformer our own (dit.py)? Of another family's nothing can be kept
+        from step to step."""
+        return isinstance(self.net.config, dit.Config)
+
     # -- where it runs
 
     def to(self, device):
@@ -141,7 +171,7 @@ class Model:
         used."""
         self.device = torch.device(device)
         for part in (self.net, self.low):
-            if isinstance(part, dit.WanDiT):
+            if isinstance(part, torch.nn.Module):
                 part.to(device)
         self.ae.to("cpu" if self.offload != "none" else device, self.ae_dtype)
         return self

@@ -35,14 +35,19 @@ LONGEST = 200  # bytes of a name, to which suffixes are added
 def no_graph(model, plain=False):
     """Why a step is not run as one CUDA graph; None where it is."""
     if plain:
-        return "the graph is switched off"
+        return "nothing is kept from step to step"
     if model.device.type != "cuda":
         return f"graphs are for CUDA, not {model.device.type}"
     return "the blocks are streamed" if model.offload == "blocks" else None
 
 
 def check_streamed(model, sampling):
-    """UserError where something is asked for that streamed blocks cannot do."""
+    """UserError where something is asked for that streamed blocks, or those of another
+    family, cannot do."""
+    if (sampling.compiled or sampling.fp8) and not model.is_wan:
+        flag = "--compile" if sampling.compiled else "--fp8"
+        raise UserError(f"{flag} is for Wan's transformer, and {model.name} has another: leave it "
+                        "away.")
     if model.offload == "blocks" and (sampling.compiled or sampling.fp8):
         flag = "--compile" if sampling.compiled else "--fp8"
         raise UserError(f"{flag} needs all blocks on the device, but here they are streamed: "
@@ -202,7 +207,7 @@ def choose_fast_paths(run):
     if args.device.type == "cuda":
         if args.device.index is not None:
             torch.cuda.set_device(args.device)  # kernels are launched on the current one
-        if args.dtype == "bf16" and not args.slow:
+        if args.dtype == "bf16" and not args.slow and model.is_wan:
             c = model.net.config
             tokens = dit.tokens(c, model.latent_shape(s.frames, s.size))
             width = c.dim // c.heads

@@ -284,6 +284,19 @@ class WanText:
         states = [self.known[clean_prompt(p)].float() for p in prompts]
         return pad_sequence(states, batch_first=True)
 
+    def states(self, prompts):
+        """List of sentences -> {sentence: {"states": [m, text_dim]}}. What is new is not
+        kept here: a million captions would fill the memory."""
+        new = self.uncached(prompts)
+        known = self.known | (self.encode(new) if new else {})
+        return {p: {"states": known[clean_prompt(p)]} for p in prompts}
+
+    @staticmethod
+    def collate(rows):
+        """List of {"states": [m, text_dim]} -> context [b, m, text_dim], zero rows past
+        the ends."""
+        return pad_sequence([row["states"] for row in rows], batch_first=True)
+
     def stored_bytes(self):
         """Size of the text encoder's files; 0 where there are none."""
         if not self.encoder_path:
