@@ -175,11 +175,19 @@ def schedule(solver, steps, shift):
         start = float(np.float32(0.999))
     if solver == "unipc_diffusers":
         end = 0.001
-    sigmas = shift_sigma(np.linspace(start, end, int(steps) + 1)[:-1], shift)
+    u = np.linspace(start, end, int(steps) + 1)[:-1]
+    if solver == "euler_diffusers":  # the end is kept, and shifted twice
+        u = np.linspace(1, float(shift_sigma(np.float32(0.001), np.float32(shift))), int(steps))
+    if solver == "unipc_karras":  # noise over data from 200 to 0.01 in equal steps of its 7th root
+        ratio = np.linspace(200 ** (1 / 7), 0.01 ** (1 / 7), int(steps)) ** 7
+        u = ratio / (1 + ratio)
+    sigmas = shift_sigma(u, shift)
     if solver == "unipc_diffusers" and abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6  # lambda(1) would be infinite
     timesteps = 1000 * sigmas  # before the rounding to fp32: truncation as in the reference
-    if solver != "euler":
+    if solver == "euler_diffusers":
+        timesteps = np.float32(1000) * sigmas.astype(np.float32)
+    elif solver in ("unipc", "unipc_diffusers", "dpm++"):
         timesteps = np.trunc(timesteps)
     return torch.from_numpy(np.append(sigmas, 0)).float(), torch.from_numpy(timesteps).float()
 
@@ -287,7 +295,8 @@ def _lambda(sigma):
     return math.log1p(-sigma) - math.log(sigma)
 
 
-SOLVERS = {"unipc": unipc, "unipc_diffusers": unipc, "dpm++": dpm_plus_plus, "euler": euler}
+SOLVERS = {"unipc": unipc, "unipc_diffusers": unipc, "unipc_karras": unipc,
+           "dpm++": dpm_plus_plus, "euler": euler, "euler_diffusers": euler}
 
 
 @torch.no_grad()

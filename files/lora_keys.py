@@ -203,6 +203,9 @@ def write(adapters, format, prefix="transformer."):
     names in the layout of PEFT."""
     if format not in ("peft", "comfyui", "kohya"):
         raise UserError(f'LoRA format "{format}" is unknown: use peft, comfyui or kohya.')
+    if format != "peft" and adapters[0][0].startswith("transformer."):  # diffusers' own names
+        raise UserError(f"the names by which {format} knows the layers of this model are not known "
+                        "here: use peft.")
     kinds = {(a.rank, a.alpha) for _, a in adapters}
     rank, alpha = kinds.pop() if len(kinds) == 1 else (None, None)
     if format == "peft" and rank is None:
