@@ -162,6 +162,7 @@ def schedule(solver, steps, shift):
     All are a straight line bent by the shift; they differ at its ends. That is enough
     to change a sample by about 1e-3, so each base model wants the variant it was
     published with. UniPC and DPM++ truncate (not round) the time to an integer.
+    "unipc_karras" is no line: its noise levels are those of Cosmos-Predict 2.5.
     """
     if solver not in SOLVERS:
         raise UserError(f'solver "{solver}" is unknown: use one of {", ".join(SOLVERS)}.')

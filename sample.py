@@ -286,7 +286,7 @@ def arguments(argv=None):
           help="add a LoRA (to the expert high or low only); may be repeated")
     how = parser.add_argument_group("how").add_argument
     how("--steps", type=options.whole(1, 1000), help="solver steps")
-    how("--solver", choices=["unipc", "unipc_diffusers", "dpm++", "euler"])
+    how("--solver", choices=list(flow.SOLVERS))
     how("--guidance", type=guidance_arg, metavar="G",
         help="classifier-free guidance; 1 is none; LOW,HIGH for two experts")
     how("--shift", type=options.real(0, 1000, above=True), help="shift of the noise schedule")

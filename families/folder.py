@@ -72,8 +72,7 @@ def check_parts(folder, family):
     for part in ("transformer", "vae", "scheduler", *family.text):
         path, kind = folder / part, part.removesuffix("_2")
         if not path.is_dir():
-            raise UserError(f"{folder} has no {part}/: get this part too (the others are "
-                            f"{', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir()))}).")
+            raise UserError(f"{folder} has no {part}/: get this part of the model too.")
         if kind in ("tokenizer", "scheduler"):
             continue
         config = checkpoint.read_json(path / "config.json")

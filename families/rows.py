@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from families import libraries
+from wan import released
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ _WAN = dict(
              r"condition_embedder\.(time_embedder\.linear_[12]|time_proj)"))
 
 WAN = Family("wan", "WanTransformer3DModel", ("WanPipeline",), velocity=wan_velocity, fps=16,
-             frames=81, **_WAN)
+             frames=81, negative=released.NEGATIVE, **_WAN)
 
-SKYREELS = Family("skyreels-v2", "SkyReelsV2Transformer3DModel", ("SkyReelsV2Pipeline", "SkyReelsV2DiffusionForcingPipeline"),
-                  velocity=skyreels_velocity, guidance=6.0, frames=97, size=(544, 960), **_WAN)
+SKYREELS = Family(
+    "skyreels-v2", "SkyReelsV2Transformer3DModel",
+    ("SkyReelsV2Pipeline", "SkyReelsV2DiffusionForcingPipeline"),
+    velocity=skyreels_velocity, guidance=6.0, frames=97, size=(544, 960), **_WAN)
 
 # ------------------------------------------------ HunyuanVideo 1.5
 

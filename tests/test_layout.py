@@ -1,7 +1,7 @@
 """The house: rooms in an order, imports towards the left only, no circles.
 
-    files < chunk_causal kernels flow lora align dit ae toy < gpu < wan < sample < training
-          < adapt experiments bench
+    files < chunk_causal kernels flow lora align dit ae toy < gpu < wan < families < sample
+          < training < adapt experiments bench
 
 Imports inside functions count as well. Only a command line may call upwards, inside `main`.
 """
@@ -17,6 +17,7 @@ ROOMS = [
     ["chunk_causal", "kernels", "flow", "lora", "align", "dit", "ae", "toy"],
     ["gpu"],
     ["wan"],
+    ["families"],
     ["sample"],
     ["training"],
     ["adapt", "experiments", "bench"],
