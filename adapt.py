@@ -65,7 +65,8 @@ class Stage:
 def recipe(s):
     """What is trained, from bases.Settings: the ends alone, then everything lightly."""
     return (Stage("1b", "1b, head aligned", s.steps_head, s.lr_head, s.warmup_head),
-            Stage("2", "2, LoRA", s.steps, s.lr, s.warmup, s.ema, s.rank, s.steps_head))
+            Stage("2", "2, LoRA", s.steps, s.lr, s.warmup, s.ema, s.rank,
+                  first_batch=s.steps_head))
 
 
 def adapt(base, settings, args):
@@ -74,10 +75,9 @@ def adapt(base, settings, args):
     last = STAGES.index(args.stage)
     if last == 0 and loop.rank() == 0:
         print(job.source.table())
-    stages = align_once, train_head, train_lora
-    for number, stage in enumerate(stages[:last], 1):
+    for stage in (align_once, train_head, train_lora)[:last]:
         for expert in job.experts:
-            if number == 3 or not args.continue_from:
+            if stage is train_lora or not args.continue_from:
                 stage(job, expert)
     if args.stage == "export" and loop.rank() == 0:
         export(job)
@@ -86,7 +86,7 @@ def adapt(base, settings, args):
 def align_ends(job, expert, by_sgd=None):
     """Stage 1a: the patch embedder, so that it imitates the base's on clean latents;
     and the head that stage 1b starts from -> {name: tensor} of both ends.
-    by_sgd: (weight, bias) from `align.sgd`, where that is the way chosen."""
+    by_sgd: (weight, bias) of `align.sgd`, which `align_once` starts if it is chosen."""
     s, pairs = job.settings, job.pairs(expert)
     weight, bias = by_sgd or align.fit(s.align, pairs)
 
@@ -193,8 +193,7 @@ def train_once(job, expert, stage, start):
         tensors = train(job, expert, stage, start, config)
         if loop.rank() == 0:
             loop.plot(file.parent)
-            about = {"settings": config, "step": stage.steps}
-            checkpoint.save_tensors(file, tensors, about)
+            checkpoint.save_tensors(file, tensors, {"settings": config, "step": stage.steps})
         loop.all_gather(None)  # nobody looks for the file before it is there
     if loop.rank() == 0 and (new or f"{expert.prefix}{stage.title}" not in job.journal):
         journal.examine_trained(job, expert, stage)
@@ -277,7 +276,7 @@ def parser():
     add("--shards", type=options.whole(1, 10_000), default=10,
         help=f"toy: clips, in shards of {toy_base.SHARD} (default: 10)")
 
-    settings = p.add_argument_group("settings")
+    settings = p.add_argument_group("settings", "what each is: Settings in training/bases.py")
     for field in dataclasses.fields(bases.Settings):
         if field.name not in OPTIONS:
             continue
@@ -329,7 +328,8 @@ def refuse_unused(p, args, given):
     if not args.score:
         p.refuse("a run without --score", given & {"results"})
     if args.continue_from:
-        p.refuse("--continue-from", given & {"align", "head", "steps_align", "steps_head", "lr_head"})
+        before = {"align", "head", "steps_align", "steps_head", "lr_head"}
+        p.refuse("--continue-from", given & before)
     settings = bases.find(args.base).settings
     if (args.align or settings.align) != "sgd":
         p.refuse(f"--align {args.align or settings.align}", given & {"steps_align"})

@@ -83,6 +83,11 @@ PRESETS = {
 }
 
 
+def tokens(config, latent):
+    """Number of tokens of a latent of (frames, height, width)."""
+    return prod(s // p for s, p in zip(latent, config.patch))
+
+
 # ------------------------------------------------------------------- positions and time
 
 @lru_cache(maxsize=16)
@@ -294,6 +299,8 @@ class WanDiT(nn.Module):
     """
 
     ends = ENDS  # beginnings of the names of what is trained whole
+    # 6 linears per block and the 3 of the time embedding. Cross-attention, text and image
+    # embedders, norms and modulation stay: what they learned about prompts is inherited.
     lora_targets = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",
                     r"time_embedding\.[02]", r"time_projection\.1")
     lora_prefix = "transformer."  # of the names in the files that diffusers' pipeline loads
@@ -498,11 +505,6 @@ def no_autocast(x):
 
 
 # ------------------------------------------------------------- what is inherited; files
-
-def tokens(config, latent):
-    """Number of tokens of a latent of (frames, height, width)."""
-    return prod(s // p for s, p in zip(latent, config.patch))
-
 
 @torch.no_grad()
 def fresh_embedder(config, seed=None):

@@ -40,7 +40,9 @@ from files.checkpoint import UserError
 def add_noise(z, noise, sigma):
     """x = (1 - sigma) z + sigma noise, in fp32. sigma: one per sample [b], or a
     number."""
-    sigma = _per_sample(sigma, z)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=z.device)
+    if sigma.dim():
+        sigma = sigma.reshape(-1, *[1] * (z.dim() - 1))  # b 1 1 1 1
     return (1 - sigma) * z.float() + sigma * noise.float()
 
 
@@ -314,9 +316,3 @@ def solve(velocity, noise, steps, shift, solver="unipc", callback=None):
     sigmas, timesteps = schedule(solver, steps, shift)
     follow = SOLVERS[solver]
     return follow(velocity, noise.float(), sigmas, timesteps.to(noise.device), callback)
-
-
-def _per_sample(a, like):
-    """[b] -> [b, 1, 1, ...] so that it broadcasts over the samples of `like`."""
-    a = torch.as_tensor(a, dtype=torch.float32, device=like.device)
-    return a.reshape(-1, *[1] * (like.dim() - 1)) if a.dim() else a

@@ -60,14 +60,18 @@ def test_everything_but_the_two_ends_is_inherited_bit_for_bit():
     assert {k for k, v in deep.state_dict().items() if v.shape != before[k].shape or not torch.equal(v, before[k])} == FRESH
     assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())  # the base is left alone
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(base.parameters(), deep.parameters()))
+    assert not deep.head.head.weight.any()
 
 
-@pytest.mark.core
 @torch.no_grad()
-def test_the_assembled_model_predicts_exactly_zero():
-    deep = dit.inherit(trained_base(), dit.PRESETS["toy-dc"])
-    v = deep(torch.randn(2, 68, 3, 2, 2), torch.tensor([10.0, 990.0]), TEXT(["a red circle", "a ring"]))
-    assert v.shape == (2, 32, 3, 2, 2) and not v.any()
+def test_the_assembled_model_predicts_exactly_zero(job):
+    """After stage 1a: the base's blocks between an aligned embedder and a zero head."""
+    job = job("--head", "zero")
+    ends, fresh = job.result(job.expert, "1a"), job.pairs(job.expert).start[0]
+    assert not torch.equal(ends["patch_embedding.weight"].flatten(1), fresh)
+    net, batch = job.build(job.expert, ends)[1], job.held.batch(0, range(2))
+    v = align.velocity_of(net, batch, "cpu")(batch.z, torch.tensor([10.0, 990.0]))
+    assert v.shape == batch.z.shape and not v.any()
 
 
 def test_the_fresh_embedder_is_xavier_with_a_small_random_bias():

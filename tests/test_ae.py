@@ -276,7 +276,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.core
 def test_streaming_is_the_whole_clip(net):
-    """One call over three chunks, chunk by chunk, tiles of two chunks: equal to rounding."""
+    """One call over three chunks, chunk by chunk, two chunks and then one: equal to rounding."""
     x = clip(3 * CHUNK, 32, 64)
     whole, _ = net.encoder(x)
     close(net.encode(x), whole, 5e-5)

@@ -48,7 +48,7 @@ def test_schedules_are_bit_equal(key):
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_sign_the_exact_velocity_leads_to_the_data(solver, steps):
+def test_the_exact_velocity_leads_to_the_data(solver, steps):
     """v = noise - z is constant on the line, so even one step lands on z. With the sign
     turned it would run away."""
     torch.manual_seed(0)

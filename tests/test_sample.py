@@ -94,7 +94,7 @@ def test_the_two_passes_may_be_one_batch(model, spy):
 
 @pytest.mark.parametrize("cfg_batch", [False, True])
 def test_what_is_kept_between_steps_changes_nothing(model, cfg_batch):
-    """Keys and values of the prompt, merged padding rows, times of all steps: exact to rounding (spec wan 11.3)."""
+    """Keys and values of the prompt, times of all steps: exact to rounding (spec wan 11.3)."""
     context = model.text(["a red circle"])
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     kept, plain = (sample.generate(model, context, image, plain=plain, cfg_batch=cfg_batch, **SMALL) for plain in (False, True))
