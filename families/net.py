@@ -307,6 +307,8 @@ def look(path):
     family = family_of(stored.get("_class_name"), path)
     refuse_variants(stored, path)
     tensors, header = checkpoint.open_tensors(path)
+    if "patch_size" not in stored:
+        raise UserError(f"{path / 'config.json'} has no patch_size: get this file again.")
     heads = [tensors.get(f"{name}.weight") for name in (family.embedder, family.head)]
     if None in heads:
         raise UserError(f"{path} holds no {family.embedder} or no {family.head}: it is not "

@@ -236,7 +236,8 @@ COSMOS = Family(
     # prompt comes projected
     running=(("concat_padding_mask", False), ("use_crossattn_projection", False)),
     steps=36, guidance=8.0, fps=16, frames=93, size=(704, 1280),
-    note="the guardrail that NVIDIA's licence asks for is not run here",
+    note="no guardrail is run here; NVIDIA's Open Model License asks for its own (the package "
+         "cosmos_guardrail) or one like it",
     negative=(
         "The video captures a series of frames showing ugly scenes, static with no "
         "motion, motion blur, over-saturation, shaky footage, low resolution, grainy "

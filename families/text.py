@@ -5,6 +5,7 @@ wan.text.WanText.
 How a prompt becomes states is the pipeline's own function, called by a row's `encode`; what
 its transformer reads, and no padding, is kept.
 """
+import hashlib
 from pathlib import Path
 
 import torch
@@ -29,8 +30,22 @@ class Text:
         self.text_dim, self.device = dim, device
         self.encoder_path = self.folder / "text_encoder"
         self.known = {}
-        #: what decides the states beside the first encoder's weights
-        self.made_by = dict(family=family.name)
+
+    @property
+    def made_by(self):
+        """What decides the states beside the first encoder's weights, in plain values."""
+        digest = hashlib.sha256()
+        for name, value in self.projection().items():
+            if name.endswith("bias"):  # as telling as the weight, and small
+                digest.update(value.read().float().numpy().tobytes())
+        return dict(family=self.family.name, projection=digest.hexdigest()[:16])
+
+    def projection(self):
+        """The transformer's layer that encodes prompts further -> {name: Stored}."""
+        if not self.family.projection:
+            return {}
+        tensors = checkpoint.open_tensors(self.folder / "transformer")[0]
+        return {k: v for k, v in tensors.items() if k.startswith(self.family.projection)}
 
     def __call__(self, prompts):
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
@@ -63,10 +78,7 @@ class Text:
                             f"{device} has {free / 2**30:.1f} GiB free: encode the prompts where "
                             "there is more (adapt.py --stage cache), and use that --cache here.")
         parts = {name: self.load(name) for name in self.family.text}
-        if self.family.projection:
-            tensors = checkpoint.open_tensors(self.folder / "transformer")[0]
-            parts |= {k: v.read().to(device) for k, v in tensors.items()
-                      if k.startswith(self.family.projection)}
+        parts |= {k: v.read().to(device) for k, v in self.projection().items()}
         rows = self.family.encode(parts, prompts)
         del parts
         release()
@@ -74,10 +86,14 @@ class Text:
 
     def load(self, part):
         """A part by its class in the index."""
-        kind, path = self.index[part][1], self.folder / part
+        name, path = self.index[part][1], self.folder / part
         library = libraries.transformers()
-        if "Model" not in kind and "Generation" not in kind:
+        if part.startswith("tokenizer"):
             # a processor of pictures would ask for torchvision; its tokenizer does not
             return library.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        net = getattr(library, kind).from_pretrained(path, dtype="auto", local_files_only=True)
+        kind = getattr(library, name, None)
+        if kind is None:
+            raise UserError(f"transformers {library.__version__} has no {name}, the {part} of "
+                            f"{self.folder}: install a version that has it.")
+        net = kind.from_pretrained(path, dtype="auto", local_files_only=True)
         return net.eval().requires_grad_(False).to(self.device)

@@ -6,6 +6,7 @@ Tiny random models (families/tiny.py), fp32.
 """
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,17 @@ import torch
 from einops import rearrange
 
 import align
+import dit
+import flow
 import lora
 import sample
 from families import autoencoder, folder, rows, tiny
 from families import net as nets
+from files import layouts
 from files.checkpoint import UserError
+from training.cache import prompt_entries
+from training.entries import hash_encoder
+from wan import vae
 from wan.models import Prompts
 
 pytestmark = pytest.mark.peer
@@ -172,11 +179,43 @@ def test_numbers_stay_what_they_were(family, monkeypatch):
         prompt = Prompts([dict(states=theirs.crossattn_proj(text)[0])])
     deep = deep_of(base)
     tiny.fill(deep.transformer)
-    deep.config = nets.replace(deep.config, cell=260, positions="index")
+    deep.config = replace(deep.config, cell=260, positions="index")
     for net, x, expected in ((base, noise(0, 1, 4, 3, 4, 6), CHECK[family][0]), (deep, noise(1, 1, 8, 3, 2, 3), CHECK[family][1])):
         v = net(x, torch.tensor([500.0]), prompt)
         found = v.mean(), v.abs().mean(), v.flatten()[0]
         torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=0, atol=2e-5)
+
+
+def test_skyreels_with_a_rate(folders, tmp_path):
+    """Models with inject_sample_info are told whether a clip has 16 frames per second (0) or not (1)."""
+    theirs = tiny.transformer("skyreels-v2", inject_sample_info=True)
+    theirs.save_pretrained(tmp_path)
+    net = nets.load(tmp_path)
+    x, t, states = noise(0, 1, 4, 3, 4, 6), torch.tensor([500.0]), noise(1, 1, 512, tiny.TEXT)
+    same, other = (theirs(x, t, states, fps=[fps], return_dict=False)[0] for fps in (1, 0))
+    torch.testing.assert_close(net(x, t, states), same, rtol=0, atol=1e-5)
+    assert not torch.allclose(same, other)
+
+
+def test_wan_is_what_our_own_wan_is(folders):
+    """The check of all the others: embeddings, velocities, losses, and what is inherited."""
+    path = folders("wan") / "transformer"
+    ours, theirs = dit.load(path), nets.load(path)
+    x, t, states = noise(0, 2, 4, 3, 4, 6), torch.tensor([500.0, 20.0]), noise(1, 2, 6, tiny.TEXT)
+    torch.testing.assert_close(theirs.embed_patches(x), ours.embed_patches(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs(x, t, states), ours(x, t, states), rtol=0, atol=1e-5)
+    deep = [dit.inherit(ours, replace(ours.config, in_channels=8, out_channels=8, patch=(1, 1, 1))), deep_of(theirs)]
+    weight, bias = noise(2, 48, 8), noise(3, 48)
+    losses = []
+    for net in deep:
+        net.set_embedder(weight, bias)
+        net.head_layer.weight.copy_(0.1 * noise(4, 8, 48))
+        drawn = flow.draw((8, 3, 2, 3), flow.Times(), 0, 0, range(2))
+        losses.append(flow.loss(lambda x, t: net(x, t, states), noise(5, 2, 8, 3, 2, 3), drawn)[0])
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
+    assert nets.fingerprint(path)[1].keys() == {layouts.to_diffusers(k) for k in dit.fingerprint(path)[1]}
+    model, own = folder.load_model(folders("wan")), vae.load(folders("wan") / "vae")
+    assert hash_encoder(model.ae) == hash_encoder(own)  # so caches of its latents serve both
 
 
 # ---------------------------------------------------------------------------------------------------- the two ends
@@ -284,7 +323,54 @@ def test_cosmos_asks_for_no_torchvision(folders, monkeypatch):
     assert torch.equal(v, expected)
 
 
+def test_each_family_keeps_its_prompts_apart(folders):
+    """Families share text encoders, but not what they make of them."""
+    made = [str(prompt_entries(folder.load_model(folders(family)), None).hash) for family in FAMILIES[2:]]
+    assert len(set(made)) == 3
+
+
 # ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_in_closed_form(folders, family):
+    """Where the base's embeddings are linear in the deep latent, with or without a bias, R^2 is 1; where they are not, converged SGD
+    does no better."""
+    net = nets.load(folders(family) / "transformer")
+    side = 2 * net.config.patch[1]  # cells of the base per deep cell: two tokens
+    deep = deep_of(net, 4 * side**2)
+    intercept = net.embedder.bias is not None
+    pairs = []
+    for i in range(4):
+        x = noise(i, 1, 4, 3, 4, 8) + 0.5
+        pairs.append((x, rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=side, q=side)))
+    moments = align.Moments.of(pairs, (net.config.patch, deep.config.patch))
+    weight, bias = align.solve_embedding(moments, net.embedder, ridge=1e-9)
+    assert (bias is not None) == intercept
+    r2, mse = align.r_squared(moments, net.embedder, weight, bias)
+    assert r2 > 0.9999
+    deep.set_embedder(weight, bias)
+    target = align.pool(net.embed_patches(pairs[0][0]), deep.embed_patches(pairs[0][1]).shape[1:4])
+    torch.testing.assert_close(deep.embed_patches(pairs[0][1]), target, rtol=0, atol=1e-3)
+
+    pairs = [(x, u[:, ::6] ** 2 + u[:, ::6]) for x, u in pairs]  # fewer numbers, and bent
+    moments = align.Moments.of(pairs, (net.config.patch, deep.config.patch))
+    _, best = align.r_squared(moments, net.embedder, *align.solve_embedding(moments, net.embedder, ridge=1e-9))
+    fitted = torch.nn.Linear(pairs[0][1].shape[1], net.config.dim, bias=intercept)
+    x, u = (torch.cat(side) for side in zip(*(align.pair_tokens(*pair, (net.config.patch, deep.config.patch)) for pair in pairs)))
+    y = torch.nn.functional.linear(x, *net.embedder)
+    steps = torch.optim.LBFGS(fitted.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        steps.zero_grad()
+        loss = torch.nn.functional.mse_loss(fitted(u), y)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        steps.step(closure)
+        found = closure().item()
+    assert best == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -213,6 +213,7 @@ def prompt_entries(model, folder):
     """Where the prompt states of a model's text encoder are kept, under `caption_key`, as
     `encode_prompts` makes them."""
     made_by = dict(text=type(model.text).__name__, width=model.text.text_dim)
+    made_by |= getattr(model.text, "made_by", {})  # of a folder of diffusers
     encoder = getattr(model.text, "encoder_path", None)
     return Entries(folder, "text", made_by, origin=hash_network(encoder))
 
