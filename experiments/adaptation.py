@@ -54,7 +54,7 @@ import sample
 import toy
 from experiments import verdicts
 from experiments.verdicts import GROUPS, spread
-from files import checkpoint, options, video
+from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
 from training import journal, loop, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
@@ -637,7 +637,8 @@ def main(argv=None):
     add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
         help="deep autoencoders, each of which gets the whole comparison")
     add("--steps", type=options.whole(1), help="of every arm, in place of the preset's")
-    add("--seeds", type=options.whole(1, 1000), help="fewer than the preset's; the others can be added later")
+    add("--seeds", type=options.whole(1, 1000),
+        help="fewer than the preset's; the others can be added later")
     add("--base-weights", help="transformer of the base in place of the embedded one")
     add("--half-weights", help="one trained at half the size too, for the control")
     add("--out", type=Path, default=Path("out/adaptation"), help="caches, trials, weights")
@@ -652,6 +653,12 @@ def main(argv=None):
         raise UserError("two autoencoders of --ae have the same file name: rename one.")
     if args.threads:
         torch.set_num_threads(args.threads)
+    with folders.Lock(args.out):
+        compare_all(args, names)
+
+
+def compare_all(args, names):
+    """The comparison for every autoencoder, by its name."""
     preset = PRESETS[args.preset]
     if args.steps:
         preset = replace(preset, steps=args.steps)

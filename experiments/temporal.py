@@ -26,7 +26,7 @@ from einops import rearrange
 import ae
 import kernels
 from chunk_causal import run_layers
-from files import checkpoint, options, video
+from files import checkpoint, folders, options, video
 from training import clips, loop, metrics
 from training.muon import Muon
 
@@ -321,6 +321,12 @@ def main_compare(argv):
     p.refuse_gone({"--score": "what is finished is only judged: leave it out"})
     args, _ = p.parse(argv)
     torch.set_num_threads(args.threads)
+    with folders.Lock(args.out):
+        compare(args)
+
+
+def compare(args):
+    """Train and judge what is not finished, arm by arm."""
     out, arms = Path(args.out), {}
     results, films = Path(args.results or out), hold_out(args.data, out)
     told = dict(**checkpoint.provenance(), size=SIZE, zoom=ZOOM, held_out=HELD_OUT, patch=PATCH,

@@ -129,6 +129,13 @@ def writable(folder, keep=False):
                 path.rmdir()
 
 
+def writable_file(path):
+    """UserError now where no file of this name can be written."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, but the name of a file is needed: choose one in it.")
+    writable(Path(path).parent)
+
+
 def check_room(folder, need, what):
     """UserError now, not after a night, where the disk of `folder` has no room for so
     many bytes."""
@@ -136,5 +143,5 @@ def check_room(folder, need, what):
                  if p.exists())
     free = shutil.disk_usage(there).free
     if need > free:
-        raise UserError(f"{what} need {need / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f}: free "
-                        "some space, or use another folder.")
+        raise UserError(f"{what} need {need / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f}: "
+                        "free some space, or use another folder.")

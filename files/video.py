@@ -389,9 +389,11 @@ def conversion(info, size, box=None, flags=SCALING):
         steps.append(f"crop={w}:{h}:{x}:{y}:exact=1")
     steps.append(f"scale={size[1]}:{size[0]}:flags={flags}")
     if info.transfer or info.primaries:
-        steps.append(TO_LINEAR)
-        steps += [ROLL_OFF] if info.transfer else []
-        steps.append(TO_SDR)
+        curve = ",".join([TO_LINEAR, *([ROLL_OFF] if info.transfer else []), TO_SDR])
+        if info.alpha:  # which zscale would bend too
+            curve = ("unpremultiply=inplace=1,split[c][a];[a]format=rgba,alphaextract[alpha];"
+                     f"[c]format=gbrp16,{curve}[sdr];[sdr][alpha]alphamerge,premultiply=inplace=1")
+        steps.append(curve)
     steps.append(f"format={'rgba' if info.alpha else 'rgb24'}")
     return steps
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from experiments import adaptation, temporal
 from files import ROOT, checkpoint, folders
 from files.errors import UserError
+from training import entries
 
 HOLD = """
 import sys, time
@@ -54,6 +56,23 @@ def test_temporary_files_of_the_living_are_left_alone(tmp_path, other):
         folders.sweep(tmp_path)
         tmp.write_text("{}")
     assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_a_killed_run_s_half_written_entries_go(tmp_path, other):
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    left = next(tmp_path.glob(".x~*"))
+    folder = entries.Entries(tmp_path, "latents", {}).folder
+    folder.mkdir()
+    left.rename(folder / left.name)
+    entries.Entries(tmp_path, "latents", {})
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("main", [adaptation.main, temporal.main_compare])
+def test_a_comparison_has_its_folder_to_itself(tmp_path, other, main):
+    with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+        main(["--out", str(tmp_path)])
 
 
 def test_within_a_process_too_and_again_after_release(tmp_path):

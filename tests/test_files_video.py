@@ -265,6 +265,25 @@ def test_transparent_parts_of_a_clip_become_white(tmp_path, name, how):
         assert np.abs(left[:, :, :-4] - (200, 0, 0)).max() <= 6
 
 
+def test_high_dynamic_range_with_transparent_parts(tmp_path):
+    """Grey of 50 cd/m2 on the left, half of it in the middle, none on the right: alpha mixes
+    what is shown with white, after the tone curve."""
+    grey, code = 255 * (50 / 203) ** (1 / 2.4), round(64 + 876 * pq(50))
+    ffmpeg("-f", "lavfi", "-i", "color=s=96x48:d=0.1", "-vf",
+           f"format=yuva444p10le,geq=lum={code}:cb=512:cr=512:"
+           "a='1023*lt(X,32)+511.5*between(X,32,63)',setparams=color_primaries=bt2020:"
+           "color_trc=smpte2084:colorspace=bt2020nc", "-c:v", "ffv1", tmp_path / "a.mkv")
+    info = video.clip_info(tmp_path / "a.mkv")
+    assert info.conversions == ["PQ to SDR", "transparency on white"]
+    for size in (None, (24, 48)):
+        row = video.to_uint8(video.read_clip(tmp_path / "a.mkv", size=size))[0, 12]
+        third = len(row) // 3
+        shown = [row[n * third + third // 2].astype(float) for n in range(3)]
+        assert shown[0] == pytest.approx(grey, abs=3)
+        assert shown[1] == pytest.approx((grey + 255) / 2, abs=3)
+        assert shown[2] == pytest.approx(255, abs=3)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("stored, suffix", [(12, "mp4"), (16, "mkv"), (24, "mp4"), (30, "mkv"), (48, "mkv")])
 def test_speed_is_kept_at_another_rate(tmp_path, stored, suffix):

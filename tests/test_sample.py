@@ -411,6 +411,26 @@ def test_a_video_made_with_other_settings_is_never_replaced(tiny_toy, out):
         sample.main(["--decode", str(out / "dc-a-ring-0.safetensors"), "--prompt", "a ring"])
 
 
+def test_files_that_change_in_place_are_other_settings(tiny_toy, out, tmp_path):
+    """The same path is not the same LoRA, nor the same model."""
+    adapter, model = tmp_path / "a.safetensors", tmp_path / "m.safetensors"
+
+    def made():
+        sample.main(["--model", str(model), "--lora", str(adapter), "--prompt", "a ring",
+                     "--out", str(out), *QUICK])
+        return {f.split(".")[0] for f in files(out)}
+
+    model.write_bytes((tiny_toy / "toy-dc-lora.safetensors").read_bytes())
+    net = lora.wrap(dit.load(tiny_toy / "toy-base-dit.safetensors"), rank=2, alpha=4)
+    lora.save(net, adapter, "comfyui")
+    first = made()
+    assert len(first) == 1 and made() == first
+    os.utime(adapter, ns=(1, 1))
+    assert len(made()) == 2
+    os.utime(model, ns=(1, 1))
+    assert len(made()) == 3 == len(made())
+
+
 def test_unknown_words_are_warned_about(tiny_toy, out):
     with pytest.warns(UserWarning, match="leaves out 'shiny'.*colour: red, yellow"):
         sample.main(["--prompt", "a shiny circle", "--out", str(out), *QUICK])

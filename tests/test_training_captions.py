@@ -146,13 +146,13 @@ def test_a_fingerprint_is_that_of_the_bytes(folder, tmp_path, monkeypatch):
 # ------------------------------------------------------------------ captions as people write them
 
 
-def placed(folder, files, clips=("a.mp4", "b.mp4")):
+def placed(folder, files, clips=("a.mp4", "b.mp4"), encoding="utf-8"):
     """A folder with unreadable but different clips, and files of captions -> what is found."""
     folder.mkdir()
     for name in clips:
         (folder / name).write_text(name)
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
+        (folder / name).write_text(text, encoding=encoding, newline="")
     samples, skipped = captions.find_samples(folder)
     found = {os.path.relpath(s.name, folder): list(s.captions) for s in samples}
     return found, {name.removeprefix(f"{folder}/"): why for name, why in skipped.items()}
@@ -172,6 +172,17 @@ ODD = "a cat\u2028runs\x0cover\x85there"  # what str.splitlines would take for l
 def test_lines_end_at_newlines_and_columns_have_common_names(tmp_path, name, text):
     found, skipped = placed(tmp_path / "x", {name: text})
     assert found == {"a.mp4": [ODD], "b.mp4": ["a dog, two\nlines"]} and not skipped
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("files", [
+    {"m.csv": f"path,caption\na.mp4,{ODD}\nb.mp4,猫\n"},
+    {"m.jsonl": "\n".join(json.dumps({"path": path, "caption": said}, ensure_ascii=False)
+                          for path, said in (("a.mp4", ODD), ("b.mp4", "猫")))},
+    {"a.txt": ODD, "b.json": '"猫"'}])
+def test_texts_of_spreadsheets_are_utf_16(tmp_path, files):
+    found, skipped = placed(tmp_path / "x", files, encoding="utf-16")
+    assert found == {"a.mp4": [ODD], "b.mp4": ["猫"]} and not skipped
 
 
 @pytest.mark.core

@@ -196,6 +196,12 @@ def test_names_of_any_bytes(folder, tmp_path, capsys):
     assert "caf\\udce9\\x1b[31m.mkv" in shown and shown.replace("\n", "").isprintable()
 
 
+def test_where_nothing_can_be_written_is_found_before_the_scan(tmp_path):
+    for option, file in (("--out", tmp_path), ("--index", "/proc/a/i.json")):
+        with pytest.raises(UserError, match="is a folder, but|nothing can be written into"):
+            clips.main(["/nonexistent", option, str(file)])
+
+
 def test_folders_behind_links_come_once(folder, tmp_path):
     (tmp_path / "far").symlink_to(folder / "deep")
     (tmp_path / "again").symlink_to(folder / "deep")
@@ -424,8 +430,14 @@ BAD = {
     "cut off": (lambda d, good: cut_off(d / "bad.mkv", good), r"damaged or cut off near frame \d+"),
     "broken in the middle": (lambda d, good: broken(d / "bad.mp4", ROOT / "assets" / "bunny.mp4"), r"damaged or cut off near frame \d+"),
     "changing size": (lambda d, good: other_sizes(d / "bad.ts", good), "changes its size at frame 10"),
+    "dead link": (lambda d, good: dead_link(d / "bad.mkv"), "does not exist"),
     "picture": (lambda d, good: write(d / "bad.png", b"no picture"), "is not a picture that can be read"),
 }
+
+
+def dead_link(path):
+    path.symlink_to("gone")
+    return path
 
 
 @pytest.mark.parametrize("name", BAD)

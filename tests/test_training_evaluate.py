@@ -45,6 +45,9 @@ def test_reconstruct_any_size(tmp_path, weights):
     assert (result["height"], result["width"], result["frames"], result["latent"]) == (37, 51, 1, [4, 2, 10, 13])
     with pytest.raises(UserError, match="--compat is gone"):
         ae.main([*args, "--compat"])
+    for command in (args[:-1], ["eval", weights, "--size"]):
+        with pytest.raises(UserError, match="frames of 5x80 are too small for SSIM"):
+            ae.main([*command, "5x80"])
 
 
 def test_reconstruct_with_a_wan_vae(tmp_path):

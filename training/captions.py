@@ -17,6 +17,7 @@ sizes that a transformer is trained on.
 What cannot be used is named with the reason and left out: nothing in a folder stops a
 run, unless nothing is left, and a bad row of a table costs that row.
 """
+import codecs
 import contextlib
 import csv
 import json
@@ -201,10 +202,16 @@ def read_captions(file, per_line):
 
 def parse_captions(suffix, raw, per_line):
     """What a .txt or .json holds -> {caption: score}."""
-    text = raw.decode("utf-8-sig")
+    text = raw.decode(encoding_of(raw))
     if suffix.lower() == ".json":
         return captions_of(json.loads(text))
     return captions_of(text.split("\n") if per_line else text)
+
+
+def encoding_of(beginning):
+    """Of a text, by its byte order mark: spreadsheets write UTF-16, all others UTF-8."""
+    utf16 = beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return "utf-16" if utf16 else "utf-8-sig"
 
 
 def captions_of(said):
@@ -290,7 +297,9 @@ def rows(table, skipped):
 def lines_of(table):
     """Lines of a text file, which end at newlines only; each is at most LONGEST + 1
     long. What is no UTF-8 comes as surrogates, so that it costs its row."""
-    how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    with open(table, "rb") as f:
+        encoding = encoding_of(f.read(2))
+    how = dict(encoding=encoding, errors="surrogateescape", newline="\n")
     with open(table, **how) as f:
         while line := f.readline(LONGEST + 1):
             yield line

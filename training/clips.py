@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import checkpoint, options, video
+from files import checkpoint, folders, options, video
 from files.errors import UserError, printable
 from files.video import crop_box
 
@@ -116,18 +116,20 @@ class Clip:
 
 def iter_files(folder):
     """All files under a folder, sorted by path; hidden files and folders are left out.
-    Each real folder comes once, also behind links, whatever these lead to."""
+    Each real folder comes once, also behind links, whatever these lead to; so do links of
+    clips that lead nowhere, for whoever opens them to name."""
     found, seen = [], set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, inner, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:
-            folders.clear()
+            inner.clear()
             continue
         seen.add(real)
-        visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = sorted(visible, key=lambda f: (os.path.islink(os.path.join(where, f)), f))
+        visible = [name for name in inner if not name.startswith(".")]
+        inner[:] = sorted(visible, key=lambda f: (os.path.islink(os.path.join(where, f)), f))
         found += [Path(where, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+    dead = {p for p in found if p.suffix.lower() in VIDEOS | PICTURES and not p.exists()}
+    return sorted(path for path in found if path.is_file() or path in dead)
 
 
 def find_clips(folder):
@@ -254,8 +256,8 @@ def read_index(index):
 
 def file_stamp(path):
     """A file's path, size, time of change and place on the disk, as one string."""
-    stat = os.stat(path)
-    return f"{Path(path).resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
+    return f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
 
 
 # ------------------------------------------------------------------ what is held out
@@ -608,6 +610,8 @@ def main(argv=None):
     add("--out", default="out/clips.png", help="contact sheet of samples")
     add("--index", default=INDEX, help="what earlier scans found")
     args, _ = p.parse(argv)
+    for file in (args.out, args.index):
+        folders.writable_file(file)
     fps = None if args.fps == "native" else args.fps
     table(args.folder, args.frames, args.size, fps, args.index, args.workers)
     dataset = Clips(args.folder, args.frames, args.size, seed=args.seed, fps=fps, index=args.index)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files import checkpoint
+from files import checkpoint, folders
 from files.checkpoint import UserError
 
 # ------------------------------------------------ fingerprints
@@ -134,6 +134,8 @@ class Entries:
         self.known = {}  # facts of entries that were seen to be finished
         self.memory = {}  # entries, where there is no folder
         self.folder = folder and Path(folder) / f"{kind}-{self.hash}"
+        if self.folder:
+            folders.sweep(self.folder)  # what runs that were killed left half written
 
     def file(self, key):
         return self.folder / f"{key}.safetensors"

@@ -32,6 +32,8 @@ def reconstruct(net, clip, out, frames=None, size=None):
     frames of both) and .json (the results; PSNR and SSIM as published).
     """
     c, like, info = net.config, next(net.parameters()), video.clip_info(clip)
+    h, w = size or (info.height, info.width)
+    metrics.check_size(h, w)
     expected = frames or int(info.seconds * info.fps)
     step = max(1, (expected or 8 * c.piece) // 8)  # between the frames of the contact sheet
     psnr, ssim, shown, spent = [], [], [], dict(read=0.0, encode=0.0, decode=0.0)
@@ -53,7 +55,6 @@ def reconstruct(net, clip, out, frames=None, size=None):
             yield torch.cat([x, y], dim=4)[0]
         bar.close()
 
-    h, w = size or (info.height, info.width)
     path, labels = f"{Path(out) / Path(clip).stem}_reconstruction", ["original", "reconstruction"]
     video.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
     shown = torch.cat(shown, dim=2)
@@ -146,8 +147,9 @@ def main_eval(argv):
     args, _ = p.parse(argv)
     if len({Path(file).stem for file in args.weights}) < len(args.weights):
         p.error("two of the weights have the same name: rename one")
+    metrics.check_size(*args.size)
     if args.results:
-        folders.writable(Path(args.results).parent)
+        folders.writable_file(args.results)
     nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
     dataset = clips.validation(args.data, args.frames, args.size, args.clips)
     held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]

@@ -69,6 +69,13 @@ def ssim_frames(y, x):
     return torch.stack([_ssim(a, b) for a, b in pairs], dim=1)
 
 
+def check_size(height, width):
+    """UserError where frames are too small for the window to be reflected at their border."""
+    if min(height, width) < 6:
+        raise UserError(f"frames of {height}x{width} are too small for SSIM, which needs 6 "
+                        "pixels: use a larger --size, or another clip.")
+
+
 def _ssim(y, x):  # [b, c, h, w] in 0..255 -> [b]
     mx, my, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

@@ -26,7 +26,7 @@ import flow
 import kernels
 import sample
 import toy
-from files import checkpoint
+from files import checkpoint, folders
 from training import loop, metrics, toy_score
 from training.cache import Batch
 from training.entries import Entries, hash_encoder, hash_of, hash_tensors
@@ -249,6 +249,7 @@ def pretrain(args):
 def score(args):
     """Prompt fit of both embedded models and the reconstruction ceilings of both
     autoencoders -> args.results, and a table."""
+    folders.writable_file(args.results)
     prompts = toy.held_out_prompts(args.prompts or 256)
     rng = np.random.default_rng(10_000_019)
     clips = toy.clips_of([toy.scene_of(a, rng) for a in prompts])

@@ -2,6 +2,7 @@
 runs fast there chosen and said; a latent becomes files.
 """
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -245,7 +246,27 @@ def settings_of(run):
     given = {k: v for k, v in vars(run.args).items() if k not in left_out}
     chosen = {k: v for k, v in asdict(run.sampling).items() if k in given}
     before = {k: run.stored[k] for k in LATENT if k in run.stored}
-    return {**given, **chosen, "device": str(run.args.device), **before}
+    files = run.stored.get("files", {}) | stamps(run.args)
+    return {**given, **chosen, "device": str(run.args.device), "files": files, **before}
+
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def stamps(args):
+    """{path: hash of the sizes and times of change of its files} of all that was given: what
+    lies under a path may be replaced, and makes another video then."""
+    given = [args.model, *(args.weights or [f"checkpoints/{args.model}"]), args.image,
+             args.last_image, *(one.file for one in args.lora)]
+    found = {}
+    for path in (Path(name) for name in given if name and Path(name).exists()):
+        files = [path]
+        if path.is_dir():
+            files = [*path.glob("*"), *path.glob("*/*")]
+            files = sorted(f for f in files if f.suffix in WEIGHTS and f.is_file())
+        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        found[str(path)] = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    return found
 
 
 def report(run):
