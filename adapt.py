@@ -87,15 +87,15 @@ def align_ends(job, expert, by_sgd=None):
     """Stage 1a: the patch embedder, so that it imitates the base's on clean latents;
     and the head that stage 1b starts from -> {name: tensor} of both ends.
     by_sgd: (weight, bias) of `align.sgd`, which `align_once` starts if it is chosen."""
-    s, pairs = job.settings, job.pairs(expert)
-    weight, bias = by_sgd or align.fit(s.align, pairs)
+    s, problem = job.settings, job.problem(expert)
+    weight, bias = by_sgd or align.fit(s.align, problem)
 
     # assemble: blocks from the base, the aligned embedder, a zero or regressed head
     base, net = job.build(expert)
     net.set_embedder(weight, bias)
     if s.head == "closed_form":
         align.solve_head(net, job.source, job.times(expert), batches=96, batch=s.batch)
-    journal.examine_aligned(job, expert, base, net, pairs, by_sgd)
+    journal.examine_aligned(job, expert, base, net, problem, by_sgd)
     return {k: v for k, v in net.state_dict().items() if k.startswith(net.ends)}
 
 
@@ -173,7 +173,7 @@ def align_once(job, expert):
                          log_every=100, keep=1)
         begin = partial(loop.Run, job.folder(expert, "1a"), config, plan=plan)
         batch = max(s.batch_align // loop.processes(), 1)
-        by_sgd = align.sgd(job.pairs(expert), begin, batch, s.lr_align, s.seed)
+        by_sgd = align.sgd(job.problem(expert), begin, batch, s.lr_align, s.seed)
     if main_process_first(file):
         if before := job.base.before(job.teacher, job.held):
             journal.examine(job, expert, "base", *before)

@@ -217,7 +217,7 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
     opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=0)
     run = begin({"net": net}, {"net": opt})
 
-    def tokens(step, position):
+    def pairs(step, position):
         clip = int(np.random.default_rng((seed, step, position)).integers(problem.clips))
         pair = [a[None].float() for a in problem.pair(clip)]
         return pair_tokens(*pair, problem.tokens.patches)
@@ -225,7 +225,7 @@ def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
     def batches(number):
         while True:
             step, positions = run.positions(number, batch)
-            sides = zip(*(tokens(step, position) for position in positions))
+            sides = zip(*(pairs(step, position) for position in positions))
             yield [torch.cat(side).to(device) for side in sides]
             number += 1
 

@@ -198,11 +198,11 @@ class CrossAttention(Attention):
             self.norm_k_img = nn.RMSNorm(c.dim, c.eps)
 
     def forward(self, x, context):  # b l d, Context or KeysValues
-        seen = context if isinstance(context, KeysValues) else self.keys_values(context)
+        kv = context if isinstance(context, KeysValues) else self.keys_values(context)
         q = self.split(rms_norm(self.q(x), self.norm_q.weight, self.eps))
-        y = attention(q, *seen.text)
-        if seen.image is not None:
-            y = y + attention(q, *seen.image)
+        y = attention(q, *kv.text)
+        if kv.image is not None:
+            y = y + attention(q, *kv.image)
         return self.o(y.flatten(2))
 
     def keys_values(self, context):  # Context -> KeysValues
@@ -472,9 +472,9 @@ class WanDiT(nn.Module):
         dtype = self.matmul_dtype(x)
         recompute = self.checkpointing and torch.is_grad_enabled()
         features = {}
-        for i, (block, seen) in enumerate(zip(self.blocks, contexts)):
+        for i, (block, context) in enumerate(zip(self.blocks, contexts)):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            h = run(h, e0, rope, seen, dtype)
+            h = run(h, e0, rope, context, dtype)
             if return_features and i in return_features:
                 features[i] = h.unflatten(1, grid)
         with no_autocast(x):

@@ -107,9 +107,9 @@ def generate(model, context, image=None, *, last_image=None, null=None, noise=No
         raise UserError(f"the noise has shape {list(noise.shape)}, but {s.frames} frames of "
                         f"{s.size[0]}x{s.size[1]} need {needed}.")
     null = model.null(n) if null is None else null
-    seen = model.see(n, shape, s.size, image, last_image)
+    image = model.image_condition(n, shape, s.size, image, last_image)
     timesteps = flow.schedule(s.solver, s.steps, s.shift)[1]
-    velocity = Velocity(model, context.to(device), null.to(device), seen, timesteps, s)
+    velocity = Velocity(model, context.to(device), null.to(device), image, timesteps, s)
     with tqdm(total=s.steps, desc="denoise", disable=not progress, leave=False) as bar:
 
         def callback(step, x, x0):
@@ -138,13 +138,13 @@ class Velocity:
     at every step: keys and values of the prompt, and the time vectors of all steps
     (dit.py).
 
-    context, null: prompt states [b m d] of both passes. seen: `ImageCondition`.
+    context, null: prompt states [b m d] of both passes. image: `ImageCondition`.
     timesteps: of the solver. sampling: a resolved `Sampling`.
     """
 
-    def __init__(self, model, context, null, seen, timesteps, sampling):
+    def __init__(self, model, context, null, image, timesteps, sampling):
         check_streamed(model, sampling)
-        self.model, self.context, self.null, self.seen = model, context, null, seen
+        self.model, self.context, self.null, self.image = model, context, null, image
         self.timesteps, self.sampling = timesteps, sampling
         self.step, self.high, self.evaluate = 0, None, None
 
@@ -174,7 +174,7 @@ class Velocity:
     def all_times(self, net, x):
         """What the transformer takes as time, as a tuple of tensors for each step."""
         times = self.timesteps.to(x.device)
-        if self.seen.first is not None:  # one time per latent frame: the picture's is 0
+        if self.image.first is not None:  # one time per latent frame: the picture's is 0
             times = times[:, None].repeat(1, x.shape[2])
             times[:, 0] = 0
         return [(t,) for t in times] if self.sampling.plain else net.times(times)
@@ -188,7 +188,7 @@ class Velocity:
                 contexts = [joined(*contexts)]
         arguments = []
         for context in contexts:
-            clip = self.seen.clip
+            clip = self.image.clip
             if clip is not None:
                 clip = clip.repeat(len(context) // len(self.context), 1, 1)
             arguments.append((context,) if clip is None else (context, clip))
@@ -197,8 +197,8 @@ class Velocity:
     def guided(self, net, prompts, scale, x, *time):
         """One step: latent [b z t h w] and time -> v_null + scale (v_text - v_null)."""
         x = self.keep_first(x)
-        if self.seen.condition is not None:
-            x = torch.cat([x, self.seen.condition], dim=1)
+        if self.image.condition is not None:
+            x = torch.cat([x, self.image.condition], dim=1)
         if scale != 1 and len(prompts) == 1:  # both passes in one batch
             x = x.repeat(2, 1, 1, 1, 1)
         if self.sampling.plain:
@@ -215,9 +215,9 @@ class Velocity:
         """Put the picture's latent in place of frame 0. The solvers mix values of the
         same position only, so the other frames come out as if this had been done after
         every step."""
-        if self.seen.first is None:
+        if self.image.first is None:
             return x
-        first = self.seen.first.expand(len(x), -1, -1, -1, -1)
+        first = self.image.first.expand(len(x), -1, -1, -1, -1)
         return torch.cat([first, x[:, :, 1:]], dim=2)
 
 

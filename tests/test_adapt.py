@@ -67,7 +67,7 @@ def test_everything_but_the_two_ends_is_inherited_bit_for_bit():
 def test_the_assembled_model_predicts_exactly_zero(job):
     """After stage 1a: the base's blocks between an aligned embedder and a zero head."""
     job = job("--head", "zero")
-    ends, fresh = job.result(job.expert, "1a"), job.pairs(job.expert).start[0]
+    ends, fresh = job.result(job.expert, "1a"), job.problem(job.expert).start[0]
     assert not torch.equal(ends["patch_embedding.weight"].flatten(1), fresh)
     net, batch = job.build(job.expert, ends)[1], job.held.batch(0, range(2))
     v = align.velocity_of(net, batch, "cpu")(batch.z, torch.tensor([10.0, 990.0]))

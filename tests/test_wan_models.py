@@ -321,7 +321,7 @@ def test_dc_videogen_image_to_video_equals_the_reference(plain):
     autoencoder = stub_autoencoder(tensors["ae_stub_mix"], 0.7241)
     model = models.Model("golden", net, autoencoder, None, task="i2v", clip=lambda image: tensors["clip_fea"])
     image = tensors["image"] * 2 - 1
-    seen = model.see(1, model.latent_shape(16, (64, 96)), (64, 96), image)
+    seen = model.image_condition(1, model.latent_shape(16, (64, 96)), (64, 96), image)
     torch.testing.assert_close(seen.condition, tensors["condition"], rtol=0, atol=1e-6)
     z = sample.generate(model, context, image, frames=16, size=(64, 96), solver="unipc_diffusers", plain=plain, **settings)
     torch.testing.assert_close(z, tensors["latents_unipc_diffusers"], rtol=0, atol=2e-4)
@@ -335,7 +335,7 @@ def test_the_condition_of_the_base_model_equals_the_reference():
     model = models.Model("golden", net, autoencoder, None, task="i2v", picture="wan")
     resized = tensors["out/i2v_image_resized"][None]
     image, size = tensors["in/image"][None] if "in/image" in tensors else resized, tuple(resized.shape[2:])
-    seen = model.see(1, model.latent_shape(9, size), size, image)
+    seen = model.image_condition(1, model.latent_shape(9, size), size, image)
     torch.testing.assert_close(models.resize(image, size, "wan"), resized, rtol=0, atol=1e-5)
     torch.testing.assert_close(seen.condition[0], tensors["out/i2v_condition"], rtol=0, atol=2e-5)
 
@@ -363,7 +363,7 @@ def test_first_and_last_frame(load, name, frames):
     lead = 4 if name.startswith("dc") else 1
     clip = torch.cat([first[:, :, None].expand(-1, -1, lead, -1, -1), torch.zeros(1, 3, frames - 2 * lead, 64, 64),
                       last[:, :, None].expand(-1, -1, lead, -1, -1)], dim=2)
-    seen = model.see(1, shape, (64, 64), first, last).condition
+    seen = model.image_condition(1, shape, (64, 64), first, last).condition
     torch.testing.assert_close(seen[:, 4:], model.encode(clip)[:, :, : shape[0]])
     mask = seen[0, :4, :, 0, 0]
     assert mask[:, 0].tolist() == [1] * 4 and mask[:, -1].tolist() == [0] * (4 - lead) + [1] * lead and not mask[:, 1:-1].any()

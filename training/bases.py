@@ -243,9 +243,9 @@ class Base:
         null = held.held_out(drop=1.0).batch(0, range(n)).prompt[0].to(model.device)
         context, *clip = (part.to(model.device) for part in batch.prompt)
         condition = None if batch.condition is None else batch.condition.to(model.device)
-        seen = models.ImageCondition(condition, clip=clip[0] if clip else None)
+        image = models.ImageCondition(condition, clip=clip[0] if clip else None)
         how = sample.Sampling(guidance=model.guidance, cfg_batch=False, plain=True)
-        velocity = sample.Velocity(model, context, null, seen, times, how)
+        velocity = sample.Velocity(model, context, null, image, times, how)
 
         generators = [torch.Generator().manual_seed(i) for i in range(n)]
         noise = torch.stack([torch.randn(batch.z.shape[1:], generator=g) for g in generators])

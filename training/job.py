@@ -70,7 +70,7 @@ class Job:
         configs = self.teacher.net.config, self.student.net.config
         return align.Tokens.of(configs, self.held.pair(0))
 
-    def pairs(self, expert, source=None):
+    def problem(self, expert, source=None):
         """Stage 1a: the embedder, on the training data; or on at most 256 clips of
         another source."""
         most = 256 if source else self.settings.clips_align

@@ -215,21 +215,21 @@ def imitation(weight, bias, held):
     return dict(r2=r2, mse=mse, norm_ratio=loudness)
 
 
-def examine_aligned(job, expert, base, net, pairs, by_sgd=None):
+def examine_aligned(job, expert, base, net, problem, by_sgd=None):
     """`examine` for stage 1a; before it a row for every way to align, as the closed forms
     cost nothing beside reading the pairs, and pairs.png. by_sgd: what SGD found, if it
     was asked for."""
-    held = job.pairs(expert, job.held)
+    held = job.problem(expert, job.held)
     for way in (*align.CLOSED_FORMS, *(["sgd"] if by_sgd else [])):
         begun = time.perf_counter()
-        found = by_sgd if way == "sgd" else align.fit(way, pairs)
+        found = by_sgd if way == "sgd" else align.fit(way, problem)
         row = dict(stage=f"{expert.prefix}1a {way}", seconds=time.perf_counter() - begun)
         job.journal.add(row | imitation(*found, held))
     if job.args.sample_steps:
         show_pair(job.journal.out / "pairs.png", (job.teacher, job.student), held.pair(0))
     rms = job.held.batch(0, range(8)).z.square().mean().sqrt()
     numbers = imitation(net.embedder.weight, net.embedder.bias, held)
-    numbers |= dict(latent_rms=rms.item(), clips=pairs.clips, depth=depth(job.held, base, net))
+    numbers |= dict(latent_rms=rms.item(), clips=problem.clips, depth=depth(job.held, base, net))
     examine(job, expert, "1a, assembled", net, **numbers)
 
 
@@ -316,7 +316,7 @@ def examine_trained(job, expert, stage):
     numbers = dict(trained=sum(v.numel() for v in tensors.values()))
     if not job.args.continue_from:  # there the base's own space plays no part
         numbers["depth"] = depth(job.held, base, net)
-        held = job.pairs(expert, job.held)
+        held = job.problem(expert, job.held)
         numbers |= imitation(net.embedder.weight, net.embedder.bias, held)
     examine(job, expert, stage.title, net, **numbers)
 

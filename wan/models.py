@@ -258,7 +258,7 @@ class Model:
         if image is None and (last is not None or self.task == "i2v"):
             raise UserError(f"{self.name} needs the first frame: give a picture with --image.")
 
-    def see(self, n, shape, size, image=None, last=None):
+    def image_condition(self, n, shape, size, image=None, last=None):
         """Pictures [n, 3, h, w] in [-1, 1] of any size, or None -> ImageCondition of n
         videos of `size`."""
         self.check_pictures(image, last)
