@@ -64,7 +64,9 @@ class Net(nn.Module):
     def __init__(self, transformer, family, config):
         super().__init__()
         self.transformer, self.family, self.config = transformer, family, config
-        self.stored = dict(transformer.config)  # of the class, as it is exported
+        #: of the class, as it is exported; diffusers' notes on it (which fields are its
+        #: defaults) would bring those back
+        self.stored = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
         self.lora_prefix = family.lora_prefix
         transformer.register_to_config(**dict(family.running))
         self.weight_dtype = torch.float32
@@ -121,9 +123,12 @@ class Net(nn.Module):
     # -- precision
 
     def cast_weights(self, dtype):
-        """Store the linear layers between the ends in `dtype`, and compute with it."""
+        """Store the linear layers between the ends in `dtype`, and compute with it; but
+        for those that the class keeps in fp32."""
+        fp32 = set(getattr(self.transformer, "_keep_in_fp32_modules", None) or ())
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not f"{name}.".startswith(self.ends):
+            an_end = f"{name}.".startswith(self.ends) or fp32 & set(name.split("."))
+            if isinstance(module, nn.Linear) and not an_end:
                 module.to(dtype)
         self.weight_dtype = dtype
         return self
@@ -420,5 +425,5 @@ def save(net, folder, metadata=None, dtype=None, format="diffusers", shard_bytes
     checkpoint.save_shards(folder, tensors, header, shard_bytes)
     told = {"_class_name": net.family.transformer,
             "_diffusers_version": libraries.diffusers().__version__,
-            **{k: v for k, v in net.stored.items() if not k.startswith("_")}}
+            **net.stored}
     checkpoint.write_json(Path(folder) / "config.json", told)

@@ -277,6 +277,78 @@ def test_in_the_same_latent_space_it_is_the_base(folders, family):
     assert torch.equal(wrapped(x, t, prompt), expected)
 
 
+RELEASED = {  # name: (family, what its config has beside the class's defaults, parameters, layers with LoRA and their parameters at rank 256,
+    #                first layer's parameters, and those for f32t4c32), as the conversion scripts and the authors' files have it
+    "wan2.1-1.3b": ("wan", dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1.419e9, 183, 259.6e6, 99_840, 50_688),
+    "wan2.1-14b": ("wan", dict(num_attention_heads=40, ffn_dim=13824, num_layers=40), 14.288e9, 243, 820.6e6, 332_800, 168_960),
+    "skyreels-v2-14b": ("skyreels-v2", dict(num_attention_heads=40, ffn_dim=13824, num_layers=40), 14.288e9, 243, 820.6e6, 332_800, 168_960),
+    "hunyuan-video-1.5": ("hunyuan-video-1.5", dict(task_type="t2v"), 8.327e9, 326, 511.2e6, 135_168, 135_168),
+    "kandinsky-5-lite": ("kandinsky-5", dict(in_visual_dim=16, out_visual_dim=16, visual_cond=True, model_dim=1792, ff_dim=7168),
+                         2.008e9, 194, 265.1e6, 238_336, 118_272),
+    "cosmos-predict-2.5-2b": ("cosmos-predict-2.5", dict(
+        in_channels=17, num_attention_heads=16, rope_scale=(1, 3, 3), extra_pos_embed_type=None, use_crossattn_projection=True,
+        crossattn_proj_in_channels=100_352), 2.059e9, 170, 267.4e6, 147_456, 69_632),
+    "cosmos-predict-2.5-14b": ("cosmos-predict-2.5", dict(
+        in_channels=17, num_attention_heads=40, num_layers=36, rope_scale=(1, 3, 3), extra_pos_embed_type=None,
+        use_crossattn_projection=True, crossattn_proj_in_channels=100_352), 14.368e9, 218, 857.2e6, 368_640, 174_080),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_trainable_sets_of_released_models(name):
+    """Of their shapes alone: six linear layers of a block and the time's, as the paper has it for Wan, and the two ends."""
+    family, config, parameters, layers, adapted, first, deep_first = RELEASED[name]
+    kind, _ = tiny.TRANSFORMERS[family]
+    row = rows.FAMILIES[kind]
+    with torch.device("meta"):
+        theirs = getattr(diffusers, kind)(**config)
+    weight = theirs.get_submodule(row.embedder).weight
+    channels, patch = (32, (1, 1, 1)) if family == "hunyuan-video-1.5" else (16, (1, 2, 2))
+    base = nets.Net(theirs, row, nets.Config(len(weight), len(theirs.get_submodule(row.blocks)), channels, channels, patch, 16 // patch[1]))
+    # those of the transformer that the prompt went through before are counted too
+    assert sum(p.numel() for p in base.parameters()) == pytest.approx(parameters, rel=1e-3)
+    deep_config = nets.deep_config(base.config, SimpleNamespace(latent_channels=32, spatial_factor=32))
+    with torch.device("meta"):
+        deep = nets.Net(nets.build(row, nets.restated(row, base.stored, deep_config)), row, deep_config)
+        lora.wrap(deep, 256, 512)
+    found = lora.adapters(deep)
+    assert len(found) == layers
+    assert sum(a.up.numel() + a.down.numel() for _, a in found) == pytest.approx(adapted, rel=1e-3)
+    for net, expected in ((base, first), (deep, deep_first)):
+        layer = net.transformer.get_submodule(row.embedder)
+        assert sum(p.numel() for p in layer.parameters()) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_columns_for_masks_are_the_base_s(folders, family):
+    """Masks mean the same at any resolution; a condition latent is another one there, and its columns are zero."""
+    base = nets.load(folders(family) / "transformer")
+    columns = []
+    for net in (base, deep_of(base)):
+        weight = net.transformer.get_submodule(net.family.embedder).weight.flatten(1)
+        weight = rearrange(weight, f"d ({net.family.order}) -> d c (p q r)", **dict(zip("pqr", net.config.patch)))
+        columns.append(weight.sum(2)[:, net.config.in_channels :])
+    a, masks = base.family.beside
+    n = columns[0].shape[1] - masks
+    torch.testing.assert_close(columns[1][:, columns[1].shape[1] - masks :], columns[0][:, n:])
+    assert n == 4 * a and not columns[1][:, : columns[1].shape[1] - masks].any()
+
+
+def test_kandinsky_s_deep_tokens_keep_their_places(folders):
+    """A token of 32 pixels turns by the angles of the first base token under it; with "index", by those of the base token of its index."""
+    base, tables = nets.load(folders("kandinsky-5") / "transformer"), []
+    deep = deep_of(base)
+    by_index = nets.inherit(base, replace(deep.config, positions="index"))
+    for net, n in ((base, 2), (deep, 1), (by_index, 1)):
+        rope = net.transformer.visual_rope_embeddings
+        rope.register_forward_hook(lambda module, args, out: tables.append(out))
+        side = 4 * n if net is base else 2
+        net(noise(0, 1, net.config.in_channels, 2, side, side), torch.tensor([500.0]), prompts_for("kandinsky-5"))
+    of_base, of_deep, of_index = tables
+    torch.testing.assert_close(of_deep, of_base[:, :, ::2, ::2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(of_index, of_base[:, :, :2, :2], rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
@@ -393,6 +465,9 @@ def test_half_precision_and_recomputed_blocks(folders, family):
             if name.endswith(".down"):
                 p.copy_(0.1 * noise(10, *p.shape))
         assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+        low = {name.split(".")[1] for name, p in net.named_parameters() if p.dtype == torch.bfloat16}
+        assert (net.family.blocks in low) == (dtype == torch.bfloat16)
+        assert not low & {"time_embeddings", "patch_embedding", "patch_embed", "proj_out", "out_layer"}
         x = latent_for(net)
         with torch.enable_grad():
             net(x, t, prompt).square().mean().backward()
