@@ -261,11 +261,12 @@ class Toy(Base):
     validation: int = 256
     labels: tuple = toy_base.PROMPTS
     gpus: int = 1
+    transformer: Path | None = None  # the base's, in place of the embedded one
 
     def models(self, args, settings):
         teacher = released.load_model("base", device=args.device)
-        file, dtype = released.WEIGHTS / "toy-base-dit.safetensors", DTYPES[settings.dtype]
-        teacher = replace(teacher, net=models.Deferred(file, dtype=dtype))
+        file = self.transformer or released.WEIGHTS / "toy-base-dit.safetensors"
+        teacher = replace(teacher, net=models.Deferred(file, dtype=DTYPES[settings.dtype]))
         autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
         net = deep_net(teacher, autoencoder)
         student = replace(teacher, name="toy DC-VideoGen", net=net, ae=autoencoder)

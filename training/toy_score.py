@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from toy import BACKGROUNDS, COLOURS, FRAMES, RADIUS, WORLD
 
 
-def read_attributes(x):
+def read_attributes(x, colours=COLOURS):
     """Read the toy world's attributes back from a video: [3, t, h, w] in [-1, 1] ->
     {attribute: word, or None where undecidable}.
 
@@ -38,7 +38,7 @@ def read_attributes(x):
     if seen.sum() < 4:
         return found
     core = distance > 0.8 * peak
-    found["colour"] = _nearest(torch.stack([c[core].median() for c in rgb]), COLOURS)
+    found["colour"] = _nearest(torch.stack([c[core].median() for c in rgb]), colours)
     found |= _read_motion(mask, area, seen)
 
     edges = mask[:, 0], mask[:, -1], mask[..., 0], mask[..., -1]
@@ -121,12 +121,13 @@ SIZE_BORDER = {shape: factor * MIDDLE for shape, factor in AREA.items()}
 FIT = ("colour", "shape", "direction", "background")
 
 
-def prompt_fit(videos, prompts):
+def prompt_fit(videos, prompts, colours=COLOURS):
     """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT.
-    `prompts`: dicts of attributes."""
+    `prompts`: dicts of attributes. colours: the palette to
+    choose from, {word: RGB}."""
     right = {name: [] for name in WORLD}
     for video, prompt in zip(videos, prompts, strict=True):
-        found = read_attributes(video)
+        found = read_attributes(video, colours)
         for name, word in prompt.items():
             right[name].append(found[name] == word)
     scores = {name: sum(r) / len(r) for name, r in right.items() if r}
