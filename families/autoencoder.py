@@ -72,8 +72,9 @@ def load(path):
     if kind not in KINDS:
         raise UserError(f"{path} holds a {kind}, an autoencoder that is not known here: use a "
                         f"folder with one of {', '.join(KINDS)}, AutoencoderKLWan.")
+    kind = libraries.a_class(libraries.diffusers(), kind)
     with libraries.empty_weights():
-        net = getattr(libraries.diffusers(), kind).from_config(stored)
+        net = kind.from_config(stored)
     tensors, _ = checkpoint.open_tensors(path)
     checkpoint.check_fit(net.state_dict(), tensors, str(path))
     net.load_state_dict({k: v.read().float().clone() for k, v in tensors.items()}, assign=True)

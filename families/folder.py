@@ -62,17 +62,18 @@ def read_index(folder):
     if programs := sorted(folder.rglob("*.py")):
         raise UserError(f"{programs[0]} is a program, and nothing of a folder is run: use a folder "
                         "whose classes diffusers has.")
-    check_parts(folder, family)
+    check_parts(folder, family, kinds)
     return index
 
 
-def check_parts(folder, family):
+def check_parts(folder, family, kinds):
     """UserError for a part that is missing, in pieces, or stored in a way that cannot be
     trained from."""
     for part in ("transformer", "vae", "scheduler", *family.text):
         path, kind = folder / part, part.removesuffix("_2")
-        if not path.is_dir():
-            raise UserError(f"{folder} has no {part}/: get this part of the model too.")
+        if part not in kinds or not path.is_dir():
+            raise UserError(f"{folder} has no {part}/, or its model_index.json does not say what "
+                            "is in it: get this part of the model too.")
         if kind in ("tokenizer", "scheduler"):
             continue
         config = checkpoint.read_json(path / "config.json")

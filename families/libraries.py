@@ -30,6 +30,20 @@ def transformers():
     return get("transformers")
 
 
+def a_class(library, name):
+    """A class of one of them by its name. UserError where this version has none such."""
+    try:
+        found = getattr(library, name, None)
+    except RuntimeError as e:  # it is imported now, and something is missing
+        reason = str(e).splitlines()[-1]
+        raise UserError(f"{name} of {library.__name__} cannot be imported ({reason}): "
+                        f"{INSTALL}.") from e
+    if found is None:
+        raise UserError(f"{library.__name__} {library.__version__} has no {name}: install a "
+                        f"version that has it ({INSTALL} --upgrade).")
+    return found
+
+
 def empty_weights():
     """Modules built inside have their parameters on the meta device and their tables real
     (on the meta device itself rotary tables would stay there)."""

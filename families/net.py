@@ -247,7 +247,7 @@ def restated(family, stored, config):
 
 def build(family, stored):
     """diffusers' class by its config, parameters on the meta device and tables real."""
-    kind = getattr(libraries.diffusers(), family.transformer)
+    kind = libraries.a_class(libraries.diffusers(), family.transformer)
     with libraries.empty_weights():
         return kind.from_config(stored)
 

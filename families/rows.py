@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from families import libraries
+from files.checkpoint import UserError
 from wan import released
 
 
@@ -171,6 +172,9 @@ def kandinsky_velocity(net, x, t, prompt):
     positions "index" its angles are those of the base token of its index."""
     c = net.config
     grid = [n // p for n, p in zip(x.shape[2:], c.patch)]
+    if max(grid) > 128:
+        raise UserError(f"Kandinsky 5 has positions for 128 tokens along each side, not for "
+                        f"{max(grid)}: use a smaller --size or fewer --frames.")
     near_480p = all(480 <= n * c.cell <= 854 for n in x.shape[3:])
     factor = 2 if near_480p else 3.16
     if c.positions == "grid":

@@ -91,9 +91,6 @@ class Text:
         if part.startswith("tokenizer"):
             # a processor of pictures would ask for torchvision; its tokenizer does not
             return library.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        kind = getattr(library, name, None)
-        if kind is None:
-            raise UserError(f"transformers {library.__version__} has no {name}, the {part} of "
-                            f"{self.folder}: install a version that has it.")
+        kind = libraries.a_class(library, name)
         net = kind.from_pretrained(path, dtype="auto", local_files_only=True)
         return net.eval().requires_grad_(False).to(self.device)
