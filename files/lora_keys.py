@@ -13,7 +13,7 @@ import torch
 
 from files import checkpoint
 from files.checkpoint import UserError, bare
-from files.layouts import to_diffusers
+from files.layouts import to_diffusers, to_original
 
 # A key is <prefix><module name><what it is>, and what it is decides which parameter changes:
 KEY = re.compile(r"(?P<name>.+?)\."
@@ -120,7 +120,8 @@ def spellings(parameters):
     for name in parameters:
         diffusers = to_diffusers(name)  # LyCORIS mixes: self_attn.to_q
         mixed = diffusers.replace("attn1", "self_attn").replace("attn2", "cross_attn")
-        for alias in (diffusers, mixed):  # where both have a name, the net's wins
+        original = to_original(name.removeprefix("transformer."))  # of a net of diffusers
+        for alias in (diffusers, mixed, original):  # where both have a name, the net's wins
             table.setdefault(alias.replace(".", "_"), name)
     return table
 

@@ -540,6 +540,22 @@ def test_a_lora_loads_in_diffusers(folders, tmp_path, family):
     torch.testing.assert_close(theirs(x, t, prompt), expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("family", UMT5)
+def test_a_lora_in_the_original_names_of_wan_fits(folders, tmp_path, family):
+    """As ComfyUI and kohya have them; SkyReels-V2 is of Wan's architecture."""
+    own = lora.wrap(dit.load(folders("wan") / "transformer"), 2, 4)
+    for _, adapter in lora.adapters(own):
+        torch.nn.init.normal_(adapter.up, std=0.3)
+    net, x, t, states = None, noise(0, 1, 4, 3, 4, 6), torch.tensor([500.0]), prompts_for(family)
+    for format in ("comfyui", "kohya", "peft"):
+        lora.save(own, tmp_path / f"{format}.safetensors", format)
+        net = nets.load(folders(family) / "transformer")
+        before = net(x, t, states)
+        assert not lora.load(net, tmp_path / f"{format}.safetensors").skipped
+        torch.testing.assert_close(net(x, t, states), own(x, t, states), rtol=0, atol=2e-5)
+        assert not torch.allclose(net(x, t, states), before, atol=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------- the autoencoder
 
 
