@@ -4,8 +4,10 @@
     python -m bench --suite cpu    fast path, plain path and diffusers on one thread of a
                                    processor, five minutes
     python -m bench --suite gpu    on one GPU, ten minutes
+    python -m bench --suite full   the paper's speed-up at full width on a processor, half
+                                   an hour; by parts with --only and --size
 
-Each writes OUT/bench_SUITE.json, the last two a roofline beside it.
+Each writes OUT/bench_SUITE.json, all but the first a plot beside it.
 """
 from files import errors
 
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cpu, gpu
+from bench import cpu, full, gpu
 from bench.harness import Report
 from files import options
 
@@ -26,16 +28,26 @@ def main(argv=None):
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--suite", choices=("toy", "cpu", "gpu"), default="toy")
+    parser.add_argument("--suite", choices=("toy", "cpu", "gpu", "full"), default="toy")
     parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7, help="rounds, of which the median counts")
     parser.add_argument("--threads", type=options.threads, default=1, help="of the CPU")
     parser.add_argument("--results", default="out", help="folder for the report")
-    args = parser.parse(argv)[0]
+    parser.add_argument("--only", nargs="+", choices=full.PARTS, help="full: of it, these parts (all)")
+    parser.add_argument("--size", nargs="+", choices=full.sizes(), help="full: at these sizes (all)")
+    parser.add_argument("--seconds", type=options.real(0, 1e5, above=True), default=full.LONGEST,
+                        help="full: that a block of a transformer may take")
+    args, given = parser.parse(argv)
+    if args.suite != "full":
+        parser.refuse(f"--suite {args.suite}", given & {"only", "size", "seconds"})
     torch.set_num_threads(args.threads)
     path = Path(args.results) / f"bench_{args.suite}.json"
     if args.suite == "gpu":
         report = Report(path, gpu.device(), budget=570, suite="gpu", steps=gpu.STEPS)
         gpu.run(report)
+    elif args.suite == "full":
+        report = Report(path, suite="full", dtype=full.low_type(), clock="processor time")
+        report.resume()
+        full.run(report, args.repeats, args.only or full.PARTS, args.size, args.seconds)
     else:
         report = Report(path, suite=args.suite, repeats=args.repeats, clock="processor time")
         suite = cpu.run if args.suite == "cpu" else cpu.toy_models

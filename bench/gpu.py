@@ -169,9 +169,9 @@ def network(report, width, space, blocks):
     return net
 
 
-def inputs(report, net, shape):
+def inputs(device, net, shape):
     """Latent, time, prompt states of 100 words."""
-    c, device = net.config, report.device
+    c = net.config
     words = min(100, c.text_len - 1)
     context = torch.zeros(1, c.text_len, c.text_dim, device=device)
     context[:, :words] = torch.randn(1, words, c.text_dim, device=device)
@@ -228,7 +228,7 @@ def step(report, width, space, size, frames, blocks):
     quick = int(full.layers * LONGEST_STEP / expected)
     count = min(len(blocks), max(1, quick))
     net = network(report, width, space, blocks[:count])
-    given = inputs(report, net, shape)
+    given = inputs(report.device, net, shape)
     task = prepared(net, *given)
     peak = peak_bytes(task, report.device)
     seconds, note = in_turns({"some": task}, 5, report.device, patience=5)["some"], ""
@@ -250,7 +250,7 @@ def peers(report, width, space, size, blocks, choices):
     """One forward by everybody, on the same weights and inputs."""
     net, on_gpu = network(report, width, space, blocks), report.device.type == "cuda"
     shape = latent(space, size, FRAMES)
-    x, t, context = given = inputs(report, net, shape)
+    x, t, context = given = inputs(report.device, net, shape)
     tasks = {"ours bf16": prepared(net, *given), "plain bf16": plainly(partial(net, *given))}
     if on_gpu:
         moment, prompt = net.times(t)[0], net.prompt(context)
@@ -299,7 +299,7 @@ def loop(report, width, space, size, blocks, choices, steps=6):
     autoencoder = random(partial(SPACES[space].network, SPACES[space].config),
                          report.device, choices.dtype)
     model = models.Model(width, net, autoencoder, text=None, device=report.device)
-    context = inputs(report, net, latent(space, size, FRAMES))[2]
+    context = inputs(report.device, net, latent(space, size, FRAMES))[2]
     settings = dict(frames=FRAMES, size=SIZES[size], steps=steps, guidance=5.0, shift=5.0)
     task = partial(sample.generate, model, context, null=-context, **settings)
     peak = peak_bytes(task, report.device)
@@ -309,15 +309,30 @@ def loop(report, width, space, size, blocks, choices, steps=6):
 
 
 @lru_cache
-def decode_flops(space):
-    """FLOPs of decoding for each cell of the latent, counted for 8x8 of them."""
-    c = SPACES[space].config
+def counted(space, chunks, cells):
+    """FLOPs of decoding a latent of 1 x `cells` cells, counted on the meta device."""
+    c = space.config
     with torch.device("meta"), torch.no_grad():
-        z = torch.empty(1, c.latent_channels, c.latent_chunk, 8, 8)
+        z = torch.empty(1, c.latent_channels, chunks * c.latent_chunk, 1, cells)
         with FlopCounterMode(display=False) as counter:
-            for _ in SPACES[space].network(c).decode_stream(z):
+            for _ in space.network(c).decode_stream([z]):
                 pass
-    return counter.get_total_flops() / (64 * c.latent_chunk)
+    return counter.get_total_flops()
+
+
+def decode_flops(space, shape):
+    """FLOPs of decoding a latent (t, h, w) of a Space. Convolutions go as the cells, the
+    attention of the Wan autoencoder as their square, and chunks after the first are all
+    alike: four small ones are counted."""
+    n, chunks = prod(shape[1:]), ceil(shape[0] / space.config.latent_chunk)
+
+    def frame(chunks):
+        one, two = counted(space, chunks, 1), counted(space, chunks, 2)
+        square = (two - 2 * one) / 2
+        return (one - square) * n + square * n**2
+
+    first, both = frame(1), frame(2)
+    return first + (chunks - 1) * (both - first)
 
 
 def plain_decode(report, space, size, choices):
@@ -333,7 +348,7 @@ def decode(report, space, size, choices, who="ours"):
     if who == "ours":
         net.to(memory_format=choices.layout)
     chunks = ceil(shape[0] / c.latent_chunk)
-    flops = decode_flops(space) * prod(shape)
+    flops = decode_flops(SPACES[space], shape)
     expected = flops / (0.3 * report.ceilings[low])
     part = min(chunks, max(1, int(chunks * LONGEST_DECODE / expected)))
     frames = min(part * c.latent_chunk, shape[0])

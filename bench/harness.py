@@ -172,6 +172,19 @@ class Report:
         tables = dict(ceilings=self.ceilings, rows=self.rows, left_out=self.left_out)
         checkpoint.write_json(self.path, dict(**self.found, **tables))
 
+    def resume(self):
+        """Keep the rows of the report that is at this path, if it was made with the same
+        settings by the same versions on the same machine."""
+        if not self.path.is_file():
+            return
+        before = checkpoint.read_json(self.path)
+        other = [k for k, v in self.found.items() if k != "date" and before.get(k) != v]
+        if other:
+            print(f"{self.path} has another {other[0]}: it is begun anew")
+        else:
+            self.rows = before["rows"]
+            print(f"{self.path}: {len(self.rows)} rows are kept")
+
     def measure_ceilings(self, side, numbers):
         """Matrix products of side^3 in the types that the machine multiplies; a copy."""
         tasks = {}

@@ -9,7 +9,7 @@ import torch
 import ae
 import dit
 import kernels
-from bench import __main__ as bench, cpu, gpu, harness
+from bench import __main__ as bench, cpu, full, gpu, harness
 from files.checkpoint import UserError
 
 CPU = torch.device("cpu")
@@ -125,7 +125,17 @@ def test_cpu_suite(suite, tiny_toy, tmp_path, monkeypatch):
 
 def test_decode_flops_are_the_published_ones():
     """2.45 PFLOP for 80 frames of 704x1280 (DC-AE-V, table of autoencoders)."""
-    assert gpu.decode_flops(gpu.DEEP) * 20 * 22 * 40 == pytest.approx(2.45e15, rel=0.02)
+    assert gpu.decode_flops(gpu.SPACES[gpu.DEEP], (20, 22, 40)) == pytest.approx(2.45e15, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [gpu.BASE, gpu.DEEP])
+def test_decode_flops_follow_from_small_counts(tiny_gpu, name):
+    """Of three chunks and six cells, counted as they are."""
+    space = gpu.SPACES[name]
+    z = torch.randn(1, space.config.latent_channels, 3 * space.config.latent_chunk, 2, 3)
+    with torch.no_grad(), gpu.FlopCounterMode(display=False) as counter:
+        list(space.network(space.config).to("meta").decode_stream([z.to("meta")]))
+    assert gpu.decode_flops(space, tuple(z.shape[2:])) == counter.get_total_flops()
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +155,20 @@ def tiny_gpu():
         SPACES=spaces, WIDTHS={"1.3B": preset}, BLOCKS={"1.3B": 2}, FRAMES=4, LONGER=(8,),
         SIZES={"480p": (32, 64), "720p": (64, 64)}, MATMUL=64, COPY=2**12, LONGEST_STEP=1e-5,
     )
-    gpu.decode_flops.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dit.PRESETS, preset, replace(dit.PRESETS[preset], **tiny))
         for name, value in constants.items():
             patch.setattr(gpu, name, value)
         patch.setattr(gpu, "in_turns", lambda tasks, *_, **more: harness.in_turns(tasks, 0))
         yield
-    gpu.decode_flops.cache_clear()
+
+
+class Report(harness.Report):
+    """Of a processor that multiplies bf16, as the GPU would."""
+
+    def measure_ceilings(self, side, numbers):
+        super().measure_ceilings(side, numbers)
+        self.ceilings.setdefault("bf16", self.ceilings["fp32"])
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +177,7 @@ def gpu_report(tiny_gpu, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "b.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "diffusers_twin", no_diffusers)
-        gpu.run(harness.Report(out, CPU, budget=570, suite="gpu"))
+        gpu.run(Report(out, CPU, budget=570, suite="gpu"))
     assert out.with_suffix(".png").stat().st_size > 10_000
     return json.loads(out.read_text())
 
@@ -178,7 +194,7 @@ def test_every_part_of_the_gpu_suite_runs(gpu_report):
 def test_everybody_computes_the_same(tiny_gpu, tmp_path):
     """Plain path and diffusers on the same weights and inputs."""
     pytest.importorskip("diffusers")
-    report = harness.Report(tmp_path / "b.json", CPU)
+    report = Report(tmp_path / "b.json", CPU)
     report.measure_ceilings(64, 2**12)
     with torch.no_grad():
         blocks = gpu.random_blocks(report, "1.3B")
@@ -199,3 +215,89 @@ def test_the_gpu_suite_without_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="needs a CUDA GPU, and torch finds none"):
             bench.main(["--suite", "gpu"])
+
+
+# --------------------------------------------------------------------------- --suite full
+
+
+@pytest.fixture
+def tiny_full(tiny_gpu, monkeypatch):
+    """The suite's networks a thousandth as large; of many tokens a block gets 8."""
+    monkeypatch.setattr(gpu, "SIZES", {**gpu.SIZES, full.FURTHER: (64, 128)})
+    monkeypatch.setattr(full, "MATMUL", 64)
+    monkeypatch.setattr(full, "COPY", 2**12)
+    monkeypatch.setattr(full, "TILES", (64,))
+    monkeypatch.setattr(full, "tokens_at_once", lambda c, shape, *_: min(dit.tokens(c, shape), 8))
+
+
+def full_suite(folder, *more):
+    bench.main(["--suite", "full", "--repeats", "1", "--results", str(folder), *more])
+    return json.loads((folder / "bench_full.json").read_text())
+
+
+def test_the_full_suite_compares_minutes_with_paper_and_operations(tiny_full, tmp_path, capsys):
+    """Every row, its parts, the headline with what is extrapolated, table and plot."""
+    report = full_suite(tmp_path)
+    assert report["rows"].keys() == {"1.3B 480p", "1.3B 720p", "decode"}
+    spaces = report["rows"]["1.3B 720p"]["spaces"]
+    base, deep = spaces[gpu.BASE], spaces[gpu.DEEP]
+    assert (base["tokens_run"], base["tokens"]) == (8, 32) and "half" not in base
+    assert deep["tokens_run"] == deep["tokens"] == 4 and deep["half"] > 0
+    assert len(deep["blocks"]) == 2 and deep["alike"] >= 1
+    lines = {(line["size"], line["space"]): line for line in report["headline"]}
+    line = lines["480p", gpu.DEEP]
+    seconds = report["rows"]["1.3B 480p"]["seconds"]
+    assert line["paper"] == pytest.approx(1.49 / 0.24)
+    assert line["ratio"] == pytest.approx(seconds[f"{gpu.BASE} {full.low_type()}"] / seconds[f"{gpu.DEEP} {full.low_type()}"])
+    assert line["ratio_with_decode"] > 0 and "extrapolated_from" not in line
+    assert lines["2160p", gpu.DEEP]["extrapolated_from"] == "720p"
+    assert "1.3B 2160p DC f32t4c32" in capsys.readouterr().out
+    assert (tmp_path / "bench_full.png").stat().st_size > 10_000
+
+
+def test_a_full_suite_goes_on_by_parts(tiny_full, tmp_path, capsys, monkeypatch):
+    """Rows that are there are kept; a report of other versions is begun anew."""
+    before = full_suite(tmp_path, "--only", "1.3B", "--size", "480p")["rows"]
+    assert before.keys() == {"1.3B 480p"}
+    after = full_suite(tmp_path, "--only", "decode", "1.3B", "--size", "480p")["rows"]
+    assert after.keys() == {"1.3B 480p", "decode"} and after["1.3B 480p"] == before["1.3B 480p"]
+    monkeypatch.setattr(harness.checkpoint, "provenance", lambda: dict(commit="other"))
+    assert full_suite(tmp_path, "--only", "decode")["rows"].keys() == {"decode"}
+    assert "has another commit: it is begun anew" in capsys.readouterr().out
+
+
+def test_a_light_decoder_gets_a_column_where_there_is_one(tiny_full, tmp_path, monkeypatch):
+    monkeypatch.setitem(ae.PRESETS, "f32t4c32-light", gpu.SPACES[gpu.DEEP].config)
+    lines = full_suite(tmp_path, "--size", "480p")["headline"]
+    assert {line["space"] for line in lines if "ratio_with_light_decode" in line} == {gpu.DEEP}
+
+
+def test_too_little_memory_is_told_before_the_work(tiny_full, tmp_path, monkeypatch):
+    monkeypatch.setattr(full.memory, "free_memory", lambda device: 2**16)
+    with pytest.raises(UserError, match="row 1.3B 480p needs about .* choose other rows"):
+        full_suite(tmp_path)
+
+
+@torch.no_grad()
+def test_a_slice_of_the_tokens_is_what_all_of_them_give():
+    config = dit.Config(dim=24, ffn_dim=32, heads=2, layers=1, in_channels=4, out_channels=4)
+    layer, x, rope = dit.SelfAttention(config), torch.randn(1, 12, 24), dit.rope_table((3, 2, 2), 12, CPU)
+    exact = layer(x, rope)
+    assert torch.equal(full.Slice(layer)(x, rope), exact)
+    assert len(full.random_keys(config, 12, torch.float32)) == 2
+    keys = kernels.rms_norm_rope(layer.k(x), layer.norm_k.weight, rope, 2, config.eps)
+    part = full.Slice(layer, keys, layer.split(layer.v(x)))
+    assert torch.allclose(part(x[:, :5], rope[:5]), exact[:, :5], atol=1e-6)
+    assert len(part.times) == 1
+
+
+@pytest.mark.parametrize("width", gpu.WIDTHS)
+def test_the_full_suite_fits_the_memory_and_time_it_promises(width):
+    """24 GiB; half an hour on two cores that multiply bf16 at 0.5 TFLOP/s each."""
+    rows = full.plan(dict(fp32=7e10, bf16=5e11), only=(width, "decode"))
+    assert max(row.bytes for row in rows) < 0.9 * 22 * 2**30
+
+
+def test_sizes_and_parts_are_for_the_full_suite():
+    with pytest.raises(UserError, match="--size says nothing to --suite cpu"):
+        bench.main(["--suite", "cpu", "--size", "480p"])
