@@ -32,8 +32,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7, help="rounds, of which the median counts")
     parser.add_argument("--threads", type=options.threads, default=1, help="of the CPU")
     parser.add_argument("--results", default="out", help="folder for the report")
-    parser.add_argument("--only", nargs="+", choices=full.PARTS, help="full: of it, these parts (all)")
-    parser.add_argument("--size", nargs="+", choices=full.sizes(), help="full: at these sizes (all)")
+    parser.add_argument("--only", nargs="+", choices=full.PARTS, help="full: these parts (all)")
+    parser.add_argument("--size", nargs="+", choices=full.sizes(), help="full: these sizes (all)")
     parser.add_argument("--seconds", type=options.real(0, 1e5, above=True), default=full.LONGEST,
                         help="full: that a block of a transformer may take")
     args, given = parser.parse(argv)

@@ -53,10 +53,8 @@ REACHED = 0.8  # of a large product's rate: what the plan expects
 MATMUL, COPY = 2048, 2**25
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 PARTS = (*gpu.WIDTHS, "decode")
-PUBLISHED = {  # minutes of base and adapted (paper: latencies; table of text-to-video)
-    **{("1.3B", size): minutes for (size, frames), minutes in gpu.PUBLISHED.items() if frames == 80},
-    ("14B", "720p"): (27.52, 3.58),
-}
+PUBLISHED = {("14B", "720p"): (27.52, 3.58)}  # minutes of base and adapted (paper, VBench)
+PUBLISHED |= {("1.3B", size): gpu.PUBLISHED[size, 80] for size in gpu.SIZES}
 
 
 def sizes():
@@ -119,9 +117,9 @@ def check_memory(rows):
     free = memory.free_memory(CPU)
     for row in rows:
         if row.bytes > 0.9 * free:
-            raise UserError(f"the row {row.name} needs about {row.bytes / 2**30:.1f} GiB of memory, "
-                            f"but {free / 2**30:.1f} GiB are free: choose other rows with --only "
-                            "and --size, or make room.")
+            raise UserError(f"the row {row.name} needs about {row.bytes / 2**30:.1f} GiB, but "
+                            f"{free / 2**30:.1f} GiB are free: choose other rows with --only and "
+                            "--size, or make room.")
 
 
 def watched(bar, seconds, tasks):
@@ -189,7 +187,9 @@ def forward_row(width, size, rate, longest):
         kept += 4 * part * c.dim + 2 * s * tokens * c.dim  # inputs; keys and values of all
         peak = max(peak, part * ((8 + s) * c.dim + 2 * s * c.ffn_dim), 22 * part * c.dim)
         parts[space] = part
-    weights = memory.weight_bytes(replace(c, layers=BLOCKS), TYPES[low])[0]
+    with torch.device("meta"):
+        net = dit.WanDiT(replace(c, layers=BLOCKS)).named_parameters()
+    weights = sum(p.numel() * (4 if dit.keeps_fp32(name) else s) for name, p in net)
     measure = partial(measure_forwards, width, size, parts)
     return Row(f"{width} {size}", seconds, weights + kept + peak, measure)
 
