@@ -45,7 +45,7 @@ from wan import memory
 CPU = torch.device("cpu")
 BLOCKS = 2  # of each transformer
 LONGEST, SHORTEST = 20, 1024  # seconds of a block; tokens it takes at least
-PATIENCE = 120  # seconds that all rounds of a row take; one is made in any case
+PATIENCE = 120  # seconds that all rounds of a row take; two are made in any case
 TILES = (256, 128, 64)  # pixels a side: the largest that takes no longer than three blocks
 TILE_FRAMES = 5  # latent frames, where chunks are shorter
 FURTHER = "2160p"  # extrapolated
@@ -77,7 +77,7 @@ class Row:
     measure: Callable  # (report, rounds, watch) -> None
 
     def rounds(self, repeats):
-        return min(repeats + 1, max(1, round(PATIENCE / self.seconds)))
+        return min(repeats + 1, max(2, round(PATIENCE / self.seconds)))
 
 
 @torch.inference_mode()
