@@ -3,11 +3,18 @@ written, and nothing is read that takes long."""
 import argparse
 
 import pytest
+import torch
+from PIL import Image
 
 import adapt
 import ae
+import flow
 import sample
-from files import errors, options
+import toy
+from files import checkpoint, errors, options, video
+from training import evaluate, loop
+from wan import models, released
+from wan.text import WanText
 
 BAD = ["", "nan", "inf", "-1", "-1e9", "1e400", "9" * 400, "0x10", "1;2", "\x1b[31m", "\udce9", "..", "/", "\0"]
 MODES = {
@@ -65,3 +72,93 @@ def test_no_number_without_sense_is_taken(monkeypatch, tmp_path, mode):
             tried += 1
     assert tried and not any(tmp_path.iterdir())
     print(f"{mode}: {tried} refused")
+
+
+# ---------------------------------------------------------------- what options lead to
+
+
+class Begun(Exception):
+    """The expensive part was reached."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with bad files of every kind, and good ones beside them."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "folder").mkdir()
+    for suffix in ("safetensors", "pt", "mp4", "png", "csv", "tar", "json"):
+        (place / f"empty.{suffix}").touch()
+        (place / f"words.{suffix}").write_text("these are words\n" * 40)
+    checkpoint.save_tensors(place / "other.safetensors", {"x": torch.zeros(3)})
+    checkpoint.save_tensors(place / "nothing.safetensors", {})
+    whole = (released.WEIGHTS / "toy.safetensors").read_bytes()
+    (place / "cut.safetensors").write_bytes(whole[:-100])
+    (place / "dead.safetensors").symlink_to("gone")
+    video.write_video(place / "films" / "a.mp4", toy.toy_batch(0, 1, 40, 64)[0][0], fps=16)
+    (place / "films" / "a.txt").write_text("a cat")
+    Image.new("RGB", (64, 64)).save(place / "picture.png")
+    return place
+
+
+@pytest.fixture
+def cheap(tiny_toy, place, monkeypatch):
+    """Nothing expensive behind the options: that raises `Begun`."""
+    def begun(*_, **__):
+        raise Begun
+
+    for owner, name in ((loop.Run, "fit"), (flow, "solve"), (models.Model, "encode"),
+                        (models.Model, "decode"), (ae.VideoAutoencoder, "encode_stream"),
+                        (evaluate, "evaluate"), (WanText, "encode")):
+        monkeypatch.setattr(owner, name, begun)
+    monkeypatch.chdir(place)
+
+
+WEIGHTS = ["none", "", "folder", "empty.safetensors", "words.pt", "other.safetensors",
+           "cut.safetensors", "dead.safetensors", "films/a.mp4", "x" * 300]
+FOLDERS = ["words.json", "words.json/below", "/proc/a", "x" * 300, "/dev/null"]
+PICTURES = ["none", "", "folder", "empty.png", "words.png", "films/a.mp4", "x" * 300, "/dev/null"]
+
+
+def paths():
+    """(command, arguments, option, bad values): each is to be refused."""
+    s = ["--prompt", "a ring", "--frames", "8", "--steps", "2"]
+    wan = [*s, "--model", "wan2.1-t2v-1.3b"]
+    yield sample.main, s, "--model", WEIGHTS
+    yield sample.main, s, "--lora", WEIGHTS
+    yield sample.main, s, "--image", PICTURES
+    yield sample.main, [*s, "--image", "PICTURE"], "--last-image", PICTURES
+    yield sample.main, [], "--decode", WEIGHTS
+    yield sample.main, s, "--out", FOLDERS
+    yield sample.main, wan, "--weights", WEIGHTS
+
+
+def listing(place):
+    """Every file below, with its size and time of change."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in place.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", paths(), ids=lambda row: f"{row[0].__module__} {row[1]} {row[2]}")
+def test_no_file_without_sense_is_taken(cheap, place, tiny_folders, row):
+    """Missing, empty, cut off, of another kind, a folder, a name that cannot be: refused in
+    one sentence before the expensive part, and nothing is written."""
+    main, argv, option, values = row
+    names = {"TINY": str(tiny_folders), "WEIGHTS": str(released.WEIGHTS), "PICTURE": "picture.png"}
+    for name, path in names.items():
+        argv = [word.replace(name, path) for word in argv]
+    before, wrong = listing(place), []
+    for bad in values:
+        words = [option, bad] if option else [bad]
+        try:
+            main([*argv, *words])
+            wrong.append((bad, "status 0"))
+        except SystemExit as e:
+            wrong.append((bad, f"exit {e.code}"))
+        except Exception as e:
+            told = errors.sentence(e)
+            if told is None or "\n" in told.strip():
+                wrong.append((bad, f"{type(e).__name__} {e}"[:300]))
+        if listing(place) != before:
+            wrong.append((bad, f"wrote {listing(place).keys() - before.keys()}"))
+            before = listing(place)
+    assert not wrong, wrong

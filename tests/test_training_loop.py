@@ -177,6 +177,21 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert content() == before and make(tmp_path).step == 8
 
 
+def test_a_disk_that_is_full_from_the_start_is_told_with_the_size_needed(tmp_path, monkeypatch):
+    """Going on writes nothing before that."""
+    fit(make(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    run = make(tmp_path)
+    run.step = 4
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(loop.folders.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match="the checkpoints need 0.0 MB and .* has 0.0: free some"):
+        fit(run)
+    left = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"}
+    assert left.keys() == before.keys()
+    assert all(left[p] == before[p] for p in before if p.is_file())
+
+
 # ---------------------------------------------------------------------------------------------------- not a number
 
 

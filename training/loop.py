@@ -212,8 +212,9 @@ class Run:
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "log.jsonl"
-            with naming(file), open(file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            text = json.dumps(line) + "\n"
+            with naming(file, len(text)), open(file, "a") as f:
+                f.write(text)
 
     # ---- what must not be lost
 
@@ -318,8 +319,11 @@ class Run:
                 tqdm.write(f"going back to the checkpoint before: {damage}")
         if rank() == 0 and self.folder.exists():  # lines of steps that will be made again
             lines = [line for line in read_log(self.folder) if line["step"] <= self.step]
-            with checkpoint.atomic_path(self.folder / "log.jsonl") as tmp:
-                tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            file = self.folder / "log.jsonl"
+            if not file.exists() or file.read_text() != text:
+                with checkpoint.atomic_path(file, len(text)) as tmp:
+                    tmp.write_text(text)
 
 
 def trained(net):
