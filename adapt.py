@@ -240,7 +240,7 @@ def parser():
     add = what.add_argument
     add("--base", default="toy",
         help=f"the pre-trained model: {', '.join(bases.BASES)} (default: toy); wan2.1 is "
-             "wan2.1-t2v-1.3b")
+             "wan2.1-t2v-1.3b; or diffusers:FOLDER, the folder of a diffusers pipeline")
     add("--target", choices=bases.TARGETS, default="f32t4c32",
         help="the deep latent space (default: f32t4c32)")
     add("--weights", nargs="+", default=[], metavar="DIR",
@@ -289,8 +289,8 @@ def parser():
         settings.add_argument(f"--{field.name.replace('_', '-')}", **more)
 
     add = p.add_argument_group("how").add_argument
-    add("--format", choices=["original", "diffusers"], default="original",
-        help="of the exported transformer (default: original)")
+    add("--format", choices=["original", "diffusers"],
+        help="of the exported transformer (default: original; of a diffusers:FOLDER diffusers)")
     add("--sample-steps", type=options.whole(0, 1000), default=12,
         help="of the samples after each stage (default: 12; 0: none)")
     add("--save-every", type=options.whole(1), default=250,
@@ -316,7 +316,10 @@ def arguments(argv=None):
 
 def refuse_unused(p, args, given):
     """UserError for an option that this run would ignore."""
-    toy = bases.find(args.base).name == "toy"
+    base = bases.find(args.base)
+    toy = base.name == "toy"
+    if args.format == "original" and base.format == "diffusers":
+        p.refuse(f"--base {args.base}, which becomes a folder of diffusers again", {"format"})
     p.refuse(f"--base {args.base}", given & (NOT_TOY if toy else TOY_ONLY))
     for mode, used in USED.items():
         if getattr(args, mode):
@@ -330,7 +333,7 @@ def refuse_unused(p, args, given):
     if args.continue_from:
         before = {"align", "head", "steps_align", "steps_head", "lr_head"}
         p.refuse("--continue-from", given & before)
-    settings = bases.find(args.base).settings
+    settings = base.settings
     if (args.align or settings.align) != "sgd":
         p.refuse(f"--align {args.align or settings.align}", given & {"steps_align"})
 

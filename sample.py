@@ -40,6 +40,7 @@ from tqdm import tqdm
 import dit
 import flow
 import toy
+from families import folder
 from files import checkpoint, options, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
@@ -246,6 +247,17 @@ def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
     return out
 
 
+def load_model(name, weights=(), loras=(), dtype=torch.float32, device="cpu", text_cache=None):
+    """`released.load_model`; and a folder of diffusers (diffusers:FOLDER), or what
+    adapt.py made of one, whose text encoder comes from the folder `weights`."""
+    if name.startswith(folder.PREFIX):
+        path = name.removeprefix(folder.PREFIX)
+        return folder.load_model(path, dtype, device, text_cache, loras)
+    if released.is_of_family(name):
+        return folder.load_adapted(name, weights, loras, dtype, device)
+    return released.load_model(name, weights, loras, dtype, device, text_cache)
+
+
 # ----------------------------------------------------------------------------- command line
 
 GONE = {
@@ -380,7 +392,7 @@ def main(argv=None):
     if args.words:
         print(toy.words())
         return
-    run = session.begin(args)
+    run = session.begin(args, load_model)
     run.sampling = resolved(run.args, run.model)
     session.prepare(run)
     if run.args.plan:

@@ -23,6 +23,7 @@ ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 CHANGES = {"diff_b": "_bias", "up_bias": "_bias", "diff_m": "_modulation", "full": ""}
 PREFIX = re.compile("^(base_model_|model_|diffusion_model_|module_|_?orig_mod_|pipe_dit_|"
                     "transformer_2_|transformer_|lora_unet__|lora_unet_|lycoris_)+")
+ELSEWHERE = " (made for another latent space)"
 IN_FOLDERS = ("adapter_model.safetensors", "adapter_model.bin",
               "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 #: kinds of adapters -> what marks them in their keys
@@ -55,8 +56,10 @@ def fit(shapes, source, expert=None, ends=()):
         raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors "
                         "changes one of the model's layers; use an adapter of the same base model.")
     if skipped:
+        ends = [name for name in skipped if name.endswith(ELSEWHERE)]
+        named = ", ".join(sorted(ends)) or f"first: {min(skipped)}"
         warnings.warn(f"{what}: {len(skipped)} of {len(tensors)} tensors fit nothing in this model "
-                      f"(first: {min(skipped)}); the others are applied.")
+                      f"({named}); the others are applied.")
     return updates, skipped, config
 
 
@@ -172,7 +175,7 @@ def check(updates, name, shape, ends, what):
         # An adapter of the base model carries over to the deep latent space, except where
         # the latent enters and leaves.
         update.clear()
-        return [f"{name} (made for another latent space)"]
+        return [name + ELSEWHERE]
     if wrong:
         raise UserError(f"{what} was made for another base: {wrong}; use an adapter of the same "
                         "base model.")

@@ -397,6 +397,8 @@ def choose(net, shape, budget, dtype=torch.float32, side="decoder"):
     shape: (t, h, w) of the latent, batch 1. Tiles come from halving the longer side,
     down to 128 pixels: with smaller ones nearly all the arithmetic goes into halos.
     """
+    if not hasattr(net.config, "latent_chunk"):  # another library's: it does not stream
+        return None
     rows, columns = shape[1:]
     needs, tile = {}, None
     while True:

@@ -13,8 +13,8 @@ differs is said here, by a `Base`:
     videos     what it renders after each stage, with the same noise
 
 A new base is a row of BASES: a released model (`released.RELEASED`) and what of the
-published settings changes for it. One that is made of other parts, as the toy is,
-overrides the methods in which it differs.
+published settings changes for it. One that is made of other parts, as the toy and the
+folders of diffusers are, overrides the methods in which it differs.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ import dit
 import flow
 import sample
 import toy
+from families import folder
 from files.checkpoint import UserError
 from training import cache, captions, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
@@ -165,6 +166,12 @@ class Base:
     validation: int = 32  # held-out samples that a loss is measured on
     labels: tuple | None = None  # of the videos
     gpus: int = 8  # that a plan is made for
+    format: str = "original"  # of the exported transformer
+    lora_formats: tuple = ("comfyui", "kohya", "peft")
+
+    def outline(self):
+        """Its Model without weights: enough to plan."""
+        return released.outline(self.name)
 
     def models(self, args, settings):
         """-> (teacher, student), two `models.Model` on args.device whose transformers
@@ -219,6 +226,10 @@ class Base:
             workers=WORKERS, verify=args.stage == "cache")
         return source, source.held_out()
 
+    def weights(self, args):
+        """Where sample.py finds what the adapted model has from the base."""
+        return args.weights
+
     def before(self, teacher, held):
         """What to measure first, for comparison -> (transformer, its Model, its
         held-out data), or None: a large base is known well enough."""
@@ -251,6 +262,38 @@ class Base:
         noise = torch.stack([torch.randn(batch.z.shape[1:], generator=g) for g in generators])
         start = flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device)
         return decoded(model, flow.euler(velocity, start, sigmas, times))
+
+
+@dataclass(frozen=True)
+class Diffusers(Base):
+    """A video transformer of any family that diffusers has, as the folder of its pipeline
+    (families/). Nothing is published about moving these: Wan 2.1 14B's settings."""
+
+    folder: Path = Path()
+    format: str = "diffusers"
+    lora_formats: tuple = ("peft",)
+
+    def outline(self):
+        model = folder.load_model(self.folder, device="cpu")
+        model.ae.to("meta")
+        return model
+
+    def models(self, args, settings):
+        folders = [self.folder, *map(Path, args.weights)]
+        autoencoder = deep_autoencoder(args.target, args.ae, folders)
+        dtype = DTYPES[settings.dtype]
+        teacher = folder.load_model(self.folder, dtype, args.device, args.text_cache)
+        buckets = buckets_of(args, autoencoder)
+        return teacher, self.student(teacher, autoencoder, settings, buckets)
+
+    def student(self, teacher, autoencoder, settings, buckets):
+        """It samples as its base does."""
+        student = super().student(teacher, autoencoder, settings, buckets)
+        own = {name: getattr(teacher, name) for name in ("solver", "shift", "guidance")}
+        return replace(student, **own)
+
+    def weights(self, args):
+        return [self.folder]
 
 
 @dataclass(frozen=True)
@@ -326,9 +369,14 @@ ALIASES = {"wan2.1": "wan2.1-t2v-1.3b"}
 
 
 def find(name):
-    """A base by name. UserError with the names where there is none."""
+    """A base by name, or diffusers:FOLDER. UserError with the names where there is
+    none."""
+    if name.startswith(folder.PREFIX):
+        path = Path(name.removeprefix(folder.PREFIX))
+        return Diffusers(folder.PREFIX + path.absolute().name, folder=path)
     name = ALIASES.get(name, name)
     if name not in BASES:
         known = ", ".join([*BASES, *ALIASES])
-        raise UserError(f"there is no base {name!r}: use one of {known}.")
+        raise UserError(f"there is no base {name!r}: use one of {known}, or {folder.PREFIX}FOLDER, "
+                        "the folder of a diffusers pipeline.")
     return BASES[name]

@@ -178,19 +178,21 @@ def export(job):
     for expert, suffix in zip(job.experts, ("", "_2")):  # as diffusers calls the second one
         trained = job.result(expert, "2")
         net = job.build(expert, trained, s.rank, dtype=dtype, device="cpu")[1]
-        for layout, ending in (("comfyui", ""), ("kohya", "-kohya"), ("peft", "-peft")):
+        for layout in job.base.lora_formats:
+            ending = "" if layout == "comfyui" else f"-{layout}"
             full = () if layout == "peft" else net.ends  # diffusers refuses whole tensors there
             file = out / f"lora{suffix}{ending}.safetensors"
             lora.save(net, file, layout, full=full, dtype=half, **about)
         lora.merge(net)
         file = out / f"transformer{suffix}"
-        if job.args.format == "original":
+        form = job.args.format or job.base.format
+        if form == "original":
             file = file.with_suffix(".safetensors")
-        expert.nets.save(net, file, {"adapted": adapted}, dtype, job.args.format)
+        expert.nets.save(net, file, {"adapted": adapted}, dtype, form)
     ae.save(job.student.ae, out / "ae.safetensors", dtype)
     command = ["python sample.py --model", out]
-    if job.args.weights:
-        command += ["--weights", *job.args.weights]
+    if folders := job.base.weights(job.args):
+        command += ["--weights", *folders]
     if job.student.task == "i2v":
         command.append("--image PICTURE")
     prompt = toy_base.PROMPTS[0] if job.base.name == "toy" else "..."

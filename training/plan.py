@@ -29,6 +29,7 @@ step of stage 1b, with all blocks frozen, still costs 3.3 forward passes of the 
 model, and one of stage 2 hardly more, as LoRA's matrices are thin.
 """
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -40,10 +41,12 @@ from torch.utils.flop_counter import flop_registry
 import ae
 import dit
 import lora
+from files import options
 from gpu import tiling
 from training import bases, captions, loop
 from wan import models, released
 from wan.image import CLIPVision
+from wan.memory import counted, free_memory
 from wan.text import UMT5
 
 H100 = 989e12  # bf16 FLOP/s, dense, as specified
@@ -57,11 +60,11 @@ PAPER = ("paper: 10 H100 GPU-days for the 14B model; from the published settings
 # ------------------------------------------------ the network of a stage
 
 
-def transformer(config, stage, settings):
-    """The transformer as stage "1b" or "2" trains it, on the meta device: frozen
-    weights in settings.dtype, trained ones in fp32."""
+def transformer(config, stage, settings, build=dit.WanDiT):
+    """The transformer build(config) as stage "1b" or "2" trains it, on the meta device:
+    frozen weights in settings.dtype, trained ones in fp32."""
     with torch.device("meta"):
-        net = dit.WanDiT(config).cast_weights(bases.DTYPES[settings.dtype])
+        net = build(config).cast_weights(bases.DTYPES[settings.dtype])
         if stage == "2":
             lora.wrap(net, settings.rank, settings.alpha, full=net.ends)
         else:
@@ -180,10 +183,12 @@ def training_step(config, stage, settings, latent, gradients):
 # ------------------------------------------------ memory
 
 
-def memory(config, stage, settings, latent, gpus=1, sharded=False, accumulate=1):
-    """Bytes on each GPU while a stage trains -> ({part: bytes}, Step)."""
-    net, there = transformer(config, stage, settings), sharded or accumulate > 1
-    cost = training_step(config, stage, settings, latent, gradients=there)
+def memory(config, stage, settings, latent, gpus=1, sharded=False, accumulate=1,
+           build=dit.WanDiT):
+    """Bytes on each GPU while a stage trains -> ({part: bytes}, Step). The step of
+    another family is that of a Wan of its width and depth."""
+    net, there = transformer(config, stage, settings, build), sharded or accumulate > 1
+    cost = training_step(counted(config), stage, settings, latent, gradients=there)
     everything, blocks = nbytes(net.parameters()), nbytes(net.blocks.parameters())
     share, trained = gpus if sharded else 1, nbytes(net.parameters(), True)
     parts = {
@@ -220,17 +225,25 @@ class Cached(NamedTuple):
 
 def cached_latents(name, net, dtype, config, frames, size):
     """net: autoencoder on the meta device; config: of the transformer."""
-    latent = net.latent_shape(frames, *size)
+    c = net.config
+    latent = (1 + (frames - c.lead) // c.temporal_factor, *(n // c.spatial_factor for n in size))
+    disk = config.in_channels * prod(latent) * dtype.itemsize
+    if not hasattr(net, "encoder"):  # diffusers' own
+        return Cached(f"{name} latent (its encoder is not counted)", 0.0, disk,
+                      count(net.parameters()) * dtype.itemsize)
     passes = 1 if config.in_channels == config.out_channels else 2  # the condition is a clip too
     weights = count(net.encoder.parameters()) * dtype.itemsize
     need = weights + tiling.peak(net, "encoder", latent, dtype=dtype)
-    disk = config.in_channels * prod(latent) * dtype.itemsize
     return Cached(f"{name} latent", passes * encoding(net, frames, size), disk, need)
 
 
-def cached_words(config):
+def cached_words(case):
     """Prompt states, and CLIP tokens where the transformer reads them; nothing for the
     toy."""
+    config = case.config
+    if case.text:  # of a folder: its encoders as they are stored, mostly in two bytes
+        stored = case.text.stored_bytes()
+        return [Cached("prompt", stored * WORDS, WORDS * case.text.text_dim * 2, stored)]
     if config.text_dim != 4096:
         return []
     with torch.device("meta"):
@@ -251,11 +264,11 @@ def caches(case):
     if s.temporal_factor == t.temporal_factor:
         kept = case.latent[0]
     frames = t.lead + (kept - 1) * t.temporal_factor  # 77 of 80
-    wan = torch.float32 if hasattr(case.teacher, "conv1") else torch.bfloat16
+    wan = torch.float32 if hasattr(case.teacher, "conv1") or case.text else torch.bfloat16
     return [cached_latents("base", case.teacher, wan, case.base_config, frames, case.size),
             cached_latents("deep", case.student, torch.bfloat16, case.config, case.frames,
                            case.size),
-            *cached_words(case.config)]
+            *cached_words(case)]
 
 
 # ------------------------------------------------ the plan
@@ -272,22 +285,32 @@ class Case:
     frames: int
     size: tuple
     latent: tuple  # (t, h, w) of a deep one
+    build: Callable = dit.WanDiT  # Config -> transformer
+    text: object = None  # text encoder, of a base that is a folder of diffusers
 
     @classmethod
     def of(cls, base, target, buckets, frames):
+        outline = None if base.name == "toy" else base.outline()
         with torch.device("meta"):
             if base.name == "toy":
                 teacher, student = (ae.DCAEV(ae.PRESETS[name]) for name in ("toy-base", "toy"))
                 base_config = dit.PRESETS["toy-base"]
                 size, frames = models.Model.size, models.Model.frames
             else:
-                outline, student = released.outline(base.name), ae.DCAEV(ae.PRESETS[target])
+                student = ae.DCAEV(ae.PRESETS[target])
                 base_config, teacher = outline.net.config, outline.ae
                 family = buckets or f"480F{student.config.spatial_factor}MS"
                 size = captions.bucket_sizes(family)[0.5625]  # its 16:9
-        config = dit.deep_config(base_config, student.config)
+        deep = dit.deep_config
+        more = {}
+        if isinstance(base, bases.Diffusers):
+            nets, deep = outline.net.nets, outline.net.nets.deep_config
+            net = outline.net.outline()
+            more = dict(build=lambda config: nets.inherit(net, config, share=True),
+                        text=outline.text)
+        config = deep(base_config, student.config)
         latent = student.latent_shape(frames, *size)
-        return cls(base_config, teacher, student, config, frames, size, latent)
+        return cls(base_config, teacher, student, config, frames, size, latent, **more)
 
 
 def embedder_flops(case):
@@ -316,9 +339,10 @@ def markdown(table):
 def work_table(case, settings, samples, costs, experts):
     """What is trained, and what it costs -> (table, FLOPs in all). costs: {stage:
     Step}"""
-    nets = {stage: transformer(case.config, stage, settings) for stage in costs}
+    nets = {stage: transformer(case.config, stage, settings, case.build) for stage in costs}
     sgd = settings.steps_align if settings.align == "sgd" else 0  # one solve costs nothing
-    ends = count(nets["1b"].embedder.parameters())
+    embedder = nets["1b"].embedder
+    ends = count(p for p in (embedder.weight, embedder.bias) if p is not None)
     rows = [("1a", ends, 0, sgd, embedder_flops(case), "", settings.batch_align)]
     for (stage, cost), steps in zip(costs.items(), (settings.steps_head, settings.steps)):
         parameters = list(nets[stage].parameters())
@@ -342,7 +366,8 @@ def memory_table(case, settings, gpus, accumulate):
     sharding = (True, False) if gpus > 1 else (False,)
     for stage, sharded, again in itertools.product(("1b", "2"), sharding, (True, False)):
         changed = replace(settings, checkpoint_blocks=again)
-        parts, cost = memory(case.config, stage, changed, case.latent, gpus, sharded, accumulate)
+        parts, cost = memory(case.config, stage, changed, case.latent, gpus, sharded, accumulate,
+                             case.build)
         if (sharded, again) == (gpus > 1, settings.checkpoint_blocks):
             costs[stage] = cost
         weights = "sharded" if sharded else "copied" if gpus > 1 else "whole"
@@ -372,7 +397,7 @@ def report(base, settings, target, gpus, buckets=None, frames=80):
         title += ", two experts one after the other"
     whole = ""
     if gpus > 1:
-        n = nbytes(transformer(case.config, "2", settings).parameters())
+        n = nbytes(transformer(case.config, "2", settings, case.build).parameters())
         whole = f" Before the network is cut, each GPU holds it whole: {gib(n)} GiB."
     per_clip = [f"{c.name} {c.flops / 1e12:,.4g} TFLOP and {c.disk / 1e6:,.2f} MB" for c in kept]
     encoders = [f"{c.name} {gib(c.memory)} GiB" for c in kept]
@@ -397,4 +422,17 @@ H100 has 74.5 GiB, of which 2 to 4 go to CUDA, NCCL and gaps.{whole}
 
 Caches, filled once, before the transformer is read: {', '.join(per_clip)} per clip.
 {CLIPS:,d} clips: {hours(encoded):,.1f} H100 hours at the same efficiency, {disk / 1e9:,.0f} \
-GB of disk. On the GPU, while each is made: {', '.join(encoders)}."""
+GB of disk. On the GPU, while each is made: {', '.join(encoders)}.{remarks(case)}"""
+
+
+def remarks(case):
+    """What is different in the plan of a folder of diffusers, in sentences."""
+    if case.text is None:
+        return ""
+    said = ("\n\nFLOPs and activations are those of a Wan transformer of this width and depth; "
+            "parameters are the folder's own.")
+    need, free = case.text.stored_bytes(), free_memory(torch.device(options.DEVICE))
+    if need > free:
+        said += (f"\nThe text encoder needs {gib(need)} GiB, {gib(free)} are free here: fill the "
+                 "cache on a larger machine (--stage cache --cache FOLDER) and use that folder.")
+    return said

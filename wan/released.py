@@ -380,9 +380,16 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", tex
                  **settings)
 
 
-def is_wan(name):
+def is_large(name):
     """Is a model, by its name, anything but the toy? A folder is if its transformer
-    reads umT5's prompts."""
+    reads umT5's prompts, or is of another family."""
+    if name in RELEASED or name.startswith("diffusers:") or is_of_family(name):
+        return True
     file = find(transformer_files("transformer"), [name])
-    text_dim = dit.read_config(file).text_dim if file else toy.ToyText.text_dim
-    return name in RELEASED or text_dim != toy.ToyText.text_dim
+    return bool(file) and dit.read_config(file).text_dim != toy.ToyText.text_dim
+
+
+def is_of_family(path):
+    """Is it a folder that adapt.py made of a base in diffusers' layout (families/)?"""
+    file = Path(path) / "transformer"
+    return (file / "config.json").is_file() and "families" in checkpoint.open_tensors(file)[1]

@@ -95,7 +95,8 @@ class Run:
         --name, or model, prompt and seed; with a number behind it where that one holds a
         video made with other settings, or another process is at it."""
         args = self.args
-        label = Path(args.model).stem if Path(args.model).exists() else args.model
+        path = Path(args.model)
+        label = path.stem if path.exists() or len(path.parts) > 1 else args.model
         words = re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
         wanted = args.name or (Path(args.decode).stem if args.decode else None)
         wanted = wanted or f"{label[:60]}-{words}-{args.seed}"
@@ -123,7 +124,7 @@ class Run:
         return isinstance(made, dict) and all(made.get(k) == ours[k] for k in decisive)
 
 
-def begin(args):
+def begin(args, load_model=released.load_model):
     """Arguments -> Run: files, model and pictures are looked at, and the arguments that were
     left out filled in."""
     run = Run(args)
@@ -150,8 +151,8 @@ def begin(args):
         if args.plan and args.model in released.RELEASED:
             run.model = released.outline(args.model, dtype)
         else:
-            run.model = released.load_model(args.model, args.weights, args.lora, dtype,
-                                            args.device, args.text_cache)
+            run.model = load_model(args.model, args.weights, args.lora, dtype, args.device,
+                                   args.text_cache)
     run.images = tuple(None if file is None else video.read_image(file)[None]
                        for file in (args.image, args.last_image))
     if args.size is None and args.image:
@@ -161,7 +162,7 @@ def begin(args):
 
 def matmul_dtype(args):
     """Name of the type of the matrix products."""
-    wide = args.device.type == "cuda" and released.is_wan(args.model)
+    wide = args.device.type == "cuda" and released.is_large(args.model)
     name = args.dtype or ("bf16" if wide else "fp32")
     elsewhere = args.plan and args.device.type == "cpu"  # a plan made here for a GPU
     if name == "bf16" and not elsewhere and (reason := choose.without_bf16(args.device)):
