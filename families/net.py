@@ -246,9 +246,10 @@ def restated(family, stored, config):
 
 
 def build(family, stored):
-    """diffusers' class by its config, parameters on the meta device and tables real."""
+    """diffusers' class by its config, parameters on the meta device and tables real. What
+    it draws for its weights is drawn apart: nobody's random numbers depend on it."""
     kind = libraries.a_class(libraries.diffusers(), family.transformer)
-    with libraries.empty_weights():
+    with libraries.empty_weights(), torch.random.fork_rng(devices=[]):
         return kind.from_config(stored)
 
 
