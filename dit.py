@@ -304,6 +304,8 @@ class WanDiT(nn.Module):
     lora_targets = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",
                     r"time_embedding\.[02]", r"time_projection\.1")
     lora_prefix = "transformer."  # of the names in the files that diffusers' pipeline loads
+    latent_layers = ("patch_embedding", "head.head")
+    is_deep = False  # of Wan the shapes tell whether an adapter of these fits
 
     def __init__(self, config):
         super().__init__()

@@ -183,7 +183,8 @@ def load(net, source, strength=1.0, merge=True, expert=None):
     plain_only(net)
     parameters = dict(net.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
-    updates, skipped, config = lora_keys.fit(shapes, source, expert, net.ends)
+    updates, skipped, config = lora_keys.fit(shapes, source, expert, net.latent_layers,
+                                            net.is_deep)
     for name, update in updates.items():
         update = {role: checkpoint.read(value) for role, value in update.items()}
         w, module = parameters[name], name.rpartition(".")[0]

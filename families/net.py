@@ -74,6 +74,15 @@ class Net(nn.Module):
     # -- the two ends, and what is between
 
     @property
+    def latent_layers(self):
+        return tuple(f"transformer.{name}" for name in (self.family.embedder, self.family.head))
+
+    @property
+    def is_deep(self):
+        """In a deep latent space? A token is larger there; shapes may be the base's."""
+        return self.config.cell * self.config.patch[1] != BASE_TOKEN
+
+    @property
     def ends(self):
         return tuple(f"transformer.{name}" for name in self.family.ends)
 

@@ -37,10 +37,11 @@ UNSUPPORTED = {kind: re.compile(mark) for kind, mark in {
 }.items()}
 
 
-def fit(shapes, source, expert=None, ends=()):
+def fit(shapes, source, expert=None, latent_layers=(), is_deep=False):
     """What `load` would do to a net of these {parameter: shape}, from the headers alone
     -> ({parameter: {role: Stored tensor}}, keys that fit nothing, PEFT's settings).
-    ends: beginnings of the names of what belongs to a latent space.
+    latent_layers: names of those that touch the latent. An update of them may be for
+        another latent space; it is where its shape does not fit, or where the net `is_deep`.
 
     UserError for what is not supported, or was made for another base."""
     what = "the adapter" if isinstance(source, dict) else str(source)
@@ -50,7 +51,7 @@ def fit(shapes, source, expert=None, ends=()):
     config = {re.sub(r"^transformer(_2)?\.", "", k): v for k, v in config.items()}
     updates, skipped = sort(tensors, spellings(shapes), what)
     for name in updates:
-        skipped += check(updates, name, shapes[name], ends, what)
+        skipped += check(updates, name, shapes[name], latent_layers, is_deep, what)
     roles = {role for update in updates.values() for role in update}
     if roles <= {"full", "alpha"}:
         raise UserError(f"{what} holds no LoRA for this model: none of its {len(tensors)} tensors "
@@ -152,7 +153,7 @@ def sort(tensors, table, what):
     return updates, skipped
 
 
-def check(updates, name, shape, ends, what):
+def check(updates, name, shape, latent_layers, is_deep, what):
     """Refuse an update that cannot be meant for this net -> what was dropped from
     `updates` instead, for the report."""
     update, module = updates[name], name.rpartition(".")[0]
@@ -171,7 +172,7 @@ def check(updates, name, shape, ends, what):
         if theirs != ours:
             theirs, ours = (" x ".join(map(str, sizes)) for sizes in (theirs, ours))
             wrong = f"its {name} is {theirs}, this model's is {ours}"
-    if wrong and "full" not in update and name.startswith(ends):
+    if (wrong or is_deep) and "full" not in update and module in latent_layers:
         # An adapter of the base model carries over to the deep latent space, except where
         # the latent enters and leaves.
         update.clear()

@@ -5,6 +5,7 @@ leave behind is what diffusers reads.
 """
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,15 +150,19 @@ def test_the_closed_form_is_where_sgd_ends(folder, tmp_path, family):
     assert mse[0] <= mse[1] * 1.001 and mse[1] == pytest.approx(mse[0], rel=0.01)
 
 
-def test_a_lora_of_the_base_on_the_deep_model(folder, tmp_path, recwarn):
-    """What fits is applied; the ends that do not fit are named."""
-    base = base_of(folder, "wan") / "transformer"
+@pytest.mark.parametrize("family, targets", [("wan", r"transformer\.(blocks\.\d+\.attn[12]\.to_[qv]|proj_out)"),
+                                             ("hunyuan-video-1.5", r"transformer\.(transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)|proj_out)")])
+def test_a_lora_of_the_base_on_the_deep_model(folder, tmp_path, recwarn, family, targets):
+    """What fits is applied; the last layer, which belongs to the base's latent, is named, also where its shape would fit."""
+    base = base_of(folder, family) / "transformer"
     net = nets.load(base)
-    lora.wrap(net, 2, 4, targets=[r"transformer\.(blocks\.\d+\.attn[12]\.to_[qv]|proj_out)"])
+    lora.wrap(net, 2, 4, targets=[targets])
     for _, adapter in lora.adapters(net):
         torch.nn.init.normal_(adapter.up)
     lora.save(net, tmp_path / "style.safetensors")
-    deep = nets.inherit(nets.load(base), nets.deep_config(nets.load(base).config, bases.ae.PRESETS["f32t4c32"]))
+    space = SimpleNamespace(latent_channels=4, spatial_factor=32)
+    deep = nets.inherit(nets.load(base), nets.deep_config(nets.load(base).config, space))
+    assert family == "wan" or deep.head_layer.weight.shape == nets.load(base).head_layer.weight.shape
     before = {name: p.clone() for name, p in deep.named_parameters()}
     result = lora.load(deep, tmp_path / "style.safetensors", 0.5)
     assert [name for name in result.skipped] == ["transformer.proj_out.weight (made for another latent space)"]

@@ -81,7 +81,7 @@ class Deferred:
         shapes = {name: p.shape for name, p in net.named_parameters()}
         for file, _, expert in self.loras:
             if expert in ("", self.expert):
-                lora_keys.fit(shapes, file, self.expert, net.ends)
+                lora_keys.fit(shapes, file, self.expert, net.latent_layers, net.is_deep)
         return net.config
 
     def outline(self):
