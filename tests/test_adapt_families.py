@@ -110,8 +110,8 @@ def test_wan_by_diffusers_is_wan_by_our_own_files(folder, tiny_folders, tmp_path
     run(folder, f"diffusers:{path}", tmp_path / "theirs", *same)
     reports = [checkpoint.read_json(tmp_path / out / "report.json")["stages"] for out in ("ours", "theirs")]
     for ours, theirs in zip(*reports, strict=True):
-        for name in ("r2", "mse", "norm_ratio", "validation_loss", "latent_rms"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5)
+        numbers = {name: value for name, value in ours.items() if isinstance(value, float) and name != "seconds"}
+        assert numbers == pytest.approx({name: theirs[name] for name in numbers}, rel=1e-5, abs=1e-6)
     for stage in ("1b", "2"):
         ours, theirs = (loop.read_log(tmp_path / out / stage) for out in ("ours", "theirs"))
         assert ours and [a["loss"] for a in ours] == pytest.approx([a["loss"] for a in theirs], rel=1e-5)
@@ -119,10 +119,8 @@ def test_wan_by_diffusers_is_wan_by_our_own_files(folder, tiny_folders, tmp_path
     assert ours.config == theirs.config
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=0.01, atol=1e-5, msg=name)  # stored in bf16
-    for name in ("lora-peft",):
-        ours, theirs = (checkpoint.load_tensors(tmp_path / out / f"{name}.safetensors")[0] for out in ("ours", "theirs"))
-        assert ours.keys() == theirs.keys()
-        assert all((ours[k].float() - theirs[k].float()).abs().max() < 1e-4 for k in ours)
+    ours, theirs = (checkpoint.load_tensors(tmp_path / out / "lora-peft.safetensors")[0] for out in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all((ours[k].float() - theirs[k].float()).abs().max() < 1e-4 for k in ours)
 
 
 @pytest.mark.parametrize("family", ["kandinsky-5", "cosmos-predict-2.5"])
