@@ -411,6 +411,8 @@ COLUMNS = {  # of the table: its head, the key of a line, how it is written
 def show(report):
     """Print the headline as a table; plot it beside the report."""
     lines = report.found["headline"]
+    if not lines:
+        return print("the decoders alone make no headline: run a width too")
     print(f"\n{'':32s}" + "".join(f"{head:>18s}" for head in COLUMNS))
     for line in lines:
         cells = []
