@@ -2,6 +2,7 @@
 ae.VideoAutoencoder. Wan's (which SkyReels-V2 and Cosmos have too) is read by wan/vae.py,
 so that its latents, and caches of them, are the same wherever they come from.
 """
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from families import libraries
 from files import checkpoint
 from files.checkpoint import UserError
+from gpu import tiling
 from wan import vae
 
 
@@ -58,6 +60,20 @@ class Autoencoder(nn.Module):
     def decode_stream(self, z):
         """A latent, or pieces of one in order -> its frames, in one piece."""
         yield self.decode(z if torch.is_tensor(z) else torch.cat(list(z), dim=2))
+
+    @torch.no_grad()
+    def peak(self, side, shape, dtype):
+        """`tiling.peak` of a latent (t, h, w), from a run on the meta device, where tensors
+        have shapes and no numbers."""
+        c, (t, h, w) = self.config, shape
+        net = copy.deepcopy(self).to("meta", dtype)
+        size = 3, c.lead + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor
+        if side == "decoder":
+            size = c.latent_channels, *shape
+        x = torch.empty(1, *size, dtype=dtype, device="meta")
+        with tiling.Meter() as meter:
+            net.decode(x) if side == "decoder" else net.encode(x)
+        return meter.peak
 
 
 KINDS = ("AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15")

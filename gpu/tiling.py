@@ -327,6 +327,8 @@ def peak(net, side, shape, tile=None, dtype=torch.float32, at=None):
     "decoder") for a latent of shape (t, h, w), batch 1, beside the weights: tensors,
     and the workspace of convolutions, for a consumer that keeps no more than one chunk.
     at: the layer where the network is cut (default: as `cut` chooses)."""
+    if not hasattr(net.config, "latent_chunk"):  # another library's: it does not stream
+        return net.peak(side, shape, dtype)
     layers, (t, h, w) = costs(type(net), net.config, side, dtype), shape
     calls = math.ceil(t / net.config.latent_chunk)
     if tile is None:

@@ -22,6 +22,7 @@ from families import autoencoder, folder, rows, tiny
 from families import net as nets
 from files import layouts
 from files.checkpoint import UserError
+from gpu import tiling
 from training.cache import prompt_entries
 from training.entries import hash_encoder
 from wan import vae
@@ -575,6 +576,17 @@ def test_autoencoders(folders, family):
     latent = theirs.encode(x).latent_dist.mean
     found = latent.abs().mean(), theirs.decode(latent).sample.abs().mean()
     torch.testing.assert_close(torch.stack(found), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["hunyuan-video-1.5", "kandinsky-5"])
+def test_memory_of_an_autoencoder(folders, family):
+    """Counted without numbers: it grows with the frame, and decoding takes more than the clip itself."""
+    net = autoencoder.load(folders(family) / "vae")
+    small, large = (tiling.peak(net, "decoder", (3, n, n)) for n in (2, 4))
+    pixels = 4 * 3 * 9 * (2 * net.config.spatial_factor) ** 2
+    assert pixels < small < large < 5 * small
+    assert tiling.peak(net, "encoder", (3, 2, 2)) > pixels
+    assert tiling.choose(net, (3, 2, 2), 10) is None
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
