@@ -91,6 +91,14 @@ def test_adapted_exported_and_sampled(folder, tmp_path, family, capsys):
     assert checkpoint.load_tensors(tmp_path / "video" / "cat.safetensors")[0]["latent"].shape == (1, 32, 2, 2, 2)
 
 
+@pytest.mark.parametrize("family", ["kandinsky-5", "skyreels-v2"])
+def test_the_base_itself_makes_a_video(folder, tmp_path, family):
+    """Through an autoencoder of diffusers' own, and through Wan's."""
+    sample.main(["--model", f"diffusers:{base_of(folder, family)}", "--prompt", "a cat", "--frames", "5", "--size", "32x48", "--steps", "2",
+                 "--device", "cpu", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
 def test_samples_sgd_and_on_from_an_adapted_model(folder, tmp_path, capsys):
     """The paper's way through stage 1a, pictures after each stage, and then stage 2 once more on what came out."""
     base = f"diffusers:{base_of(folder, 'kandinsky-5')}"
@@ -100,6 +108,32 @@ def test_samples_sgd_and_on_from_an_adapted_model(folder, tmp_path, capsys):
     ends = [nets.read_ends(tmp_path / name / "transformer") for name in ("one", "two")]
     moved = [(ends[1][name] - value).abs().max() for name, value in ends[0].items()]
     assert 0 < max(moved) < 0.01  # two steps from where the other ended
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(folder, tmp_path, monkeypatch):
+    """Killed in the middle of stage 2 and started again, with prompts that are padded and masked."""
+    base = f"diffusers:{base_of(folder, 'hunyuan-video-1.5')}"
+    go = [base, "--align", "closed_form", "--steps-head", "1", "--save-every", "1", "--sample-steps", "0", "--stage", "lora", "--threads", "1",
+          "--cache", tmp_path / "cache"]
+    threads = torch.get_num_threads()
+    try:
+        run(folder, go[0], tmp_path / "whole", *go[1:])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            calls, loss = [], flow.loss
+
+            def dies(*args):
+                calls.append(torch.is_grad_enabled())
+                if sum(calls) == 3:  # one step of stage 1b, one of stage 2
+                    raise KeyboardInterrupt
+                return loss(*args)
+
+            patch.setattr(flow, "loss", dies)
+            run(folder, go[0], tmp_path / "broken", *go[1:])
+        run(folder, go[0], tmp_path / "broken", *go[1:])
+    finally:
+        torch.set_num_threads(threads)
+    whole, broken = (checkpoint.load_tensors(tmp_path / out / "2" / "trained.safetensors")[0] for out in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
 
 
 def test_wan_by_diffusers_is_wan_by_our_own_files(folder, tiny_folders, tmp_path):
