@@ -18,6 +18,8 @@ on, give the same latent.
     python ae.py reconstruct assets/bunny.mp4       the toy's on a film: mp4, PSNR, SSIM
     python ae.py reconstruct CLIP --weights FILE    the same through official weights
     python ae.py train --data CLIPS --preset small  trains one on a folder of film
+    python ae.py distill --weights FILE --data CLIPS --preset f32t4c32-light
+                                                    a light decoder of its latent
     python ae.py eval FILE ... --data CLIPS         PSNR, SSIM, LPIPS, FVD, flicker
     python ae.py compare                            chunk-causal against the others
 """
@@ -55,12 +57,15 @@ class Config:
     patch: int = 2  # spatial factor of the outermost unshuffle and shuffle
     temporal_factor: int = 4
     temporal: str = "chunk_causal"  # or "causal", "non_causal": the paper's alternatives
-    decoder_widths: tuple = ()  # where they are not those of the encoder
+    # the decoder, where it is not the encoder's mirror; the innermost stages where these
+    # are fewer: the others are left to a larger shuffle at the end
+    decoder_widths: tuple = ()
+    decoder_depths: tuple = ()
+    separable: int = 0  # its innermost stages with depthwise and pointwise convolutions
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
+        for name in ("widths", "depths", "decoder_widths", "decoder_depths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.chunk != 1 and (self.chunk < 1 or self.chunk % self.temporal_factor):
             raise ValueError(f"chunk ({self.chunk}) must be 1 or a multiple of temporal_factor "
                              f"({self.temporal_factor}).")
@@ -88,6 +93,16 @@ class Config:
     def piece(self):
         """Frames of a call: a chunk, or one latent frame's where chunks are shorter."""
         return self.latent_chunk * self.temporal_factor
+
+    @property
+    def mirror(self):
+        """This Config as the decoder sees it: its own widths and depths, and the patch
+        that is left for its last shuffle."""
+        n, f = len(self.widths), self.spatial_factor
+        widths, depths = self.decoder_widths or self.widths, self.decoder_depths or self.depths
+        widths, depths = ((0,) * (n - len(own)) + own for own in (widths, depths))
+        c = dataclasses.replace(self, widths=widths, depths=depths, patch=1)
+        return dataclasses.replace(c, patch=f // c.spatial_factor)
 
     def resample(self, i):
         """(spatial, temporal) factor between stages i, i+1: time for the innermost."""
@@ -129,6 +144,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, silu=False, shortcut=None):
         return kernels.rms_norm_channels(x, self.weight, self.bias, 1e-5, silu, shortcut)
+
+
+class Separable(nn.Module):
+    """A 3x3x3 convolution in two: one channel at a time, then one position at a time.
+    27 + cout multiplications for each number in place of 27 cout."""
+
+    def __init__(self, conv):
+        super().__init__()
+        cin, cout, bias = conv.in_channels, conv.out_channels, conv.bias is not None
+        self.depthwise = Conv3d(cin, cin, conv.chunk, conv.temporal, bias=False, groups=cin)
+        self.pointwise = nn.Conv3d(cin, cout, 1, bias=bias)
+
+    def forward(self, x, state=None):
+        x, state = self.depthwise(x, state)
+        weight, bias = self.pointwise.weight, self.pointwise.bias
+        return kernels.convolution(x, weight, bias, (0, 0, 0)), state
 
 
 class ConvLayer(nn.Module):
@@ -262,7 +293,8 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        n, widths = len(c.widths), c.decoder_widths or c.widths
+        c = c.mirror
+        n, widths = len(c.widths), c.widths
         self.project_in = ConvLayer(c.latent_channels, widths[-1], c.latent_chunk, c.temporal)
         self.stages = nn.ModuleList()
         for i in range(n):
@@ -274,6 +306,12 @@ class Decoder(nn.Module):
                 blocks.insert(0, UpBlock(*ends, *c.resample(i), up_chunk, c.temporal))
             self.stages.append(stage(blocks))
         self.project_out = Head(widths[c.first], c)
+        light = [*self.stages[n - c.separable :]]
+        if c.separable >= n - c.first:
+            light.append(self.project_out)
+        for layer in nn.ModuleList(light).modules():
+            if isinstance(layer, ConvLayer):
+                layer.conv = Separable(layer.conv)
 
     @property
     def layers(self):
@@ -305,7 +343,8 @@ class VideoAutoencoder(nn.Module):
 
     def decode(self, z, frames=None, size=None):
         """Latent -> [b, 3, frames, *size], not clamped; by default all it holds."""
-        x = torch.cat(list(self.decode_stream(z)), dim=2)
+        pieces = list(self.decode_stream(z))
+        x = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
         h, w = size or x.shape[3:]
         return x[:, :, :frames, :h, :w]
 
@@ -371,11 +410,12 @@ class VideoAutoencoder(nn.Module):
 class DCAEV(VideoAutoencoder):
     """DC-AE-V. The diffusion model sees `config.scale` times what `encode` gives."""
 
-    at_once = 2**17  # 32 frames of 64x64
+    path = None  # of the file that it was loaded from
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.at_once = 2**22 if config.separable else 2**17  # 2**17: 32 frames of 64x64
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def load_official(self, sd):
@@ -424,6 +464,9 @@ def load(path, config=None):
     .safetensors, which carries its config.
     """
     tensors, metadata = checkpoint.load_tensors(path)
+    if tensors and all(name.startswith("decoder.") for name in tensors):
+        raise UserError(f"{path} holds a decoder alone: give its whole autoencoder's file, and "
+                        "this one with --decoder.")
     if config is None:
         own, names = metadata.get("config"), {f.name for f in dataclasses.fields(Config)}
         ours = isinstance(own, dict) and {"widths", "depths"} <= own.keys() <= names
@@ -431,12 +474,15 @@ def load(path, config=None):
     with torch.device("meta"):
         net = DCAEV(config)
     net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
+    net.path = path
     return net.to(memory_format=torch.channels_last_3d)  # as convolutions want it (kernels.py)
 
 
-def save(net, path, dtype=torch.float32, **metadata):
-    """Write weights and config as safetensors, atomically; official key names."""
-    tensors = {k: v.to(dtype) for k, v in net.state_dict().items()}
+def save(net, path, dtype=torch.float32, part="", **metadata):
+    """Write weights and config as safetensors, atomically; official key names. part: of
+    the names of what is written, "decoder." for a decoder alone."""
+    state = net.state_dict().items()
+    tensors = {name: value.to(dtype) for name, value in state if name.startswith(part)}
     checkpoint.save_tensors(path, tensors, {"config": dataclasses.asdict(net.config), **metadata})
 
 
@@ -450,14 +496,17 @@ def main(argv=None):
         description="DC-AE-V, the deep compression video autoencoder.",
         usage="ae.py COMMAND ... (COMMAND --help says more)")
     p.add_argument(
-        "command", choices=("reconstruct", "train", "eval", "compare"),
+        "command", choices=("reconstruct", "train", "distill", "eval", "compare"),
         help="reconstruct: a video file through it; train: on the toy world or a folder of "
-        "clips; eval: a table of PSNR, SSIM, ...; compare: chunk-causal against the others")
+        "clips; distill: a light decoder; eval: a table of PSNR, SSIM, ...; compare: chunk-causal "
+        "against the others")
     command = p.parse_args(argv[:1]).command
     if command == "reconstruct":
         from training.evaluate import main_reconstruct as run
     elif command == "train":
         from training.autoencoder import main_train as run
+    elif command == "distill":
+        from training.distill import main_distill as run
     elif command == "eval":
         from training.evaluate import main_eval as run
     else:

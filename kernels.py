@@ -281,13 +281,13 @@ def convolution_plain(x, weight, bias, padding):
             wide = (None if a is None else a.float() for a in (x, weight, bias))
             return convolution_plain(*wide, padding).to(torch.bfloat16)
     conv = F.conv3d if weight.ndim == 5 else F.conv2d
-    return conv(x, weight, bias, padding=padding)
+    return conv(x, weight, bias, padding=padding, groups=x.shape[1] // weight.shape[1])
 
 
 @operation(convolution_plain)
 def convolution(x, weight, bias, padding):
     """Convolution with stride 1: x [b c ...], weight [o c ...] with 2 or 3 trailing
-    axes, `padding` for each of them.
+    axes, `padding` for each of them; weight [o c/groups ...] is one in groups.
 
     Left to itself, torch multiplies an unfolded copy of the input (27 times its size)
     where batch x channels x frames x rows is at most 20,480, which is where a toy
@@ -297,7 +297,8 @@ def convolution(x, weight, bias, padding):
     """
     if onednn(x, weight, bias) and not too_short_for_bf16(x):
         one = (1,) * len(padding)
-        return torch.mkldnn_convolution(x, weight, bias, padding, one, one, 1)
+        groups = x.shape[1] // weight.shape[1]
+        return torch.mkldnn_convolution(x, weight, bias, padding, one, one, groups)
     return convolution_plain(x, weight, bias, padding)
 
 

@@ -296,6 +296,8 @@ def arguments(argv=None):
     which("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
     which("--lora", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH[:EXPERT]]",
           help="add a LoRA (to the expert high or low only); may be repeated")
+    which("--decoder", metavar="light|full|FILE", help="of the autoencoder: light is the one of "
+          "ae.py distill that lies beside it (default: full)")
     how = parser.add_argument_group("how").add_argument
     how("--steps", type=options.whole(1, 1000), help="solver steps")
     how("--solver", choices=list(flow.SOLVERS))

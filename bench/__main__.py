@@ -3,11 +3,12 @@
     python -m bench --suite toy    base and adapted toy model, a minute
     python -m bench --suite cpu    fast path, plain path and diffusers on one thread of a
                                    processor, five minutes
+    python -m bench --suite light  full and light decoders, a minute
     python -m bench --suite gpu    on one GPU, ten minutes
     python -m bench --suite full   the paper's speed-up at full width on a processor, half
                                    an hour; by parts with --only and --size
 
-Each writes OUT/bench_SUITE.json, all but the first a plot beside it.
+Each writes OUT/bench_SUITE.json; all but toy and light a plot beside it.
 """
 from files import errors
 
@@ -28,7 +29,7 @@ def main(argv=None):
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--suite", choices=("toy", "cpu", "gpu", "full"), default="toy")
+    parser.add_argument("--suite", choices=("toy", "cpu", "light", "gpu", "full"), default="toy")
     parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7, help="rounds, of which the median counts")
     parser.add_argument("--threads", type=options.threads, default=1, help="of the CPU")
     parser.add_argument("--results", default="out", help="folder for the report")
@@ -50,8 +51,8 @@ def main(argv=None):
         full.run(report, args.repeats, args.only or full.PARTS, args.size, args.seconds)
     else:
         report = Report(path, suite=args.suite, repeats=args.repeats, clock="processor time")
-        suite = cpu.run if args.suite == "cpu" else cpu.toy_models
-        suite(report, args.repeats)
+        suites = {"cpu": cpu.run, "toy": cpu.toy_models, "light": cpu.light_decoders}
+        suites[args.suite](report, args.repeats)
     print(f"wrote {path}")
 
 

@@ -10,6 +10,7 @@ import copy
 import tempfile
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ae
 import dit
@@ -18,7 +19,7 @@ import sample
 import toy
 from bench import harness
 from bench.harness import TYPES, fresh_process, in_turns, plainly, relative_error, work
-from wan import memory, released
+from wan import light, memory, released
 
 SMALL = dit.Config(  # shaped like Wan 2.1
     dim=512, ffn_dim=2048, heads=4, layers=8, in_channels=16, out_channels=16
@@ -35,6 +36,7 @@ DECODES = {  # name: network, latent; None: that of a toy clip
     "middle": (MIDDLE, (4, 3, 4)),
     "middle, 6x8 cells": (MIDDLE, (4, 6, 8)),
 }
+LIGHT_SIDES = (128, 256, 512)  # of frames
 PROMPT = "a large red circle moving left slowly on a blue background"
 
 
@@ -158,6 +160,43 @@ def start():
     print(f"start: torch {torch_seconds:.2f} s, our imports {own_seconds:.2f} s more; "
           f"prompt to mp4 {video_seconds:.1f} s")
     return dict(torch=torch_seconds, own_imports=own_seconds, prompt_to_mp4=video_seconds)
+
+
+# ------------------------------------------------------------------------ --suite light
+
+
+@torch.no_grad()
+def light_decoders(report, repeats):
+    """Counted: operations per pixel and parameters of the decoders of every latent that
+    has a light one. Measured: those of `small`, random weights, 16 frames of a size."""
+    counts = {}
+    for preset in light.PRESETS:
+        config = ae.PRESETS[preset.removesuffix("-light")]
+        full, part = (decoder_counts(c) for c in (config, light.configure(config, preset)))
+        fewer = full["operations_per_pixel"] / part["operations_per_pixel"]
+        counts[preset] = dict(full=full, light=part, fewer=fewer)
+        print(f"{preset}: {part['parameters'] / 1e6:.1f} M of {full['parameters'] / 1e6:.1f} M "
+              f"parameters, {fewer:.1f} times fewer operations")
+    report.write(counts=counts)
+    config = ae.PRESETS["small"]
+    for side in LIGHT_SIDES:
+        tasks, cells = {}, side // config.spatial_factor
+        z = torch.randn(1, config.latent_channels, 4, cells, cells)
+        for who, c in (("light", light.configure(config, "small-light")), ("full", config)):
+            net = ae.DCAEV(c).eval().to(memory_format=torch.channels_last_3d)
+            tasks[f"{who} fp32"] = lambda net=net: net.decode(z)
+        report.add(f"decode, small, {side}x{side}", in_turns(tasks, repeats))
+
+
+def decoder_counts(config):
+    """Parameters of a decoder, and its operations for each pixel (a multiplication and
+    an addition are two), counted over one chunk of 8x8 cells without numbers."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = ae.Decoder(config)
+        z = torch.empty(1, config.latent_channels, config.latent_chunk, 8, 8)
+        pixels = decoder(z)[0][0, 0].numel()
+    parameters = sum(p.numel() for p in decoder.parameters())
+    return dict(parameters=parameters, operations_per_pixel=counter.get_total_flops() / pixels)
 
 
 # ------------------------------------------------------------------------ --suite toy

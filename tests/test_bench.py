@@ -123,6 +123,15 @@ def test_cpu_suite(suite, tiny_toy, tmp_path, monkeypatch):
     assert not kernels.plain()
 
 
+def test_light_suite(suite, monkeypatch):
+    """The counts are those of every preset; light and full decoder take turns."""
+    monkeypatch.setattr(cpu, "LIGHT_SIDES", (32,))
+    report = suite("light")
+    assert report["counts"]["f32t4c32-light"]["fewer"] > 15
+    assert report["counts"]["f32t4c32-light"]["full"]["parameters"] == 1_221_980_428
+    assert report["rows"]["decode, small, 32x32"]["ratio"].keys() == {"light fp32", "full fp32"}
+
+
 def test_decode_flops_are_the_published_ones():
     """2.45 PFLOP for 80 frames of 704x1280 (DC-AE-V, table of autoencoders)."""
     assert gpu.decode_flops(gpu.SPACES[gpu.DEEP], (20, 22, 40)) == pytest.approx(2.45e15, rel=0.02)

@@ -85,10 +85,16 @@ class Phase:
     front: float = 0.0  # share of steps in which the decoder gets the first channels alone
     masked: float = 0.0  # share of steps in which it does not see some of the cells
 
+    # what is asked of a light decoder: `distill.Distiller`
+    full: float = 0.0  # pixels of the full decoder
+    features: float = 0.0  # what its innermost stages give
+    generated: float = 0.0  # share of steps on latents that a transformer made
+
 
 CLIP_ENCODER = ("all", "inner")  # what trains the encoder of clips, and so can be aligned
 LOSSES = ("l1", "mse", "jumps", "perceptual", "adversarial", "noise",
           "equivariance", "correlation", "front", "masked")  # that --losses may set
+DISTILLED = ("full", "features", "generated")
 
 # What is known of DC-AE-V: chunks of 40 frames, no KL term, images and video together (from a
 # name), EMA, evaluation and by a reviewer's word training on 80 frames. Of the image DC-AE:
@@ -143,6 +149,7 @@ MEMORISE = (
           "over 35 dB on the clip itself; 1 s per step, 8 minutes", **_LAPTOP, **_PIXELS),
 )
 LENGTH = 80  # frames of that clip
+HELD_OUT = 9_000_000  # seed of toy clips that are trained on by nobody
 JUDGED = 8  # held-out clips that a phase is judged on
 MEASURED = 16  # batches that the latent's scale is measured on
 
@@ -223,7 +230,7 @@ def part(net, which):
     elif which == "decoder":
         blocks = [dec]
     elif which == "head":
-        blocks = [dec.stages[net.config.first], dec.project_out]
+        blocks = [dec.stages[net.config.mirror.first], dec.project_out]
     return nn.ModuleList(blocks)
 
 
@@ -275,6 +282,7 @@ class Objective:
     disc: losses.Discriminator | None = None
     aligner: latents.Aligner | None = None
     mask: latents.MaskToken | None = None
+    distiller: nn.Module | None = None  # training/distill.py: of a light decoder
 
     def __call__(self, x, number):
         net, phase, state = self.net, self.phase, None
@@ -282,9 +290,11 @@ class Objective:
         if rng.random() < phase.images:  # as many frames as the clips would have had
             x, state = stills(x, x.shape[2] // net.config.temporal_factor), ISOLATED
         with self.autocast:
-            z = net.encoder(x, state)[0]
-            y = net.decoder(self.disturbed(z, rng), state)[0].float()
-        values = {}
+            if self.distiller:
+                x, y, values = self.distiller(net, phase, x, state, rng)
+            else:
+                z, values = net.encoder(x, state)[0], {}
+                y = net.decoder(self.disturbed(z, rng), state)[0].float()
         if phase.l1:
             values["l1"] = losses.l1(y, x)
         if phase.mse:
@@ -311,7 +321,7 @@ class Objective:
             with self.autocast:
                 values["adversarial"] = losses.hinge_g(self.disc(y))
             self.disc.requires_grad_(True)
-            last = net.decoder.project_out.op_list[2].conv.conv.weight
+            *_, last = (p for p in net.decoder.project_out.parameters() if p.ndim == 5)
             values["lambda"] = losses.adaptive_weight(loss, values["adversarial"], last)
             loss = loss + phase.adversarial * values["lambda"] * values["adversarial"]
         values = {name: value.detach() for name, value in values.items()}
@@ -381,7 +391,7 @@ class ToyWorld:
         return batches
 
     def held_out(self, phase):
-        return list(toy.toy_batch(9_000_000, 2 * JUDGED, phase.frames, phase.size[0])[0])
+        return list(toy.toy_batch(HELD_OUT, 2 * JUDGED, phase.frames, phase.size[0])[0])
 
 
 @dataclass(frozen=True)
@@ -457,9 +467,9 @@ def names(*files):
     return " ".join(Path(file).name for file in files if file)
 
 
-def run_phase(name, net, phase, source, out, settings, teacher=None):
+def run_phase(name, net, phase, source, out, settings, teacher=None, distiller=None):
     """Train `net` in place through one phase in folder `out` -> path of its weights NAME, the
-    averaged ones."""
+    averaged ones; with a `distiller` those of its decoder."""
     device, seed = next(net.parameters()).device, settings.seed
     autocast = kernels.autocast(device, settings.bf16)
     stream, held_out = source.stream(phase, seed, device), torch.stack(source.held_out(phase))
@@ -476,19 +486,26 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
         optimisers["disc"] = optimiser("adamw", disc, phase.disc_lr)
     if aligner:
         nets["align"], optimisers["align"] = aligner, optimiser("adamw", aligner.linear, 5e-3)
+    if distiller:
+        nets["adapters"] = distiller.adapters.requires_grad_(True)
+        optimisers["adapters"] = optimiser("adamw", distiller.adapters, 1e-3)
     if phase.masked:
         mask = nets["mask"] = latents.MaskToken(net.config.latent_channels).to(device)
         optimisers["mask"] = optimiser("adamw", mask, phase.lr)
     if phase.perceptual:
         perceptual = losses.Perceptual(settings.perceptual, phase.perceptual_frames).to(device)
-    objective = Objective(net, phase, seed, autocast, perceptual, disc, aligner, mask)
+    objective = Objective(net, phase, seed, autocast, perceptual, disc, aligner, mask, distiller)
 
     config = {**dataclasses.asdict(phase), **dataclasses.asdict(net.config), **source.about}
     config |= dict(preset=name, seed=seed, bf16=settings.bf16)
     config |= dict(start=names(settings.start), inflated=names(settings.inflate))
     config["align_to"] = aligner and names(*settings.align_to)
     config["perceptual_network"] = perceptual and perceptual.name
-    del config["expected"], config["scale"]
+    config |= distiller.about if distiller else {}
+    later = ("decoder_depths", "separable", *DISTILLED)  # runs begun before these go on
+    unset = [key for key in later if not config[key]]
+    for key in ("expected", "scale", *unset):
+        del config[key]
     plan = loop.Plan(phase.steps, phase.warmup, phase.decay, 1.0, phase.accumulate, phase.ema,
                      settings.save_every)
     run = loop.Run(out, config, nets, optimisers, plan)
@@ -503,9 +520,13 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
                 some = itertools.islice(stream(0), aligner.BATCHES)
                 unseen = (x.to(device) for x in held_out.split(1))
                 measured["r_squared"] = aligner.r_squared(net, some, unseen)
-        y = torch.cat(y)
-        pairs = [v for pair in zip(held_out[:4], y[:4]) for v in pair]
-        video.contact_sheet(out / "sheet.png", pairs, columns=8, scale=max(1, 96 // y.shape[3]))
+        y, shown = torch.cat(y), [held_out]
+        if distiller:
+            shown.append(distiller.decode(z, held_out.shape, autocast))
+            measured["psnr_full"] = metrics.psnr(y, shown[1])
+        columns = [videos[:4] for videos in (*shown, y)]
+        rows = list(itertools.chain(*zip(*columns)))
+        video.contact_sheet(out / "sheet.png", rows, columns=8, scale=max(1, 96 // y.shape[3]))
         loop.plot(out)  # up to the checkpoint before
         for k, v in metrics.latent_statistics(z).items():
             measured[f"latent_{k}"] = v
@@ -514,16 +535,18 @@ def run_phase(name, net, phase, source, out, settings, teacher=None):
     run.fit(stream(run.number), objective, report, phase.name)
     loop.copy_into(net, run.average)  # the next phase goes on from it
     net.requires_grad_(False)
-    with torch.no_grad(), autocast:
-        some = itertools.islice(stream(0), MEASURED)
-        latent = metrics.latent_statistics(net.encode(x).float() for x in some)
-    scale = float(f"{latent['inverse_rms']:.4g}")
-    net.config = dataclasses.replace(net.config, scale=scale)
+    about, written = {}, "decoder." if distiller else ""
+    if not distiller:  # whose latent is that of the full decoder, and stays so
+        with torch.no_grad(), autocast:
+            some = itertools.islice(stream(0), MEASURED)
+            about["latent"] = metrics.latent_statistics(net.encode(x).float() for x in some)
+        scale = float(f"{about['latent']['inverse_rms']:.4g}")
+        net.config = dataclasses.replace(net.config, scale=scale)
     path = out / f"{name}.safetensors"
     if loop.rank() == 0:
         loop.plot(out)
-        log = [line for line in loop.read_log(out) if "psnr" in line]
-        ae.save(net, path, torch.float16, training=run.config, latent=latent, log=log)
+        about["log"] = [line for line in loop.read_log(out) if "psnr" in line]
+        ae.save(net, path, torch.float16, written, training=run.config, **about)
     return path
 
 
@@ -614,16 +637,63 @@ GONE = {
 }
 
 
-def loss_weight(text):
-    """argparse type: "jumps=0.5" -> ("jumps", 0.5)."""
-    name, _, weight = text.partition("=")
-    try:
-        if name in LOSSES:
-            return name, options.real(0, 1e6)(weight)
-    except argparse.ArgumentTypeError:
-        pass
-    names = ", ".join(LOSSES)
-    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, with a name of {names}")
+def loss_weight(known):
+    """argparse type: "jumps=0.5" -> ("jumps", 0.5), of a name that is known."""
+    def convert(text):
+        name, _, weight = text.partition("=")
+        try:
+            if name in known:
+                return name, options.real(0, 1e6)(weight)
+        except argparse.ArgumentTypeError:
+            pass
+        names = ", ".join(known)
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, with a name of {names}")
+
+    return convert
+
+
+def add_shared(p, known_losses):
+    """The arguments of every training of an autoencoder, or of a part of one."""
+    add = p.add_argument
+    add("--data", nargs="+", metavar="FOLDER", help="clips to train on")
+    add("--fps", type=video.rate_arg, default="native",
+        help="at which these are read (default: native, their own rates)")
+    add("--phases", nargs="+", metavar="NAME", help="default: all, one after the other")
+    add("--steps", type=options.whole(1), nargs="+",
+        help="one number for each phase, or one for all")
+    add("--batch", type=options.whole(1, 65536),
+        help="clips per step and process; in the phase image, so many times 8 (published "
+        "sizes: 32) pictures")
+    add("--accumulate", type=options.whole(1, 65536), help="batches per step")
+    add("--frames", type=options.whole(1, 10_000),
+        help="frames per clip: whole chunks, two or more")
+    add("--size", type=video.size_arg, metavar="HxW", help="of the crops")
+    add("--lr", type=options.learning_rate, help="peak learning rate")
+    add("--losses", nargs="+", type=loss_weight(known_losses), default=(), metavar="NAME=WEIGHT",
+        help=f"other weights than the phase's; 0 is off: {', '.join(known_losses)}")
+    add("--workers", type=options.whole(0, 256), default=2,
+        help="threads that decode clips (default: %(default)s)")
+    add("--cache", metavar="FOLDER", help="keep decoded clips there: ten times faster to read")
+    add("--fp32", action="store_true", help="no bf16")
+    add("--save-every", type=options.whole(1), default=200,
+        help="steps between checkpoints (%(default)s)")
+    add("--seed", type=options.seed, default=0, help="of weights and clips")
+    add("--threads", type=options.threads, help="CPU threads")
+
+
+def films(a):
+    """The source that the arguments name, and the changes to a phase that they ask for."""
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    if a.fps != "native" and not a.data:
+        raise UserError("--fps says nothing without --data: leave it out.")
+    source, changes = None, dict(a.losses)
+    if a.data:
+        source = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
+    for name in ("accumulate", "frames", "size", "lr"):
+        if getattr(a, name) is not None:
+            changes[name] = getattr(a, name)
+    return source, changes
 
 
 def arguments():
@@ -635,11 +705,7 @@ def arguments():
     add = p.add_argument
     add("--preset", choices=ae.PRESETS, default="toy", help="default: %(default)s")
     add("--out", default="out/ae", help="folder for weights, logs, pictures (default: %(default)s)")
-    add("--data", nargs="+", metavar="FOLDER", help="clips to train on")
-    add("--fps", type=video.rate_arg, default="native",
-        help="at which these are read (default: native, their own rates)")
     add("--overfit", metavar="CLIP", help=f"learn {LENGTH} frames of one clip by heart instead")
-    add("--phases", nargs="+", metavar="NAME", help="default: all, one after the other")
     add("--start", metavar="FILE", help="weights of the same preset to begin with")
     add("--inflate", metavar="FILE", help="weights of an image autoencoder to begin with")
     add("--align-to", nargs="+", default=(), metavar="FILE",
@@ -647,26 +713,7 @@ def arguments():
         "transformer; or its name, for files in checkpoints/NAME")
     add("--align-weight", type=options.real(0, 1e6), default=0.05,
         help="of that loss (default: %(default)s)")
-    add("--steps", type=options.whole(1), nargs="+",
-        help="one number for each phase, or one for all")
-    add("--batch", type=options.whole(1, 65536),
-        help="clips per step and process; in the phase image, so many times 8 (published "
-        "sizes: 32) pictures")
-    add("--accumulate", type=options.whole(1, 65536), help="batches per step")
-    add("--frames", type=options.whole(1, 10_000),
-        help="frames per clip: whole chunks, two or more")
-    add("--size", type=video.size_arg, metavar="HxW", help="of the crops")
-    add("--lr", type=options.learning_rate, help="peak learning rate")
-    add("--losses", nargs="+", type=loss_weight, default=(), metavar="NAME=WEIGHT",
-        help=f"other weights than the phase's; 0 is off: {', '.join(LOSSES)}")
-    add("--workers", type=options.whole(0, 256), default=2,
-        help="threads that decode clips (default: %(default)s)")
-    add("--cache", metavar="FOLDER", help="keep decoded clips there: ten times faster to read")
-    add("--fp32", action="store_true", help="no bf16")
-    add("--save-every", type=options.whole(1), default=200,
-        help="steps between checkpoints (%(default)s)")
-    add("--seed", type=options.seed, default=0, help="of weights and clips")
-    add("--threads", type=options.threads, help="CPU threads")
+    add_shared(p, LOSSES)
     p.refuse_gone(GONE)
     return p
 
@@ -687,24 +734,16 @@ def main_train(argv):
     p = arguments()
     a, given = p.parse(argv)
     refuse_unused(p, a, given)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    if a.fps != "native" and not a.data:
-        raise UserError("--fps says nothing without --data: leave it out.")
+    source, changes = films(a)
     if a.overfit:
         source, programme = OneClip(a.overfit), MEMORISE
     elif a.data:
-        source = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
         programme = FULL if a.preset.startswith("f") else LAPTOP
     elif a.preset.startswith("toy"):
         source, programme = ToyWorld(), TOY
     else:
         raise UserError(f"--preset {a.preset} needs --data with a folder of clips, or --overfit "
                         "with one clip.")
-    changes = dict(a.losses)
-    for name in ("accumulate", "frames", "size", "lr"):
-        if getattr(a, name) is not None:
-            changes[name] = getattr(a, name)
     if a.align_to:
         changes["align"] = a.align_weight
     begun, config = bool(a.start or a.inflate), ae.PRESETS[a.preset]

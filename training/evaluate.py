@@ -5,20 +5,27 @@ the published evaluation. For DC-AE-V and Wan VAE files alike.
                                         mp4 side by side, contact sheet, PSNR, SSIM
     python ae.py eval A.safetensors Wan2.1_VAE.pth --data CLIPS
                                         a line for each; --results: pictures too
+    python ae.py eval toy.safetensors --decoder toy-light.safetensors --data toy --prompts 64
+                                        the full decoder beside light ones
 """
 import argparse
 import itertools
+import statistics
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import ae
+import toy
 from chunk_causal import recut
 from files import ROOT, checkpoint, folders, options, video
-from gpu import choose
-from training import clips, latents, metrics
+from files.checkpoint import UserError
+from gpu import choose, tiling
+from training import autoencoder, clips, distill, latents, metrics, toy_score
 from training.latents import load_autoencoder as load
+from wan import light
 
 
 # ----------------------------------------------------------------------------- one film
@@ -110,6 +117,44 @@ def evaluate(net, held_out):
 
 
 @torch.no_grad()
+def side_by_side(nets, held_out):
+    """{name: autoencoder} of one latent, the full decoder first, in turns on the same
+    latents -> {name: dict(psnr_full, ms, mib)}: PSNR to the full decoder in dB, median
+    time of a frame, estimated memory of the decode beside the weights."""
+    full, shape, times, psnr = next(iter(nets)), None, {}, {}
+    for _, x in [held_out[0], *held_out]:  # the first clip once more, to warm up
+        z, made = nets[full].encode(x[None].to(next(nets[full].parameters()))), {}
+        shape = z.shape[2:]
+        for name, net in nets.items():
+            spent = {name: 0.0}
+            made[name] = torch.cat(list(timed(net.decode_stream(z), name, spent)), dim=2)
+            times.setdefault(name, []).append(spent[name] / made[name].shape[2])
+        for name, y in made.items():
+            psnr.setdefault(name, []).append(metrics.psnr_frames(y, made[full])[0])
+    found = {}
+    for name, net in nets.items():
+        dtype = next(net.parameters()).dtype
+        found[name] = dict(ms=1000 * statistics.median(times[name][1:]),
+                           mib=tiling.peak(net, "decoder", shape, dtype=dtype) / 2**20)
+        if name != full:
+            found[name]["psnr_full"] = metrics.finite_mean(torch.cat(psnr[name][1:]))
+    return found
+
+
+@torch.no_grad()
+def prompt_fits(nets, model, count):
+    """{name: autoencoder} of one latent -> {name: prompt fit} of what a toy model makes
+    of `count` held-out prompts, decoded by each."""
+    like = next(next(iter(nets.values())).parameters())
+    prompts, fits = toy.held_out_prompts(count), {}
+    made = distill.generate(model, prompts)
+    for name, net in nets.items():
+        videos = [net.decode(z.to(like), model.frames, model.size) for z in made.split(16)]
+        fits[name] = toy_score.prompt_fit(torch.cat(videos).float().cpu(), prompts)["mean"]
+    return fits
+
+
+@torch.no_grad()
 def show(path, nets, held_out, frames=4):
     """A contact sheet: clip by clip, the original and what each of {name: autoencoder}
     makes."""
@@ -130,13 +175,19 @@ def main_eval(argv):
         prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
     p.add_argument("weights", nargs="+", help="DC-AE-V or Wan VAE files")
+    p.add_argument("--decoder", nargs="+", metavar="FILE", default=(),
+                   help="light decoders of this latent, to set beside its own")
     p.add_argument("--data", default="out/clips", metavar="FOLDER",
-                   help="clips; judged is what training/clips.py holds out of them")
+                   help="clips; judged is what training/clips.py holds out of them; toy: clips of "
+                   "the toy world")
     p.add_argument("--clips", type=options.whole(1, 100_000), default=16, help="how many")
     p.add_argument("--frames", type=options.whole(1, 100_000), default=80,
                    help="per clip, as published; fewer where the clips are short")
     p.add_argument("--size", type=video.size_arg, default=(256, 256), metavar="HxW",
                    help="as published")
+    p.add_argument("--prompts", type=options.whole(1, 100_000), metavar="N",
+                   help="of the toy: how well videos of N held-out prompts fit them, decoded")
+    p.add_argument("--model", default="dc", help="whose videos these are")
     p.add_argument("--base", nargs="+", metavar="FILE",
                    help="weights of a base's autoencoder, and of its transformer: R^2 to it")
     p.add_argument("--results", metavar="FILE",
@@ -144,21 +195,27 @@ def main_eval(argv):
     p.add_argument("--device", type=options.device, default=options.DEVICE)
     p.refuse_gone({"--stream": "the memory of an endless stream was measured by this script as of "
                    "commit 0fe0031, results/streaming.json"})
-    args, _ = p.parse(argv)
-    if len({Path(file).stem for file in args.weights}) < len(args.weights):
-        p.error("two of the weights have the same name: rename one")
-    metrics.check_size(*args.size)
+    args, given = p.parse(argv)
+    if not args.prompts:
+        p.refuse("a run without --prompts", given & {"model"})
     if args.results:
         folders.writable_file(args.results)
-    nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
-    dataset = clips.validation(args.data, args.frames, args.size, args.clips)
-    held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(dataset)]
+    nets = autoencoders(args)
+    if args.prompts:
+        model = distill.toy_model(args.model, next(iter(nets.values())), args.device)
+    held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(held_out_clips(args, given))]
     results = {name: evaluate(net, held_out) for name, net in nets.items()}
     if args.base:
         teacher = latents.Teacher(args.base, args.device)
         for name, net in nets.items():
             found = latents.r_squared(teacher, net, [x for _, x in held_out])
             results[name]["latent"]["r_squared"] = found
+    if args.decoder:
+        for name, found in side_by_side(nets, held_out).items():
+            results[name]["mean"] |= found
+    if args.prompts:
+        for name, fit in prompt_fits(nets, model, args.prompts).items():
+            results[name]["mean"]["fit"] = fit
     print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
     for name, r in results.items():
         print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
@@ -170,6 +227,35 @@ def main_eval(argv):
         document = dict(**checkpoint.provenance(), **settings, results=results)
         checkpoint.write_json(args.results, document)
         print("wrote", args.results)
+
+
+def autoencoders(args):
+    """{name: autoencoder} that `main_eval` is to judge, light decoders last."""
+    files = [*args.weights, *args.decoder]
+    if len({Path(file).stem for file in files}) < len(files):
+        raise UserError("two of the weights have the same name: rename one.")
+    if (args.decoder or args.prompts) and len(args.weights) > 1:
+        raise UserError("--decoder and --prompts are about one latent: give one autoencoder.")
+    nets = {Path(file).stem: load(file).to(args.device) for file in args.weights}
+    full = next(iter(nets.values()))
+    if (args.decoder or args.prompts) and not isinstance(full, ae.DCAEV):
+        raise UserError("--decoder and --prompts are for a DC-AE-V: leave them out.")
+    return nets | {Path(file).stem: light.load(full, file) for file in args.decoder}
+
+
+def held_out_clips(args, given):
+    """Clips [3, t, h, w] that nobody trained on; of the toy world in its own size if
+    none is given."""
+    if args.data != "toy":
+        metrics.check_size(*args.size)
+        return clips.validation(args.data, args.frames, args.size, args.clips)
+    if "frames" not in given:
+        args.frames = toy.FRAMES
+    if "size" not in given:
+        args.size = (toy.SIZE, toy.SIZE)
+    if args.size[0] != args.size[1]:
+        raise UserError("the toy world is square: give --size as NxN.")
+    return list(toy.toy_batch(autoencoder.HELD_OUT, args.clips, args.frames, args.size[0])[0])
 
 
 def main_reconstruct(argv):

@@ -272,8 +272,12 @@ COLUMNS = {
     "lpips": ("LPIPS", 4),
     "lite0": ("Lite0 features (not LPIPS)", 4),
     "fvd": ("FVD", 1),
+    "fit": ("prompt fit", 3),
     "flicker": ("flicker", 2),
     "grid": ("grid", 2),
+    "psnr_full": ("PSNR to full dB", 2),
+    "ms": ("ms/frame", 2),
+    "mib": ("decode MiB", 0),
     "clips": ("clips", 0),
 }
 

@@ -21,7 +21,7 @@ import dit
 from files import checkpoint, folders, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
-from wan import memory, released
+from wan import light, memory, released
 from wan.models import Model
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -153,6 +153,7 @@ def begin(args, load_model=released.load_model):
         else:
             run.model = load_model(args.model, args.weights, args.lora, dtype, args.device,
                                    args.text_cache)
+        run.model.ae, args.decoder = light.choose(run.model.ae, args.decoder)
     run.images = tuple(None if file is None else video.read_image(file)[None]
                        for file in (args.image, args.last_image))
     if args.size is None and args.image:
@@ -219,6 +220,8 @@ def choose_fast_paths(run):
         layout = torch.contiguous_format if args.slow else convolution.layout
         model.ae.to(memory_format=layout)
         lines.append(convolution.line)
+    if args.decoder:
+        lines.append(f"decoder: {args.decoder}")
     if args.compile and (reason := choose.without_compiler(args.device)):
         run.sampling = replace(s, compiled=False)
         lines.append(f"blocks: not compiled, because {reason}")
@@ -257,8 +260,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 def stamps(args):
     """{path: hash of the sizes and times of change of its files} of all that was given: what
     lies under a path may be replaced, and makes another video then."""
-    given = [args.model, *(args.weights or [f"checkpoints/{args.model}"]), args.image,
-             args.last_image, *(one.file for one in args.lora)]
+    given = [args.model, *(args.weights or [f"checkpoints/{args.model}"]), args.decoder,
+             args.image, args.last_image, *(one.file for one in args.lora)]
     found = {}
     for path in (Path(name) for name in given if name and Path(name).exists()):
         files = [path]
