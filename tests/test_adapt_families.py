@@ -21,6 +21,7 @@ from families import net as nets
 from families import tiny
 from files import checkpoint
 from files.checkpoint import UserError
+from files.layouts import to_diffusers
 from training import bases, loop
 from wan import released
 from wan import tiny as wan_tiny
@@ -153,6 +154,11 @@ def test_wan_by_diffusers_is_wan_by_our_own_files(folder, tiny_folders, tmp_path
     assert ours.config == theirs.config
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=0.01, atol=1e-5, msg=name)  # stored in bf16
+    ours, theirs = (checkpoint.load_tensors(tmp_path / out / "2" / "trained.safetensors")[0] for out in ("ours", "theirs"))
+    theirs = {name.removeprefix("transformer."): value for name, value in theirs.items()}
+    assert theirs.keys() == {to_diffusers(name) for name in ours}
+    apart = {name: (value - theirs[to_diffusers(name)].view_as(value)).abs().max().item() for name, value in ours.items()}
+    assert max(apart.values()) < 1e-5, sorted(apart.items(), key=lambda item: -item[1])[:5]  # what the export is made of, in fp32
     ours, theirs = (checkpoint.load_tensors(tmp_path / out / "lora-peft.safetensors")[0] for out in ("ours", "theirs"))
     assert ours.keys() == theirs.keys() and all((ours[k].float() - theirs[k].float()).abs().max() < 1e-4 for k in ours)
 
