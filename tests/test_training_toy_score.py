@@ -54,7 +54,7 @@ def test_still_and_very_short_clips_have_no_direction(world):
 
 def test_prompt_fit_counts_what_the_prompt_asks_for(monkeypatch):
     seen = dict(size="small", colour="red", shape="ring", direction=None, speed="slowly", background="blue")
-    monkeypatch.setattr(toy_score, "read_attributes", lambda video: seen)
+    monkeypatch.setattr(toy_score, "read_attributes", lambda video, colours: seen)
     fit = toy_score.prompt_fit([0, 0], [dict(colour="red", shape="circle", speed="slowly"), dict(colour="blue", direction="up")])
     # colour 1 of 2, shape 0 of 1, direction undecidable counts as wrong; speed is reported but not part of the mean
     assert fit == dict(colour=0.5, shape=0, direction=0, speed=1, mean=pytest.approx(0.5 / 3))
