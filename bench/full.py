@@ -40,7 +40,7 @@ from bench.harness import TYPES
 from files import video
 from files.checkpoint import UserError
 from gpu import tiling
-from wan import memory
+from wan import light, memory
 
 CPU = torch.device("cpu")
 BLOCKS = 2  # of each transformer
@@ -271,9 +271,10 @@ def decoders():
     found = {}
     for name, space in gpu.SPACES.items():
         found[name] = space, "fp32" if name == BASE else low_type()
-        light = ae.PRESETS.get(f"{name.split()[-1]}-light")
-        if light:
-            found[light_name(name)] = replace(space, config=light), low_type()
+        preset = f"{name.split()[-1]}-light"
+        if preset in light.PRESETS:
+            config = light.configure(space.config, preset)
+            found[light_name(name)] = replace(space, config=config), low_type()
     return found
 
 
@@ -372,12 +373,12 @@ def compare(report, width, size, seconds, **more):
     total = {space: 2 * STEPS * s for space, s in seconds.items()}
     decode = {space: decode_seconds(report, space, space, size) for space in total}
     for space in total:
-        light = decode_seconds(report, light_name(space), space, size)
+        by_light = decode_seconds(report, light_name(space), space, size)
         base, deep = PUBLISHED.get((width, size), (None, None))
         line = dict(width=width, size=size, space=space, transformer_minutes=total[space] / 60)
         line |= dict(ratio=total[BASE] / total[space], law=flops[BASE] / flops[space])
         line["paper"] = base / deep if base and space == DEEP else None
-        for name, own in (("decode", decode[space]), ("light_decode", light)):
+        for name, own in (("decode", decode[space]), ("light_decode", by_light)):
             if own is not None and decode[BASE] is not None:
                 line[f"{name}_minutes"] = own / 60
                 all_base, all_own = total[BASE] + decode[BASE], total[space] + own

@@ -78,8 +78,10 @@ def choose(net, which):
         raise UserError("--decoder is for a DC-AE-V, which this model's autoencoder is not: leave "
                         "it out.")
     if which == "light" and net.path is None:  # an outline, to plan with
+        factor = net.config.spatial_factor
+        preset = next(name for name in PRESETS if name.startswith(f"f{factor}t"))
         with torch.device("meta"):
-            return ae.DCAEV(configure(net.config, "f32t4c32-light")), which
+            return ae.DCAEV(configure(net.config, preset)), which
     file = str(beside(net.path)) if which == "light" else which
     return load(net, file), file
 
