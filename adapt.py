@@ -222,8 +222,8 @@ GONE = {
     "--warmup-head": IN_BASES, "--decay": IN_BASES, "--clip": IN_BASES, "--export": IN_BASES}
 #: what a mode other than adapting uses
 USED = {
-    "pretrain": {"out", "cache", "ae", "shards", "steps", "lr", "batch", "ema", "seed",
-                 "save_every"},
+    "pretrain": {"out", "cache", "ae", "continue_from", "shards", "steps", "lr", "batch", "ema",
+                 "seed", "save_every"},
     "score": {"out", "prompts", "results"},
     "compare": set()}
 TOY_ONLY = {"shards", "prompts", "results"}
@@ -251,7 +251,8 @@ def parser():
     add("--out", default="out/adapt", help="folder for everything (default: out/adapt)")
     add("--continue-from", type=Path, metavar="OUT",
         help="an adapted model, the --out of another run: train it on with a fresh LoRA, 15 %% "
-             "of stage 2's steps, for example on 720p clips (--buckets 720F32MS)")
+             "of stage 2's steps, for example on 720p clips (--buckets 720F32MS); with --pretrain "
+             "the weights to begin with")
     add("--stage", choices=STAGES, default="export",
         help="stop after this one; cache: fill and verify it (default: export)")
     add("--plan", action="store_true", help="print what the run needs, and stop")
@@ -342,7 +343,7 @@ def main(argv=None):
     args, given = arguments(argv)
     base = bases.find(args.base)
     settings = dataclasses.replace(base.settings, **given)
-    if args.continue_from:  # published: 10 to 20 % of the steps
+    if args.continue_from and not args.pretrain:  # published: 10 to 20 % of the steps
         shorter = {k: getattr(settings, k) * 15 // 100 for k in ("steps", "warmup")}
         settings = dataclasses.replace(settings, **shorter | given)
     if args.threads:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 import ae
-
 from families import autoencoder, net
 from families.rows import FAMILIES
 from families.text import Text
@@ -182,8 +181,6 @@ def warn(folder, family):
 def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu"):
     """A folder that adapt.py wrote from a base of diffusers -> wan.models.Model. The text
     encoder is that of the base's folder, the first of `folders`."""
-
-
     path = Path(path)
     family = family_in(path)
     if not folders:

@@ -239,7 +239,7 @@ def deep_config(config, autoencoder):
     latent space: a token for each latent cell."""
     z = autoencoder.latent_channels
     return replace(config, in_channels=z, out_channels=z, patch=(1, 1, 1),
-                               cell=autoencoder.spatial_factor)
+                   cell=autoencoder.spatial_factor)
 
 
 def restated(family, stored, config):

@@ -228,6 +228,22 @@ def test_pretraining_makes_a_base_that_loads_and_can_be_killed(tiny_toy, tmp_pat
         pretrain(tmp_path / "whole", "--lr", "0.5")
 
 
+def test_pretraining_goes_on_from_weights(tiny_toy, tmp_path, monkeypatch):
+    """At a learning rate of next to nothing what comes out is what went in; a transformer
+    of another size is refused."""
+    monkeypatch.setattr(toy_score, "prompt_fit", lambda videos, prompts: {"mean": 0.5})
+    monkeypatch.setattr(sample, "videos", lambda model, prompts: [])
+    begun = tiny_toy / "toy-base-dit.safetensors"
+    pretrain(tmp_path / "on", "--continue-from", str(begun), "--lr", "1e-12")
+    again = dit.load(tmp_path / "on" / "toy-base-dit.safetensors")
+    for a, b in zip(dit.load(begun).parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # written in fp16
+    deep = dit.WanDiT(dit.PRESETS["toy-dc"])
+    dit.save(deep, tmp_path / "deep.safetensors")
+    with pytest.raises(UserError, match="is no base of this toy"):
+        pretrain(tmp_path / "no", "--continue-from", str(tmp_path / "deep.safetensors"))
+
+
 def test_scores_of_both_models_beside_chance_and_their_ceilings(tiny_toy, tmp_path):
     adapt.main(["--base", "toy", "--score", "--prompts", "3", "--results", str(tmp_path / "toy.json")])
     report = json.loads((tmp_path / "toy.json").read_text())

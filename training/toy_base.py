@@ -27,6 +27,7 @@ import kernels
 import sample
 import toy
 from files import checkpoint, folders
+from files.checkpoint import UserError
 from training import loop, metrics, toy_score
 from training.cache import Batch
 from training.entries import Entries, hash_encoder, hash_of, hash_tensors
@@ -192,12 +193,18 @@ FIRST_AND_LAST = (r"patch_embedding.*", r"head.*", r".*modulation", r"text_embed
 
 
 def pretrain(args):
-    """Train the toy base transformer from nothing on the base autoencoder's latents
-    -> OUT/toy-base-dit.safetensors, the averaged weights."""
+    """Train the toy base transformer, from nothing or from the weights that
+    --continue-from names, on the base autoencoder's latents -> OUT/toy-base-dit.safetensors,
+    the averaged weights."""
     out = Path(args.out)
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     net = dit.WanDiT(dit.PRESETS["toy-base"])
+    if args.continue_from:
+        net = dit.load(args.continue_from)
+        if net.config != dit.PRESETS["toy-base"]:
+            raise UserError(f"{args.continue_from} is no base of this toy: give --continue-from "
+                            "the file of an earlier --pretrain, or leave it out.")
     autoencoder = ae.load(args.ae or released.WEIGHTS / "toy-base.safetensors")
     base = models.Model("toy base", net, autoencoder, toy.ToyText()).to(device)
     latents = cache_latents(base, args.shards + 1, args.cache)
@@ -210,6 +217,8 @@ def pretrain(args):
     plan = loop.Plan(args.steps, warmup=100, ema=args.ema, save_every=args.save_every)
     config = dict(autoencoder=hash_encoder(autoencoder), data=source.fingerprint, lr=args.lr,
                   batch=args.batch, seed=args.seed)
+    if args.continue_from:
+        config["start"] = hash_tensors(net.state_dict())
     run = loop.Run(out, config, {"net": net}, {"net": opt}, plan)
 
     def batches(number):
