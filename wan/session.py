@@ -138,7 +138,7 @@ def begin(args, load_model=released.load_model):
             value = run.stored.get(name)
             setattr(args, name, tuple(value) if isinstance(value, list) else value)
     for name, default in dict(model="dc", weights=[], frames=None, size=None, prompt="").items():
-        if not getattr(args, name):
+        if getattr(args, name) in (None, []):
             setattr(args, name, run.stored.get(name) or default)
     if args.download and args.model not in released.RELEASED:
         raise UserError(f"--download says nothing to {args.model}: leave it out.")
