@@ -16,6 +16,7 @@ import torch
 from files.errors import UserError
 
 SEED = (0, 2**63 - 1)  # what torch and numpy both take
+MAY_BE_EMPTY = {"prompt", "negative"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -30,6 +31,11 @@ class Parser(argparse.ArgumentParser):
         actions = {a.dest: a for a in self._actions if a.default is not argparse.SUPPRESS}
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
         given = {name for name in actions if getattr(args, name) is not None}
+        for name in given - MAY_BE_EMPTY:
+            value = getattr(args, name)
+            if value == "" or (isinstance(value, list) and "" in value):
+                option = actions[name].option_strings[-1:] or [name]
+                raise UserError(f"{option[0]} is empty: give it a value, or leave it out.")
         for name in actions.keys() - given:
             default = actions[name].default
             if isinstance(default, str) and actions[name].type:

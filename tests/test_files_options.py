@@ -49,3 +49,16 @@ def test_given_is_what_was_there_also_with_its_default():
 def test_other_complaints_are_one_sentence_too(words, says):
     with pytest.raises(UserError, match=says):
         PARSER.parse(words)
+
+
+def test_an_empty_value_is_no_value():
+    """A shell variable that was never set: to be told, not to be taken for the default. A
+    prompt may be empty."""
+    parser = options.Parser()
+    parser.add_argument("--ae")
+    parser.add_argument("--weights", nargs="+")
+    parser.add_argument("--negative")
+    for argv in (["--ae", ""], ["--weights", "a", ""]):
+        with pytest.raises(UserError, match=f"^{argv[0]} is empty: give it a value"):
+            parser.parse(argv)
+    assert parser.parse(["--negative", ""])[0].negative == ""

@@ -13,6 +13,7 @@ import sample
 import toy
 from files import checkpoint, errors, options, video
 from training import evaluate, loop
+from training.clips import main as clips_main
 from wan import models, released
 from wan.text import WanText
 
@@ -116,13 +117,26 @@ def cheap(tiny_toy, place, monkeypatch):
 WEIGHTS = ["none", "", "folder", "empty.safetensors", "words.pt", "other.safetensors",
            "cut.safetensors", "dead.safetensors", "films/a.mp4", "x" * 300]
 FOLDERS = ["words.json", "words.json/below", "/proc/a", "x" * 300, "/dev/null"]
+CLIPS = ["none", "", "folder", "empty.mp4", "words.csv", "words.tar", "other.safetensors",
+         "x" * 300, "\udce9"]
 PICTURES = ["none", "", "folder", "empty.png", "words.png", "films/a.mp4", "x" * 300, "/dev/null"]
+PROMPTS = ["", " ", "\0", "\x1b[31m", "\udce9", "xyzzy", "word " * 5000]
+FILES = ["folder", "words.json/below.json", "/proc/a.json", "x" * 300]
 
 
 def paths():
     """(command, arguments, option, bad values): each is to be refused."""
     s = ["--prompt", "a ring", "--frames", "8", "--steps", "2"]
     wan = [*s, "--model", "wan2.1-t2v-1.3b"]
+    tiny = [*wan, "--weights", "TINY/Wan2.1-T2V-1.3B", "--size", "32x48"]
+    adapted = ["--base", "wan2.1", "--device", "cpu", "--weights", "TINY/Wan2.1-T2V-1.3B",
+               "TINY/dc_videogen"]
+    clips = ["--data", "films", "--buckets", "64x64F32MS", "--frames", "8"]
+    train = ["train", "--steps", "2"]
+    film = [*train, "--preset", "small", "--data", "films"]
+    made = ["WEIGHTS/toy.safetensors"]
+    scan = ["films", "--size", "32x32"]
+    yield sample.main, [], "--prompt", PROMPTS
     yield sample.main, s, "--model", WEIGHTS
     yield sample.main, s, "--lora", WEIGHTS
     yield sample.main, s, "--image", PICTURES
@@ -130,11 +144,52 @@ def paths():
     yield sample.main, [], "--decode", WEIGHTS
     yield sample.main, s, "--out", FOLDERS
     yield sample.main, wan, "--weights", WEIGHTS
+    yield sample.main, tiny, "--lora", WEIGHTS
+    yield sample.main, tiny, "--text-cache", ["folder", "words.safetensors", "cut.safetensors"]
+    yield sample.main, s, "--size", ["16384x16384"]
+    yield sample.main, tiny, "--size", ["16384x16384"]
+    yield ae.main, train, "--size", ["1x1", "31x33", "16384x16384"]
+    yield ae.main, ["eval", *made, "--data", "films"], "--size", ["1x1", "5x64", "65x65"]
+    yield ae.main, ["reconstruct", "films/a.mp4"], "--size", ["1x1", "5x64"]
+    yield adapt.main, [], "--ae", WEIGHTS
+    yield adapt.main, [], "--out", FOLDERS
+    yield adapt.main, [], "--cache", FOLDERS
+    yield adapt.main, ["--score"], "--results", FILES
+    yield adapt.main, [], "--continue-from", WEIGHTS
+    yield adapt.main, ["--base", "wan2.1", *clips], "--weights", WEIGHTS
+    yield adapt.main, [*adapted, "--buckets", "64x64F32MS", "--frames", "8"], "--data", CLIPS
+    yield adapt.main, [*adapted, *clips], "--ae", WEIGHTS
+    yield adapt.main, [*adapted, *clips], "--cache", FOLDERS
+    yield adapt.main, [*adapted, *clips], "--buckets", ["", "0F32MS", "480F0MS", "480F33MS", "x"]
+    yield adapt.main, [*adapted, *clips], "--continue-from", WEIGHTS
+    yield ae.main, train, "--out", FOLDERS
+    yield ae.main, train, "--start", WEIGHTS
+    yield ae.main, train, "--inflate", WEIGHTS
+    yield ae.main, train, "--align-to", WEIGHTS
+    yield ae.main, train, "--overfit", CLIPS
+    yield ae.main, [*train, "--preset", "small"], "--data", CLIPS
+    yield ae.main, film, "--cache", FOLDERS
+    yield ae.main, ["eval", *made], "--data", CLIPS
+    yield ae.main, ["eval", *made, "--data", "films", "--size", "64x64"], "--base", WEIGHTS
+    yield ae.main, ["eval", *made, "--data", "films", "--size", "64x64"], "--results", FILES
+    yield ae.main, ["reconstruct", "films/a.mp4"], "--weights", WEIGHTS
+    yield ae.main, ["reconstruct", "films/a.mp4"], "--out", FOLDERS
+    yield ae.main, ["compare"], "--data", ["none", "", "folder", "x" * 300, "\udce9"]
+    yield ae.main, ["compare", "--data", "films"], "--out", FOLDERS
+    yield ae.main, ["eval"], "", WEIGHTS
+    yield ae.main, ["reconstruct"], "", CLIPS
+    yield clips_main, [], "", CLIPS
+    yield clips_main, scan, "--out", FILES
+    yield clips_main, scan, "--index", FILES
+    yield clips_main, ["films"], "--size", ["16384x16384", "65x65"]
+    yield clips_main, ["films"], "--frames", ["10000", "41"]
 
 
 def listing(place):
-    """Every file below, with its size and time of change."""
-    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in place.rglob("*") if p.is_file()}
+    """Every file below, with its size and time of change; but for what is known of the clips
+    that were looked at, which is kept whatever comes of it."""
+    files = [p for p in place.rglob("*") if p.is_file() and p.name != "clips-index.json"]
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
 
 @pytest.mark.slow
@@ -162,4 +217,4 @@ def test_no_file_without_sense_is_taken(cheap, place, tiny_folders, row):
         if listing(place) != before:
             wrong.append((bad, f"wrote {listing(place).keys() - before.keys()}"))
             before = listing(place)
-    assert not wrong, wrong
+    assert not wrong, "\n".join(map(str, wrong))

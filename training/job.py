@@ -15,7 +15,7 @@ import align
 import dit
 import flow
 import lora
-from files import checkpoint
+from files import checkpoint, folders
 from files.checkpoint import UserError
 from training import bases, journal, loop, toy_base
 from training.bases import DTYPES
@@ -31,6 +31,7 @@ class Job:
     args: argparse.Namespace
     teacher: models.Model
     student: models.Model
+    experts: list  # transformers to begin with: the base's, or those of an adapted model
     source: object  # training data (cache.Source or one like it)
     held: object  # held-out data
     journal: journal.Journal
@@ -42,23 +43,22 @@ class Job:
         started, own = time.perf_counter(), loop.start()
         if not args.device or loop.processes() > 1:
             args.device = own
+        if args.cache != "memory":
+            folders.writable(args.cache)
         teacher, student = base.models(args, settings)
+        experts = base.experts(teacher)
+        if args.continue_from:
+            experts = adapted_experts(args.continue_from, base, student, experts)
         source, held = base.sources(teacher, student, args, settings)  # the cache
         for model in (teacher, student):
             model.ae.to("cpu")  # not beside the transformer
         target = bases.target_of(student.ae.config)
         record = journal.Journal(args.out, base=base.name, target=target)
-        return cls(base, settings, args, teacher, student, source, held, record, started)
+        return cls(base, settings, args, teacher, student, experts, source, held, record, started)
 
     @property
     def device(self):
         return self.args.device
-
-    @property
-    def experts(self):
-        """The transformers to begin with: the base's, or those of an adapted model."""
-        found = self.base.experts(self.teacher)
-        return adapted_experts(self, found) if self.args.continue_from else found
 
     def times(self, expert):
         """The noise levels that an expert is trained at."""
@@ -137,10 +137,9 @@ def main_process_first(file):
 # ------------------------------------------------ on from an adapted model
 
 
-def adapted_experts(job, experts):
-    """With --continue-from: the same, with the transformers of that folder."""
-    folder, found = job.args.continue_from, []
-    wanted = job.base.name, bases.target_of(job.student.ae.config)
+def adapted_experts(folder, base, student, experts):
+    """With --continue-from `folder`: the same, with the transformers there."""
+    found, wanted = [], (base.name, bases.target_of(student.ae.config))
     for expert, stem in zip(experts, ("transformer", "transformer_2")):
         file = released.find(released.transformer_files(stem), [folder])
         told = checkpoint.open_tensors(file)[1].get("adapted", {}) if file else {}
