@@ -11,6 +11,8 @@ by `sweep`, what the living write is left alone.
 import contextlib
 import errno
 import fcntl
+import itertools
+import json
 import os
 import re
 import shutil
@@ -134,6 +136,21 @@ def writable_file(path):
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder, but the name of a file is needed: choose one in it.")
     writable(Path(path).parent)
+
+
+def free_name(folder, name, settings):
+    """FOLDER/NAME, with a number behind it where NAME.json there tells of a result that was
+    made with other settings (plain values, as JSON gives them back)."""
+    for number in itertools.count(1):
+        path = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        try:
+            told = json.loads(Path(f"{path}.json").read_text()).get("settings")
+        except FileNotFoundError:
+            return path
+        except (ValueError, AttributeError):  # somebody else's
+            continue
+        if told == settings:
+            return path
 
 
 def check_room(folder, need, what):

@@ -38,6 +38,24 @@ def test_reconstruct_real_footage(tmp_path, weights, capsys):
     assert f"PSNR    {result['psnr']:.2f} dB" in capsys.readouterr().out
 
 
+def test_a_reconstruction_made_otherwise_is_not_replaced(tmp_path, weights):
+    """The same settings have the same name; another size or other weights get a number."""
+    def made(*more, seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+            net = ae.load(weights)
+            torch.nn.init.normal_(net.decoder.project_out.op_list[2].conv.conv.weight)
+            ae.save(net, weights)
+        ae.main(["reconstruct", str(ROOT / "assets" / "city.mp4"), "--weights", weights, "--out",
+                 str(tmp_path / "out"), "--frames", "1", "--device", "cpu", *more])
+        return sorted(p.stem.removeprefix("city_reconstruction")
+                      for p in (tmp_path / "out").glob("*.mp4"))
+
+    assert made() == made() == [""]
+    assert made("--size", "40x40") == ["", "-2"] == made()
+    assert made(seed=1) == ["", "-2", "-3"] == made()
+
+
 def test_reconstruct_any_size(tmp_path, weights):
     args = ["reconstruct", str(ROOT / "assets" / "city.mp4"), "--weights", weights, "--out", str(tmp_path / "out"), "--size", "37x51"]
     ae.main([*args, "--frames", "1"])

@@ -24,6 +24,7 @@ from files import ROOT, checkpoint, folders, options, video
 from files.checkpoint import UserError
 from gpu import choose, tiling
 from training import autoencoder, clips, distill, latents, metrics, toy_score
+from training.entries import hash_tensors
 from training.latents import load_autoencoder as load
 from wan import light
 
@@ -36,7 +37,8 @@ def reconstruct(net, clip, out, frames=None, size=None):
     """A video file through the autoencoder, chunk by chunk -> dict of the results.
 
     Writes OUT/CLIP_reconstruction.mp4 (original | reconstruction), .png (evenly spaced
-    frames of both) and .json (the results; PSNR and SSIM as published).
+    frames of both) and .json (the results; PSNR and SSIM as published). What was made with
+    other settings stays; a number is added to the name.
     """
     c, like, info = net.config, next(net.parameters()), video.clip_info(clip)
     h, w = size or (info.height, info.width)
@@ -62,20 +64,24 @@ def reconstruct(net, clip, out, frames=None, size=None):
             yield torch.cat([x, y], dim=4)[0]
         bar.close()
 
-    path, labels = f"{Path(out) / Path(clip).stem}_reconstruction", ["original", "reconstruction"]
+    film, labels = Path(clip), ["original", "reconstruction"]
+    settings = dict(clip=[str(film.absolute()), film.stat().st_size, film.stat().st_mtime_ns],
+                    weights=hash_tensors(net.state_dict()), frames=frames,
+                    size=size and list(size), dtype=str(like.dtype))
+    path = folders.free_name(out, f"{film.stem}_reconstruction", settings)
     video.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
     shown = torch.cat(shown, dim=2)
     video.contact_sheet(f"{path}.png", shown, labels=labels, scale=min(2, 200 / h))
     cell = 3 * c.spatial_factor**2 * c.temporal_factor
     result = dict(
-        clip=str(clip), written=path, frames=len(psnr), height=h, width=w, fps=info.fps,
+        clip=str(clip), written=str(path), frames=len(psnr), height=h, width=w, fps=info.fps,
         psnr=round(metrics.finite_mean(torch.tensor(psnr)), 3),
         ssim=round(sum(ssim) / len(ssim), 4),
         latent=[c.latent_channels, *net.latent_shape(len(psnr), h, w)],
         compression=cell / c.latent_channels,
         seconds={"encode": round(spent["encode"] - spent["read"], 3),
                  "decode": round(spent["decode"] - spent["encode"], 3)},
-        dtype=str(like.dtype), device=str(like.device),
+        settings=settings, device=str(like.device),
         threads=torch.get_num_threads(), torch=torch.__version__)
     checkpoint.write_json(f"{path}.json", result)
     return result
