@@ -211,15 +211,6 @@ OPTIONS = dict(
     rank=options.whole(1, 4096), ema=options.real(0, 0.999999), batch=options.whole(1, 65536),
     accumulate=options.whole(1, 65536), checkpoint_blocks=None, dtype=tuple(DTYPES),
     seed=options.seed)
-IN_BASES = "other values are a row of BASES in training/bases.py"
-GONE = {
-    "--no-cache": "use --cache memory",
-    "--no-samples": "use --sample-steps 0",
-    "--alpha": "it is twice --rank",
-    "--align-shards": "stage 1a takes the first three of --shards",
-    "--workers": "two threads read clips (WORKERS in training/bases.py)",
-    "--clips-align": IN_BASES, "--lr-align": IN_BASES, "--batch-align": IN_BASES,
-    "--warmup-head": IN_BASES, "--decay": IN_BASES, "--clip": IN_BASES, "--export": IN_BASES}
 #: what a mode other than adapting uses
 USED = {
     "pretrain": {"out", "cache", "ae", "continue_from", "shards", "steps", "lr", "batch", "ema",
@@ -301,7 +292,7 @@ def parser():
     add("--results", help="toy: where --score writes (default: OUT/toy.json)")
     add("--device", type=options.device, help="(default: a GPU if there is one)")
     add("--threads", type=options.threads, help="CPU threads (default: all)")
-    p.refuse_gone(GONE)
+    p.refuse_gone(options.GONE["adapt.py"])
     return p
 
 
@@ -357,9 +348,9 @@ def main(argv=None):
     if args.compare:
         from experiments import adaptation
 
-        options = {"--threads": args.threads, "--device": args.device}
-        return adaptation.main([str(part) for option in options.items() for part in option
-                                if option[1] is not None])
+        argv = ["--threads", str(args.threads)] if args.threads else []
+        argv += ["--device", str(args.device)] if args.device else []
+        return adaptation.main(argv)
     if args.pretrain or args.score:
         vars(args).update(vars(settings), device=str(args.device or loop.start()))
         return toy_base.pretrain(args) if args.pretrain else toy_base.score(args)

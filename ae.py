@@ -29,7 +29,6 @@ errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import dataclasses
 import math
-import re
 import sys
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ from einops import reduce
 import kernels
 from chunk_causal import (
     Conv3d, pixel_shuffle, pixel_shuffle_add, pixel_unshuffle, recut, run_layers, split_state)
-from files import checkpoint, options
+from files import checkpoint, layouts, options
 from files.checkpoint import UserError
 
 
@@ -433,18 +432,10 @@ def infer_config(tensors, name=""):
     latent channels; if several have, of the one with these widths and depths, else of
     the first.
     """
-    block = re.compile(r"encoder\.stages\.(\d+)\.op_list\.\d+\.main\.(conv1?)\.conv\.weight")
-    found = [match for match in map(block.fullmatch, tensors) if match]
-    n = 1 + max((int(match[1]) for match in found), default=-1)
-    widths, depths = [0] * n, [0] * n
-    for match in found:
-        stage = int(match[1])
-        widths[stage] = tensors[match[0]].shape[1]
-        depths[stage] += match[2] == "conv1"  # the other convolution is the resampling's
-    shape = Config(widths, depths, len(tensors.get("encoder.project_out.conv.weight", ())))
+    shape = Config(*layouts.autoencoder_sizes(tensors))
     alike = []
-    for c in PRESETS.values() if any(depths) else ():
-        same_stages = len(c.depths) == n and c.first == shape.first
+    for c in PRESETS.values() if any(shape.depths) else ():
+        same_stages = len(c.depths) == len(shape.depths) and c.first == shape.first
         if same_stages and c.latent_channels == shape.latent_channels:
             alike.append(c)
     if not alike:
@@ -453,7 +444,7 @@ def infer_config(tensors, name=""):
     for c in alike:
         if c.depths == shape.depths and c.widths[c.first :] == shape.widths[c.first :]:
             return c
-    return dataclasses.replace(alike[0], widths=widths, depths=depths)
+    return dataclasses.replace(alike[0], widths=shape.widths, depths=shape.depths)
 
 
 def load(path, config=None):

@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import layouts
-from files.checkpoint import UserError, check_fit, load_strict, read
+from files.checkpoint import UserError, check_fit, load_strict
 from kernels import (attention, gate_residual, layer_norm_modulate, linear_gelu, residual_norm,
                      rms_norm, rms_norm_rope)
 
@@ -543,42 +543,19 @@ def inherit(base, config, share=False):
     """
     with torch.device("meta"):  # every tensor comes from the base or is made below
         net = WanDiT(config)
-    device, own = base.head.head.weight.device, net.state_dict()
-    fresh = {k: torch.zeros(own[k].shape, device=device)
-             for k in own if k.startswith(("patch_embedding.", "head.head."))}
+    own, device = net.state_dict(), base.head.head.weight.device
     weight, bias = fresh_embedder(config)
-    fresh["patch_embedding.weight"].copy_(weight.view_as(fresh["patch_embedding.weight"]))
-    fresh["patch_embedding.bias"].copy_(bias)
+    fresh = {"patch_embedding.weight": weight.view_as(own["patch_embedding.weight"]),
+             "patch_embedding.bias": bias,
+             "head.head.weight": torch.zeros(own["head.head.weight"].shape),
+             "head.head.bias": torch.zeros(own["head.head.bias"].shape)}
+    fresh = {k: v.to(device) for k, v in fresh.items()}
     taken = {k: v if share else v.clone() for k, v in base.state_dict().items()}
     tensors = {**taken, **fresh}
     check_fit(own, tensors, "the base transformer")
     net.load_state_dict(tensors, assign=True)
     net.weight_dtype = base.weight_dtype
     return net
-
-
-def embedder(path):
-    """The patch embedder alone of a transformer's file or folder, fp32; nothing else is
-    read."""
-    tensors, config = layouts.open_checkpoint(path)
-    net = PatchEmbedder(config["in_channels"], config["dim"], config["patch"])
-    own = {k: tensors[f"patch_embedding.{k}"] for k in ("weight", "bias")}
-    return load_strict(net, own, str(path))
-
-
-def read_ends(path):
-    """{name: tensor} of a transformer's two ends, fp32; nothing else is read."""
-    tensors = layouts.open_checkpoint(path)[0].items()
-    return {k: read(v).float() for k, v in tensors if k.startswith(ENDS)}
-
-
-def fingerprint(path):
-    """What tells any two trained models apart, quickly -> (config, {name: tensor}): all
-    vectors (norms, modulation, biases) and the ends."""
-    tensors, config = layouts.open_checkpoint(path)
-    small = {k: read(v) for k, v in tensors.items()
-             if len(v.shape) == 1 or "modulation" in k or k.startswith(ENDS)}
-    return config, small
 
 
 def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cpu",
@@ -604,21 +581,6 @@ def load(path, heads=None, dtype=torch.float32, device="cpu"):
     """
     tensors, settings = layouts.open_checkpoint(path, heads)
     return from_state_dict(tensors, None, Config(**settings), dtype, device, str(path))
-
-
-def read_config(path):
-    """The Config that `load` would use, without reading the weights."""
-    return Config(**layouts.open_checkpoint(path)[1])
-
-
-def outline(path):
-    """The net that `load` would give, without its weights (on the meta device). UserError
-    where the file does not fit, from its header."""
-    tensors, settings = layouts.open_checkpoint(path)
-    with torch.device("meta"):
-        net = WanDiT(Config(**settings))
-    check_fit(net.state_dict(), tensors, str(path))
-    return net
 
 
 def save(net, path, metadata=None, dtype=None, format="original", shard_bytes=5e9):

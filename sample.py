@@ -26,10 +26,6 @@ from files import errors
 
 errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
-import argparse
-import os
-import re
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,7 +42,7 @@ from files.checkpoint import UserError
 from gpu import choose, fp8
 from kernels import Replay
 from wan import released, session
-from wan.models import Lora, Prompts
+from wan.models import Prompts
 from wan.session import check_streamed, no_graph
 
 # -------------------------------------------------------------------------- the guided loop
@@ -247,32 +243,7 @@ def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
     return out
 
 
-def load_model(name, weights=(), loras=(), dtype=torch.float32, device="cpu", text_cache=None):
-    """`released.load_model`; and a folder of diffusers (diffusers:FOLDER), or what
-    adapt.py made of one, whose text encoder comes from the folder `weights`."""
-    if name.startswith(folder.PREFIX):
-        path = name.removeprefix(folder.PREFIX)
-        return folder.load_model(path, dtype, device, text_cache, loras)
-    if released.is_of_family(name):
-        return folder.load_adapted(name, weights, loras, dtype, device)
-    return released.load_model(name, weights, loras, dtype, device, text_cache)
-
-
 # ----------------------------------------------------------------------------- command line
-
-GONE = {
-    "--guidance-interval": "fewer --steps come nearer to the full run at the same work",
-    "--reuse": "fewer --steps come nearer to the full run at the same work",
-    "--cfg-batch": "both passes are one batch where one is too small to fill the machine",
-    "--no-cfg-batch": "--slow switches what makes a step fast off",
-    "--graph": "a step is one CUDA graph where it can be",
-    "--no-graph": "use --slow, the plain path",
-    "--lora-high": "use --lora FILE:STRENGTH:high",
-    "--lora-low": "use --lora FILE:STRENGTH:low",
-    "--tile": "use --memory GIB, from which the tile is chosen",
-    "--noise": "in Python, sample.generate(noise=...) takes it",
-}
-
 
 def arguments(argv=None):
     parser = options.Parser(description="Prompt (and image) to video. What is left out is as the "
@@ -294,14 +265,15 @@ def arguments(argv=None):
           help="folders with the model's files (default: checkpoints/MODEL)")
     which("--download", action="store_true", help="fetch them into the first of these folders")
     which("--text-cache", metavar="FILE", help="prompts in it need no text encoder")
-    which("--lora", type=lora_arg, action="append", default=[], metavar="FILE[:STRENGTH[:EXPERT]]",
+    which("--lora", type=session.lora_arg, action="append", default=[],
+          metavar="FILE[:STRENGTH[:EXPERT]]",
           help="add a LoRA (to the expert high or low only); may be repeated")
     which("--decoder", metavar="light|full|FILE", help="of the autoencoder: light is the one of "
           "ae.py distill that lies beside it (default: full)")
     how = parser.add_argument_group("how").add_argument
     how("--steps", type=options.whole(1, 1000), help="solver steps")
     how("--solver", choices=list(flow.SOLVERS))
-    how("--guidance", type=guidance_arg, metavar="G",
+    how("--guidance", type=session.guidance_arg, metavar="G",
         help="classifier-free guidance; 1 is none; LOW,HIGH for two experts")
     how("--shift", type=options.real(0, 1000, above=True), help="shift of the noise schedule")
     how("--slow", action="store_true",
@@ -319,10 +291,11 @@ def arguments(argv=None):
     how("--plan", action="store_true", help="print what the run needs, and stop")
     output = parser.add_argument_group("output").add_argument
     output("--out", default="out/sample", help="folder for the results (out/sample)")
-    output("--name", type=name_arg, help="file name without suffix (default: model, prompt and "
-           "seed); a number is added where it holds a video made with other settings")
+    output("--name", type=session.name_arg,
+           help="file name without suffix (default: model, prompt and seed); a number is added "
+           "where it holds a video made with other settings")
     output("--decode", metavar="FILE", help="only decode a latent saved by an earlier run again")
-    parser.refuse_gone(GONE)
+    parser.refuse_gone(options.GONE["sample.py"])
     args, given = parser.parse(argv)
     if args.words:
         parser.refuse("--words, which only prints", given - {"words"})
@@ -336,33 +309,6 @@ def arguments(argv=None):
     if args.model in (None, "dc", "base"):
         parser.refuse("the embedded models", given & {"download", "text_cache"})
     return args
-
-
-def lora_arg(text):
-    """FILE, FILE:STRENGTH or FILE:STRENGTH:high (low) -> Lora; a path may have
-    colons."""
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-    file, strength, expert = re.fullmatch(
-        rf"(.*?)(?::({number}))?(?::(high|low))?", text, re.DOTALL).groups()
-    return Lora(file, options.real(-100, 100)(strength or "1"), expert or "")
-
-
-def guidance_arg(text):
-    """One number, or LOW,HIGH -> float or pair."""
-    values = [options.real(0, 100)(part) for part in text.split(",")]
-    if len(values) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number or LOW,HIGH")
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def name_arg(text):
-    """A file name without suffix: no path, and short enough for every suffix."""
-    if not text.isprintable() or not text or "/" in text or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file name; --out takes the folder")
-    if len(os.fsencode(text)) > session.LONGEST:
-        raise argparse.ArgumentTypeError(f"a name of {len(os.fsencode(text))} bytes is too long, "
-                                         f"{session.LONGEST} are possible")
-    return text
 
 
 def resolved(args, model):
@@ -394,7 +340,7 @@ def main(argv=None):
     if args.words:
         print(toy.words())
         return
-    run = session.begin(args, load_model)
+    run = session.begin(args, folder.load_any)
     run.sampling = resolved(run.args, run.model)
     session.prepare(run)
     if run.args.plan:

@@ -23,7 +23,7 @@ from families.rows import FAMILIES
 from families.text import Text
 from files import checkpoint
 from files.checkpoint import UserError
-from wan import models
+from wan import models, released
 from wan.text import WanText
 
 PREFIX = "diffusers:"  # of a base's name on the command line
@@ -194,3 +194,14 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu"):
     transformer = Deferred(path / "transformer", loras, dtype)
     return models.Model(str(path), transformer, ae.load(path / "ae.safetensors"), text,
                         ae_dtype=dtype, **settings).to(device)
+
+
+def load_any(name, weights=(), loras=(), dtype=torch.float32, device="cpu", text_cache=None):
+    """A model by the name that `sample.py --model` takes: `released.load_model`; a folder of
+    diffusers (diffusers:FOLDER), or what adapt.py made of one, whose text encoder comes from
+    the folder `weights`."""
+    if name.startswith(PREFIX):
+        return load_model(name.removeprefix(PREFIX), dtype, device, text_cache, loras)
+    if released.is_of_family(name):
+        return load_adapted(name, weights, loras, dtype, device)
+    return released.load_model(name, weights, loras, dtype, device, text_cache)

@@ -13,6 +13,9 @@ of it, tensor by tensor and not before a tensor is read:
 
 The other direction, `save`, writes one file, or a folder as the hubs have it:
 config.json, and one file or shards with an index.
+
+Where a file does not carry its sizes, `sizes` and `autoencoder_sizes` read them from the
+shapes.
 """
 import re
 from math import prod
@@ -123,6 +126,20 @@ def sizes(tensors, heads=None):
         text_dim=shape("text_embedding.0.weight")[1],
         freq_dim=shape("time_embedding.0.weight")[1],
         image_dim=shape(image)[0] if image in tensors else None)
+
+
+def autoencoder_sizes(tensors):
+    """What the shapes of a DC-AE-V's weights say of `ae.Config` -> (widths, depths,
+    latent channels); of other weights (0,), (0,), 0."""
+    block = re.compile(r"encoder\.stages\.(\d+)\.op_list\.\d+\.main\.(conv1?)\.conv\.weight")
+    found = [match for match in map(block.fullmatch, tensors) if match]
+    n = 1 + max((int(match[1]) for match in found), default=0)
+    widths, depths = [0] * n, [0] * n
+    for match in found:
+        stage = int(match[1])
+        widths[stage] = tensors[match[0]].shape[1]
+        depths[stage] += match[2] == "conv1"  # the other convolution is the resampling's
+    return widths, depths, len(tensors.get("encoder.project_out.conv.weight", ()))
 
 
 def original(tensors):

@@ -61,6 +61,41 @@ class Parser(argparse.ArgumentParser):
                               help=argparse.SUPPRESS)
 
 
+# -------------------------------------------------------------- options that went
+
+IN_BASES = "other values are a row of BASES in training/bases.py"
+NOT_GROWN = "train the deep toy from nothing, with --align-to the base's autoencoder"
+SOLVER_STEPS = "fewer --steps come nearer to the full run at the same work"
+#: command -> {option: what to use instead}
+GONE = {
+    "sample.py": {
+        "--guidance-interval": SOLVER_STEPS,
+        "--reuse": SOLVER_STEPS,
+        "--cfg-batch": "both passes are one batch where one is too small to fill the machine",
+        "--no-cfg-batch": "--slow switches what makes a step fast off",
+        "--graph": "a step is one CUDA graph where it can be",
+        "--no-graph": "use --slow, the plain path",
+        "--lora-high": "use --lora FILE:STRENGTH:high",
+        "--lora-low": "use --lora FILE:STRENGTH:low",
+        "--tile": "use --memory GIB, from which the tile is chosen",
+        "--noise": "in Python, sample.generate(noise=...) takes it"},
+    "adapt.py": {
+        "--no-cache": "use --cache memory",
+        "--no-samples": "use --sample-steps 0",
+        "--alpha": "it is twice --rank",
+        "--align-shards": "stage 1a takes the first three of --shards",
+        "--workers": "two threads read clips (WORKERS in training/bases.py)",
+        "--clips-align": IN_BASES, "--lr-align": IN_BASES, "--batch-align": IN_BASES,
+        "--warmup-head": IN_BASES, "--decay": IN_BASES, "--clip": IN_BASES, "--export": IN_BASES},
+    "ae.py train": {
+        "--measure": "the step was timed by this script as of commit 1fd6ad8",
+        "--grow-from": NOT_GROWN, "--grow-steps": NOT_GROWN, "--grow-clips": NOT_GROWN,
+        "--compile": "no step was ever measured with it: leave it off",
+        "--perceptual": "the best network that is installed is used; --losses perceptual=0 is "
+                        "none",
+        "--length": "--overfit takes the first 80 frames"},
+}
+
 # ------------------------------------------------------------------ types of options
 
 

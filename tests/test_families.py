@@ -25,6 +25,7 @@ from files.checkpoint import UserError
 from gpu import tiling
 from training.cache import prompt_entries
 from training.entries import hash_encoder
+from wan import nets as wan_nets
 from wan import vae
 from wan.models import Prompts
 
@@ -214,7 +215,7 @@ def test_wan_is_what_our_own_wan_is(folders):
         drawn = flow.draw((8, 3, 2, 3), flow.Times(), 0, 0, range(2))
         losses.append(flow.loss(lambda x, t: net(x, t, states), noise(5, 2, 8, 3, 2, 3), drawn)[0])
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
-    assert nets.fingerprint(path)[1].keys() == {layouts.to_diffusers(k) for k in dit.fingerprint(path)[1]}
+    assert nets.fingerprint(path)[1].keys() == {layouts.to_diffusers(k) for k in wan_nets.fingerprint(path)[1]}
     model, own = folder.load_model(folders("wan")), vae.load(folders("wan") / "vae")
     assert hash_encoder(model.ae) == hash_encoder(own)  # so caches of its latents serve both
 

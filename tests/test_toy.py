@@ -145,6 +145,6 @@ def test_known_sentences_bring_no_warning(text):
 
 
 def test_the_script_shows_the_toy_world(tmp_path):
-    command = [sys.executable, ROOT / "toy.py", "--out", tmp_path, "--clips", "2", "--frames", "8"]
+    command = [sys.executable, ROOT / "toy.py", "--out", tmp_path, "--clips", "2"]
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
-    assert video.read_clip(tmp_path / "toy.mp4").shape == (3, 16, 256, 256) and (tmp_path / "toy.png").exists()
+    assert video.read_clip(tmp_path / "toy.mp4").shape == (3, 2 * toy.FRAMES, 4 * toy.SIZE, 4 * toy.SIZE) and (tmp_path / "toy.png").exists()

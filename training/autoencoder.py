@@ -626,17 +626,6 @@ def inflate(net, tensors):
 
 # -------------------------------------------------------------- command line
 
-GONE = {
-    "--measure": "the step was timed by this script as of commit 1fd6ad8",
-    "--grow-from": "train the deep toy from nothing, with --align-to the base's autoencoder",
-    "--grow-steps": "train the deep toy from nothing, with --align-to the base's autoencoder",
-    "--grow-clips": "train the deep toy from nothing, with --align-to the base's autoencoder",
-    "--compile": "no step was ever measured with it: leave it off",
-    "--perceptual": "the best network that is installed is used; --losses perceptual=0 is none",
-    "--length": f"--overfit takes the first {LENGTH} frames",
-}
-
-
 def loss_weight(known):
     """argparse type: "jumps=0.5" -> ("jumps", 0.5), of a name that is known."""
     def convert(text):
@@ -714,7 +703,7 @@ def arguments():
     add("--align-weight", type=options.real(0, 1e6), default=0.05,
         help="of that loss (default: %(default)s)")
     add_shared(p, LOSSES)
-    p.refuse_gone(GONE)
+    p.refuse_gone(options.GONE["ae.py train"])
     return p
 
 

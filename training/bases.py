@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 
 import ae
-import dit
 import flow
 import sample
 import toy
@@ -34,6 +33,7 @@ from training import cache, captions, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.journal import decoded
 from wan import models, released
+from wan import nets as wan_nets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKERS = 2  # threads that decode clips, and later read entries ahead
@@ -134,7 +134,7 @@ class Expert(NamedTuple):
     path: Path
     low: float = flow.Times.low  # times t / 1000 in [low, high)
     high: float = flow.Times.high
-    nets: ModuleType = dit  # what knows its kind of transformer
+    nets: ModuleType = wan_nets  # what knows its kind of transformer
 
     @property
     def prefix(self):

@@ -32,6 +32,7 @@ from files import lora_keys, video
 from files.checkpoint import UserError
 from gpu import tiling
 from gpu.offload import stream_blocks
+from wan import nets as wan_nets
 from wan import vae
 from wan.text import WanText
 
@@ -66,7 +67,7 @@ class Deferred:
     encoder has gone, and unloaded when its memory is needed: Wan 2.2's experts take
     turns, and with --offload it makes room for the decode."""
 
-    nets = dit  # what knows its kind of transformer: load, outline
+    nets = wan_nets  # what knows its kind of transformer: load, outline
 
     def __init__(self, path, loras=(), dtype=torch.float32, expert=None, config=None):
         self.path, self.dtype, self.expert = path, dtype, expert

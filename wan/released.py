@@ -19,7 +19,7 @@ import lora
 import toy
 from files import ROOT, checkpoint, lora_keys
 from files.checkpoint import UserError
-from wan import vae
+from wan import nets, vae
 from wan.image import WanImage
 from wan.models import Deferred, Lora, Model
 from wan.text import WanText
@@ -386,7 +386,7 @@ def is_large(name):
     if name in RELEASED or name.startswith("diffusers:") or is_of_family(name):
         return True
     file = find(transformer_files("transformer"), [name])
-    return bool(file) and dit.read_config(file).text_dim != toy.ToyText.text_dim
+    return bool(file) and nets.read_config(file).text_dim != toy.ToyText.text_dim
 
 
 def is_of_family(path):

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 import dit
-from files import checkpoint, folders, video
+from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
 from gpu import choose, fp8
 from wan import light, memory, released
-from wan.models import Model
+from wan.models import Lora, Model
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: what a video does not depend on
@@ -335,3 +335,33 @@ def ahead(pieces):
         while (piece := following.result()) is not None:
             following = thread.submit(next, pieces, None)
             yield piece
+
+
+# ------------------------------------------------ arguments of sample.py
+
+
+def lora_arg(text):
+    """FILE, FILE:STRENGTH or FILE:STRENGTH:high (low) -> Lora; a path may have
+    colons."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    file, strength, expert = re.fullmatch(
+        rf"(.*?)(?::({number}))?(?::(high|low))?", text, re.DOTALL).groups()
+    return Lora(file, options.real(-100, 100)(strength or "1"), expert or "")
+
+
+def guidance_arg(text):
+    """One number, or LOW,HIGH -> float or pair."""
+    values = [options.real(0, 100)(part) for part in text.split(",")]
+    if len(values) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or LOW,HIGH")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def name_arg(text):
+    """A file name without suffix: no path, and short enough for every suffix."""
+    if not text.isprintable() or not text or "/" in text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name; --out takes the folder")
+    if len(os.fsencode(text)) > LONGEST:
+        raise argparse.ArgumentTypeError(f"a name of {len(os.fsencode(text))} bytes is too long, "
+                                         f"{LONGEST} are possible")
+    return text
