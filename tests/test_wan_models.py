@@ -266,7 +266,7 @@ def test_only_one_expert_is_in_memory(load, monkeypatch, layout):
         alive.add(net)
         return net
 
-    monkeypatch.setattr(dit, "load", watched)
+    monkeypatch.setattr(models.wan_nets, "load", watched)
     model = load("wan2.2-t2v-a14b", layout)
     model = dataclasses.replace(model, net=models.Deferred(model.net.path), low=models.Deferred(model.low.path))
     assert model.net.net is None  # read when it is needed
