@@ -29,7 +29,6 @@ import copy
 import hashlib
 import math
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,9 +37,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import video
+from files import folders, video
 from files.checkpoint import UserError
-from training import captions, loop
+from training import captions, loop, metrics
+from training.clips import read_ahead
 from training.entries import Entries, hash_encoder, hash_network, hash_of
 from wan.image import CLIPVision, WanImage, clip_pixels
 
@@ -196,8 +196,10 @@ def keep_loaded(clip):
 def encode_prompts(text, prompts):
     """Sentences -> {sentence: {name: states [m, d]}} as entries hold them: bf16, without
     the zero rows at the end, but for one; "" is the empty prompt."""
-    return {prompt: {name: unpadded(states).to(torch.bfloat16) for name, states in row.items()}
-            for prompt, row in text.states(prompts).items()}
+    found = {}
+    for prompt, row in text.states(prompts).items():
+        found[prompt] = {name: unpadded(s).to(torch.bfloat16) for name, s in row.items()}
+    return found
 
 
 def unpadded(states):
@@ -205,8 +207,8 @@ def unpadded(states):
     left alone."""
     if states.ndim < 2:
         return states
-    used = states.ne(0).any(dim=1).nonzero().flatten()
-    return states[: max(used[-1].item() + 1 if len(used) else 1, 1)]
+    used = states.ne(0).any(dim=1).nonzero().flatten().tolist()
+    return states[: max(used, default=0) + 1]
 
 
 def prompt_entries(model, folder):
@@ -256,34 +258,39 @@ class Source:
                 check_grids(self.teacher.shape(size), self.student.shape(size), size)
         self.text = prompt_entries(student, o.folder)
 
-        said = [caption for sample in self.samples for caption in sample.captions]
-        fill_cache(self.samples, self.spaces, self.text, [self.null, *said], o)
+        prompts = [self.null]
+        for sample in self.samples:
+            prompts += sample.captions
+        fill_cache(self.samples, self.spaces, self.text, prompts, o)
         self.bucket = {}  # key -> (height, width)
         for sample in self.samples:
-            facts = [space.entries.facts(sample.key) for space in self.spaces]
-            why = next((f["skipped"] for f in facts if "skipped" in f), None)
-            if why:
-                self.skipped[sample.name] = why
+            for space in self.spaces:
+                facts = space.entries.facts(sample.key)
+                if "skipped" in facts:
+                    self.skipped[sample.name] = facts["skipped"]
+                    break
             else:
-                self.bucket[sample.key] = tuple(facts[0]["bucket"])
+                self.bucket[sample.key] = tuple(facts["bucket"])
         self._select()
 
     def _select(self):
         """Choose the clips of the split: held out is a tenth of all, the first by their
         keys, usable or not, so it depends on the files alone."""
-        keys = sorted(s.key for s in self.samples)
-        held_out = set(keys[: math.ceil(len(keys) / 10)] if len(keys) > 1 else [])
-        wanted = {"train": set(keys) - held_out, "val": held_out, "all": set(keys)}[self.split]
-        usable = wanted & self.bucket.keys()
-        self.clips = sorted((s for s in self.samples if s.key in usable), key=lambda s: s.key)
+        wanted = sorted(self.samples, key=lambda s: s.key)
+        count = math.ceil(len(wanted) / 10) if len(wanted) > 1 else 0
+        what = "clips"
+        if self.split == "train":
+            wanted, what = wanted[count:], "clips for training"
+        elif self.split == "val":
+            wanted, what = wanted[:count], "held-out clips"
+        self.clips = [s for s in wanted if s.key in self.bucket]
         if not self.clips:
-            names = {"train": "clips for training", "val": "held-out clips", "all": "clips"}
-            raise UserError(f"none of the {len(wanted)} {names[self.split]} can be used"
+            raise UserError(f"none of the {len(wanted)} {what} can be used"
                             f"{captions.summary(self.skipped)}: add clips, or lower --frames.")
-        self.by_bucket = collections.defaultdict(list)
+        by_bucket = collections.defaultdict(list)
         for sample in self.clips:
-            self.by_bucket[self.bucket[sample.key]].append(sample)
-        self.by_bucket = dict(sorted(self.by_bucket.items()))
+            by_bucket[self.bucket[sample.key]].append(sample)
+        self.by_bucket = dict(sorted(by_bucket.items()))
 
     def held_out(self, drop=0.0):
         """The same source for the held-out clips -> Source. For a fixed validation set:
@@ -363,26 +370,29 @@ class Source:
     def table(self):
         """What the source holds, in Markdown: clips per bucket, captions, bytes on
         disk, what was skipped and why."""
-        heads = [f"| bucket | {self.split} clips |", "|---|---:|"]
-        heads[0] += "".join(f" latent of {space.model.name} |" for space in self.spaces)
-        heads[1] += "---:|" * len(self.spaces)
-        lines = heads
+        rows = [["bucket", f"{self.split} clips"]]
+        for space in self.spaces:
+            rows[0].append(f"latent of {space.model.name}")
         for size, clips in self.by_bucket.items():
-            line = f"| {size[0]}x{size[1]} | {len(clips)} |"
+            rows.append([f"{size[0]}x{size[1]}", len(clips)])
             for space in self.spaces:
                 shape = (space.model.net.config.out_channels, *space.shape(size))
-                line += f" {'x'.join(map(str, shape))} |"
-            lines.append(line)
+                rows[-1].append("x".join(map(str, shape)))
 
-        rate = self.options.rate(self.student.model)
-        lines += ["", f"read at {f'{rate:g} frames per second' if rate else 'their own rate'}"]
-        said = sum(len(s.captions) for s in self.clips)
+        rate, said = self.options.rate(self.student.model), 0
+        for sample in self.clips:
+            said += len(sample.captions)
         rule = "each line of a .txt" if self.options.caption_per_line else "a whole .txt"
-        lines.append(f"captions: {said} of {len(self.clips)} clips ({rule} counts as one)")
-        for space in self.spaces:
-            name = f"latents of {space.model.name}, {space.frames} frames"
-            lines += on_disk(space.entries, name)
-        lines += on_disk(self.text, "prompts")
+        lines = [
+            metrics.markdown(rows) + "\n",
+            f"read at {rate:g} frames per second" if rate else "read at their own rate",
+            f"captions: {said} of {len(self.clips)} clips ({rule} counts as one)"]
+        kept = {f"latents of {s.model.name}, {s.frames} frames": s.entries for s in self.spaces}
+        for what, entries in (*kept.items(), ("prompts", self.text)):
+            if entries.folder:
+                sizes = [f.stat().st_size for f in entries.folder.glob("*.safetensors")]
+                lines.append(f"{what}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in "
+                             f"{entries.folder}")
         lines.append(f"skipped: {len(self.skipped)}{captions.summary(self.skipped, examples=5)}")
         return "\n".join(lines)
 
@@ -392,15 +402,6 @@ def weighted_choice(rng, items, weights):
     borders = np.cumsum(weights)
     index = np.searchsorted(borders, rng.random() * borders[-1], side="right")
     return items[min(int(index), len(items) - 1)]
-
-
-def on_disk(entries, what):
-    """[line that says how much there is of a kind of entries]; [] where they are in
-    memory."""
-    if not entries.folder:
-        return []
-    sizes = [f.stat().st_size for f in entries.folder.glob("*.safetensors")]
-    return [f"{what}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {entries.folder}"]
 
 
 # ------------------------------------------------------------------ filling
@@ -416,7 +417,13 @@ def fill_cache(samples, spaces, text, prompts, options):
     prompts = list(dict.fromkeys(prompts))
     if options.verify:
         verify(samples, spaces, text, prompts)
-    check_room(spaces, sum(is_missing(s, spaces) for s in samples))
+    missing, need = 0, 0
+    for sample in samples:
+        if is_missing(sample, spaces):
+            missing += 1
+            need += sum(space.bytes(space.sizes[1.0]) for space in spaces)
+    if text.folder is not None:
+        folders.check_room(text.folder.parent, need, f"the latents of {missing} clips")
     shares = [slice(None)]
     if text.folder is not None and loop.processes() > 1:
         shares = [slice(loop.rank(), None, loop.processes()), slice(None)]
@@ -433,24 +440,11 @@ def is_missing(sample, spaces):
 
 def verify(samples, spaces, text, prompts):
     """Look at every byte of finished entries; the damaged are removed."""
-    keys = [(space.entries, s.key) for s in samples for space in spaces]
-    keys += [(text, caption_key(p)) for p in prompts]
+    keys = [(text, caption_key(prompt)) for prompt in prompts]
+    for space in spaces:
+        keys += [(space.entries, sample.key) for sample in samples]
     for entries, key in tqdm(keys, "verify", unit="entry", disable=loop.rank() > 0, leave=False):
         entries.facts(key, whole=True)
-
-
-def check_room(spaces, clips):
-    """UserError now, not after a night, where the disk has no room for so many
-    clips."""
-    folder = spaces[0].entries.folder
-    if folder is None or not clips:
-        return
-    need = clips * sum(space.bytes(space.sizes[1.0]) for space in spaces)
-    free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
-    if need > free:
-        raise UserError(f"the latents of {clips} clips need {need / 1e9:.1f} GB and "
-                        f"{folder.parent} has {free / 1e9:.1f}: free some space, or use another "
-                        "folder.")
 
 
 def fill_prompts(encoder, text, prompts):
@@ -476,40 +470,24 @@ def fill_clips(samples, spaces, options):
 
     hidden = not todo or loop.rank() > 0
     with tqdm(total=len(todo), desc="clips", unit="clip", disable=hidden) as bar:
-        for sample, pixels in read_ahead(todo, read, max(options.workers, 1)):
+        for sample, pixels in read_ahead(read, todo, options.workers, ahead=options.workers):
             encode_sample(sample, pixels, spaces)
             bar.update()
 
 
-def read_ahead(samples, read, workers):
-    """(sample, future of its pixels), decoded by threads a little ahead of the
-    encoding."""
-    queue = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for sample in samples:
-            queue.append((sample, pool.submit(read, sample)))
-            if len(queue) > workers:
-                yield queue.popleft()
-        yield from queue
-
-
 def encode_sample(sample, pixels, spaces):
     """Write the missing entries of a sample: its latents, or why there are none."""
-    reason = None
     try:
         pixels = pixels.result()
         if pixels is None:
             return
+        about = dict(bucket=list(pixels[0].shape[2:]))
     except UserError as e:
-        reason = str(e)
+        about = dict(skipped=str(e))
     for space in spaces:
         if space.entries.facts(sample.key) is None:
-            if reason:
-                space.entries.put(sample.key, {}, name=sample.name, skipped=reason)
-            else:
-                bucket = list(pixels[0].shape[2:])
-                space.entries.put(sample.key, space.encode(*pixels), name=sample.name,
-                                  bucket=bucket)
+            tensors = {} if "skipped" in about else space.encode(*pixels)
+            space.entries.put(sample.key, tensors, name=sample.name, **about)
 
 
 def shuffled(items):

@@ -1,7 +1,7 @@
 """A folder of clips as training data.
 
-Any mix of videos of any size, rate and length, and pictures, becomes an endless stream
-of batches of one bucket (frames x height x width):
+Any mix of videos of any size, rate and length becomes an endless stream of batches of
+one bucket (frames x height x width):
 
     scan   every file is decoded once, at 32x32 grey: how many frames and when,
            where the cuts are, whether it is whole. Kept in a small JSON file, so that
@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,7 +54,6 @@ from files.video import crop_box
 
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif "
              ".apng .y4m".split())
-PICTURES = set(".png .jpg .jpeg .webp .bmp .tif .tiff".split())
 INDEX = "out/clips-index.json"
 VERSION = 2  # of what the index says; a new one makes every file be scanned again
 TINY = 32  # side of the grey pictures in which cuts are looked for
@@ -78,10 +76,6 @@ class Clip:
     times: list = field(default_factory=list)  # seconds: [first, step] of an even rate, or all
     seeks: bool = False  # whether jumping to a frame's time gives that frame
     error: str = ""  # why it cannot be used
-
-    @property
-    def picture(self):
-        return Path(self.path).suffix.lower() in PICTURES
 
     @property
     def even(self):
@@ -108,7 +102,7 @@ class Clip:
         words = list(self.info.conversions)
         if self.times and not self.even:
             words.append("variable rate")
-        if fps and not self.picture and abs(self.info.fps / fps - 1) > 0.01:
+        if fps and abs(self.info.fps / fps - 1) > 0.01:
             repeated = ", frames repeated" if self.info.fps < fps else ""
             words.append(f"{self.info.fps:g} to {fps:g} fps{repeated}")
         return "; ".join(words)
@@ -127,23 +121,29 @@ def iter_files(folder):
         seen.add(real)
         visible = [name for name in inner if not name.startswith(".")]
         inner[:] = sorted(visible, key=lambda f: (os.path.islink(os.path.join(where, f)), f))
-        found += [Path(where, name) for name in files if not name.startswith(".")]
-    dead = {p for p in found if p.suffix.lower() in VIDEOS | PICTURES and not p.exists()}
-    return sorted(path for path in found if path.is_file() or path in dead)
+        for name in files:
+            path = Path(where, name)
+            dead = is_video(path) and not path.exists()
+            if not name.startswith(".") and (path.is_file() or dead):
+                found.append(path)
+    return sorted(found)
+
+
+def is_video(path):
+    return path.suffix.lower() in VIDEOS
 
 
 def find_clips(folder):
-    """All videos and pictures under a folder (or the one file), sorted by path."""
+    """All videos under a folder (or the one file), sorted by path."""
     folder = Path(folder)
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: give a folder of videos and pictures.")
-    known = VIDEOS | PICTURES
-    paths = [path for path in iter_files(folder) if path.suffix.lower() in known]
+        raise UserError(f"{folder} does not exist: give a folder of videos.")
+    paths = list(filter(is_video, iter_files(folder)))
     if not paths:
-        raise UserError(f"{folder} holds no videos and no pictures (looked for "
-                        f"{' '.join(sorted(known))}): give another folder.")
+        raise UserError(f"{folder} holds no videos (looked for {' '.join(sorted(VIDEOS))}): give "
+                        "another folder.")
     return paths
 
 
@@ -152,11 +152,7 @@ def scan(path):
     why in `error`."""
     clip = Clip(str(path))
     try:
-        if clip.picture:
-            height, width = video.read_image(path).shape[1:]
-            clip.info, clip.frames = video.ClipInfo(0.0, height, width), 1
-        else:
-            scan_video(clip)
+        scan_video(clip)
     except (UserError, OSError) as e:
         clip.error = str(e)
     return clip
@@ -264,8 +260,8 @@ def file_stamp(path):
 
 
 def split_clips(clips, folder, split):
-    """What of a folder's usable videos, or of its usable pictures, belongs to the split
-    "train" or "val" -> [(clip, first frame, end)].
+    """What of a folder's usable videos belongs to the split "train" or "val"
+    -> [(clip, first frame, end)].
 
     Held out is a subfolder `val`, where there is one; else a tenth of the files; and of
     fewer than 20 videos the end of each, in time: no phase of a training sees what
@@ -273,11 +269,11 @@ def split_clips(clips, folder, split):
     """
     names = {c.path: Path(os.path.relpath(c.path, folder)).as_posix() for c in clips}
     held_out = {path for path, name in names.items() if name.startswith("val/")}
-    if not held_out and len(clips) < FEW and not any(c.picture for c in clips):
+    if not held_out and len(clips) < FEW:
         if split == "train":
             return [(c, 0, int(TRAIN * c.frames)) for c in clips]
         return [(c, c.frames - int(VALIDATION * c.frames), c.frames) for c in clips]
-    if not held_out and len(clips) > 1:
+    if not held_out:
         order = sorted(names, key=lambda p: hashlib.sha256(os.fsencode(names[p])).digest())
         held_out = set(order[: math.ceil(len(clips) / 10)])  # by names alone
     return [(c, 0, c.frames) for c in clips if (c.path in held_out) == (split == "val")]
@@ -323,18 +319,16 @@ class Clips:
     `frames` x `size` (h, w).
 
     `fps`: the rate at which clips are read; None: their own. `zoom`: the smallest share of
-    the frame's side that a random crop may have. `pictures=True`: the folder's pictures
-    instead of its videos, each as a clip of `frames` equal frames (1: alone; single frames
-    of the videos are what `frames=1` without it gives). `cache`: a folder for decoded
-    clips, scaled down as far as `size` and `zoom` allow. `index`: the file that remembers
-    what the scan found.
+    the frame's side that a random crop may have. `cache`: a folder for decoded clips,
+    scaled down as far as `size` and `zoom` allow. `index`: the file that remembers what
+    the scan found.
 
     Clips smaller than `size`, without a long enough scene, or damaged are left out:
     `skipped` is {path: reason}. None left is a UserError.
     """
 
     def __init__(self, folder, frames, size, split="train", seed=0, cache=None, fps=None, zoom=0.5,
-                 pictures=False, index=INDEX, workers=2):
+                 index=INDEX, workers=2):
         self.folder, self.frames, self.size, self.seed = folder, frames, tuple(size), seed
         self.zoom, self.fps = zoom, fps
         self.cache, self.clips, self.skipped = cache and Path(cache), {}, {}
@@ -343,19 +337,22 @@ class Clips:
             raise UserError(f"{frames} frames of {size[0]}x{size[1]}, zoom {zoom} "
                             "make no clip: zoom is in 0..1, the others 1 or more.")
         for one in [folder] if isinstance(folder, (str, Path)) else folder:
-            clips = [c for c in scan_folder(one, index, workers) if c.picture == pictures]
-            self.clips |= {c.path: c for c in clips}
-            self.skipped |= {c.path: c.error for c in clips if c.error}
-            usable = [c for c in clips if not c.error]
+            usable = []
+            for clip in scan_folder(one, index, workers):
+                self.clips[clip.path] = clip
+                if clip.error:
+                    self.skipped[clip.path] = clip.error
+                else:
+                    usable.append(clip)
             for clip, first, end in split_clips(usable, one, split):
                 self.add(clip, first, end, split)
-        if self.cache and not pictures:
+        if self.cache:
             self.fill_cache(workers)
         if not self.windows:
             why = f" ({next(iter(self.skipped.values())).rstrip('.')})" if self.skipped else ""
-            raise UserError(f"none of the {len(self.clips)} {'pictures' if pictures else 'videos'} "
-                            f"in {folder} can be used for {split} with {frames} frames of "
-                            f"{size[0]}x{size[1]}{why}: lower --frames or --size, or add clips.")
+            raise UserError(f"none of the {len(self.clips)} videos in {folder} can be used for "
+                            f"{split} with {frames} frames of {size[0]}x{size[1]}{why}: lower "
+                            "--frames or --size, or add clips.")
         self.paths = list(self.windows)
         starts = np.sqrt([self.starts(path) for path in self.paths])
         # long clips come more often, but do not crowd out the short ones
@@ -364,15 +361,17 @@ class Clips:
     def add(self, clip, first, end, split):
         """Note where samples may start in frames first..end-1 of a clip, or why none
         may."""
-        scenes = clip.scenes(first, end)
-        counts = [self.count_starts(clip, a, b) for a, b in scenes]
-        windows = [(a, n) for (a, _), n in zip(scenes, counts) if n > 0]
+        longest, windows = 0, []
+        for scene, border in clip.scenes(first, end):
+            longest = max(longest, border - scene)
+            starts = self.count_starts(clip, scene, border)
+            if starts > 0:
+                windows.append((scene, starts))
         if clip.info.height < self.size[0] or clip.info.width < self.size[1]:
             self.skipped[clip.path] = (
                 f"{clip.path} is {clip.info.height}x{clip.info.width}, smaller than "
                 f"{self.size[0]}x{self.size[1]}.")
         elif not windows:
-            longest = max(b - a for a, b in scenes)
             rate = f" at {self.fps:g} per second" if self.fps else ""
             self.skipped[clip.path] = (
                 f"{clip.path} has at most {longest} frames without a cut for {split}, and "
@@ -383,8 +382,6 @@ class Clips:
     def count_starts(self, clip, first, end):
         """In how many of these frames, from the first on, a sample may start that ends
         before frame `end`."""
-        if clip.picture:
-            return 1
         if not self.fps:
             return end - first - (self.frames - 1)
         last = self.ticks()[-1]  # when the sample's last frame is shown
@@ -448,9 +445,6 @@ class Clips:
     def read(self, clip, start, box):
         """A stretch of a clip -> uint8 [frames, *size, 3], from the cache if there is
         one."""
-        if clip.picture:
-            picture = video.to_uint8(video.read_image(clip.path)[:, None])
-            return resize(picture, box, self.size).repeat(self.frames, axis=0)
         numbers = self.numbers(clip, start)
         if not self.cache:
             return read(clip, numbers, box, self.size)
@@ -483,11 +477,7 @@ class Clips:
             if not file.exists() or file.stat().st_size != size:
                 jobs.append((clip, file, (h, w)))
                 need += size
-        self.cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.cache).free
-        if need > free:
-            raise UserError(f"decoded clips need {need / 1e9:.1f} GB and {self.cache} has "
-                            f"{free / 1e9:.1f}: leave out --cache, or use another disk.")
+        folders.check_room(self.cache, need, "decoded clips")
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             done = pool.map(decode, jobs)
             for clip, error in tqdm(done, "decode", len(jobs), unit="clip", disable=len(jobs) < 20):
@@ -516,34 +506,47 @@ def decode(job):
 # ------------------------------------------------------------------ streams
 
 
-def loader(dataset, batch, start_step=0, workers=2, rank=0, ranks=1, device=None, ahead=2):
+def read_ahead(read, items, workers, ahead):
+    """(item, future of read(item)) in order, read by threads that are up to `ahead` items
+    in front."""
+    queue, pool = collections.deque(), ThreadPoolExecutor(max(workers, 1))
+    try:
+        for item in items:
+            queue.append((item, pool.submit(read, item)))
+            if len(queue) > ahead:
+                yield queue.popleft()
+        yield from queue
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def loader(dataset, batch, start_step=0, workers=2, rank=0, ranks=1, device=None):
     """Batches from step `start_step` on, for ever -> [batch, 3, t, h, w] float in [-1,
     1], on `device`.
 
     Step k is made of samples k * batch to (k + 1) * batch - 1 (with several processes,
     `rank` of `ranks` has its share of a step `ranks` times as large), so the stream
-    depends neither on where it starts nor on `workers`: that many threads keep `ahead`
+    depends neither on where it starts nor on `workers`: that many threads keep two
     batches ready, each driving an ffmpeg process or cutting from the cache; with 0
     samples are made when they are asked for.
     """
 
-    def share(step):
-        return range((step * ranks + rank) * batch, (step * ranks + rank + 1) * batch)
-
-    def ready(samples):  # bytes travel to the GPU, not floats
-        return torch.stack(samples).to(device or "cpu").float().div_(127.5).sub_(1)
-
-    if not workers:
+    def numbers():
         for step in itertools.count(start_step):
-            yield ready([dataset.sample(i) for i in share(step)])
-    queue, pool = collections.deque(), ThreadPoolExecutor(workers)
-    try:
-        for step in itertools.count(start_step):
-            queue.append([pool.submit(dataset.sample, i) for i in share(step)])
-            if len(queue) > ahead:
-                yield ready([sample.result() for sample in queue.popleft()])
-    finally:
-        pool.shutdown(cancel_futures=True)
+            first = (step * ranks + rank) * batch
+            yield from range(first, first + batch)
+
+    def samples():
+        if workers:
+            for _, sample in read_ahead(dataset.sample, numbers(), workers, 2 * batch):
+                yield sample.result()
+        else:
+            yield from map(dataset.sample, numbers())
+
+    stream = samples()
+    while True:  # bytes travel to the GPU, not floats
+        x = torch.stack(list(itertools.islice(stream, batch))).to(device or "cpu")
+        yield x.float().div_(127.5).sub_(1)
 
 
 def validation(folder, frames, size, n, **more):
@@ -575,10 +578,9 @@ def validation(folder, frames, size, n, **more):
 def table(folder, frames, size, fps, index, workers):
     """Print what is in a folder, what reading changes, and what of it can be used."""
     every, usable = scan_folder(folder, index, workers), {}
-    for split, pictures in itertools.product(("train", "val"), (False, True)):
+    for split in ("train", "val"):
         with contextlib.suppress(UserError):
-            how = dict(fps=fps, pictures=pictures, index=index)
-            part = Clips(folder, frames, size, split, **how)
+            part = Clips(folder, frames, size, split, fps=fps, index=index)
             usable |= {(path, split): part.starts(path) for path in part.paths}
     print(f"{'clip':40} {'frames':>7} {'size':>10} {'fps':>7} {'cuts':>5} {'train':>7} {'val':>6}  "
           f"found and converted   (train, val: starts of {frames} frames)")

@@ -286,7 +286,7 @@ def format_table(rows):
     """{name: the "mean" of an evaluation} -> Markdown table, one line per name and one column
     per number that any of them has."""
     present = dict.fromkeys(column for row in rows.values() for column in row)
-    table = [[""], *([name] for name in rows)]
+    table = [[""]] + [[name] for name in rows]
     for known, (heading, digits) in COLUMNS.items():
         for column in present:
             if column.split()[0] != known:  # "flicker chunk" is a "flicker"
@@ -294,13 +294,18 @@ def format_table(rows):
             table[0].append(column.replace(known, heading))
             for line, row in zip(table[1:], rows.values()):
                 line.append(f"{row[column]:.{digits}f}" if column in row else "-")
-    widths = [max(map(len, column)) for column in zip(*table)]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = []
-    for name, *values in table:
-        lines.append([name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:]))])
-    lines.insert(1, rule)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(table)
+
+
+def markdown(table):
+    """Rows of cells, the headings first -> Markdown table, which is one to the eye too."""
+    columns = []
+    for i, column in enumerate(zip(*table)):
+        cells = list(map(str, column))
+        width = max(map(len, cells))
+        cells.insert(1, "-" * width if i == 0 else "-" * (width - 1) + ":")
+        columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
 
 
 def latent_statistics(latents):

@@ -44,6 +44,7 @@ import lora
 from files import options
 from gpu import tiling
 from training import bases, captions, loop
+from training.metrics import markdown
 from wan import models, released
 from wan.image import CLIPVision
 from wan.memory import counted, free_memory
@@ -328,12 +329,6 @@ def hours(flops):
 
 def gib(n):
     return f"{n / 2**30:.1f}" if n else "-"
-
-
-def markdown(table):
-    """Rows of cells, the headings first -> a Markdown table."""
-    rule = ["---"] * len(table[0])
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (table[0], rule, *table[1:]))
 
 
 def work_table(case, settings, samples, costs, experts):
