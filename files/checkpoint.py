@@ -150,7 +150,10 @@ def bytes_of(tensor):
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion_pytorch_model"):
+STEM = "diffusion_pytorch_model"  # of the files' names, on the hubs
+
+
+def save_shards(folder, tensors, metadata=None, shard_bytes=5e9):
     """Write `tensors` into a folder as the hubs have it: one file, or files of at most
     `shard_bytes` and an index of them."""
     folder, shards, room = Path(folder), [], 0
@@ -161,17 +164,16 @@ def save_shards(folder, tensors, metadata=None, shard_bytes=5e9, stem="diffusion
             room = shard_bytes
         shards[-1][name] = tensor
         room -= size
-    n = len(shards)
-    files = [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    index = folder / f"{stem}.safetensors.index.json"
+    n, index = len(shards), folder / f"{STEM}.safetensors.index.json"
+    files = [f"{STEM}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     ours = {*files, index.name}
     if n == 1:
-        files = [f"{stem}.safetensors"]
+        files = [f"{STEM}.safetensors"]
         ours = set(files)
-    there = {f.name for f in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]}
-    if there - ours:
-        raise UserError(f"{folder} already holds other weights ({min(there - ours)}), and "
-                        "together they could not be read: choose an empty folder.")
+    for there in sorted((*folder.glob("*.safetensors"), *folder.glob("*.index.json"))):
+        if there.name not in ours:
+            raise UserError(f"{folder} already holds other weights ({there.name}), and together "
+                            "they could not be read: choose an empty folder.")
     where = {}
     for file, shard in zip(files, shards):
         save_tensors(folder / file, shard, metadata)
@@ -238,7 +240,7 @@ def only_file(path):
         return path
     for suffixes in ((".safetensors",), (".pt", ".pth", ".bin")):
         files = [f for f in path.iterdir() if f.suffix in suffixes]
-        usual = [f for f in files if f.stem in ("diffusion_pytorch_model", "model")]
+        usual = [f for f in files if f.stem in (STEM, "model")]
         files = usual or files  # a LoRA or text cache may lie beside the usual one
         if len(files) == 1:
             return files[0]

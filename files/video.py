@@ -524,9 +524,9 @@ def check_written(path, tmp, frames):
 # ------------------------------------------------------------------ pictures
 
 
-def read_image(path, size=None):
+def read_image(path):
     """A picture file -> float [3, h, w] in [-1, 1]. Upright (EXIF), transparent parts
-    on white; `size=(h, w)` as for `iter_clip`."""
+    on white."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip it to white
@@ -539,8 +539,6 @@ def read_image(path, size=None):
                         "give a PNG, JPEG or WebP.") from e
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
-    if size:
-        image = ImageOps.fit(image, size[::-1], Image.BICUBIC)
     return to_tensor(np.array(image)[None])[:, 0]
 
 

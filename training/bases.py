@@ -60,7 +60,7 @@ class Settings:
     steps: int = 8_000  # of stage 2
     lr: float = 5e-5
     warmup: int = 1_000
-    decay: str = "constant"  # of the rate after its warm-up: constant, linear, cosine
+    decay: str = "constant"  # of the rate after its warm-up: constant, linear
     rank: int = 256  # of the LoRA; its alpha is twice that
     clip: float = 0.1  # largest norm of the gradient
     ema: float = 0.9999  # of stage 2: the average is evaluated and exported; 0: none

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from files import folders, video
 from files.checkpoint import UserError
-from training import captions, loop, metrics
+from training import captions, latents, loop, metrics
 from training.clips import read_ahead
 from training.entries import Entries, hash_encoder, hash_network, hash_of
 from wan.image import CLIPVision, WanImage, clip_pixels
@@ -156,16 +156,14 @@ class Space:
         return torch.cat(parts).float()
 
 
-def frames_alike(student, teacher, frames):
-    """How many frames the teacher reads of the student's: those of as many latent
-    frames, 77 of 80."""
-    s, t = student.ae.config, teacher.ae.config
-    if frames < s.lead or (frames - s.lead) % s.temporal_factor:
-        whole = max(frames - (frames - s.lead) % s.temporal_factor, s.lead)
-        raise UserError(f"{frames} frames are no whole number of latent frames of "
-                        f"{student.name}: use --frames {whole}.")
-    spans = (frames - s.lead) // s.temporal_factor + 1
-    return t.lead + (spans * s.temporal_factor // t.temporal_factor - 1) * t.temporal_factor
+def latent_frames(model, frames):
+    """Of a clip of so many frames. UserError where they are no whole number."""
+    c = model.ae.config
+    left = (frames - c.lead) % c.temporal_factor
+    if frames < c.lead or left:
+        raise UserError(f"{frames} frames are no whole number of latent frames of {model.name}: "
+                        f"use --frames {max(frames - left, c.lead)}.")
+    return (frames - c.lead) // c.temporal_factor + 1
 
 
 def check_grids(teacher, student, size):
@@ -247,13 +245,16 @@ class Source:
         o = self.options = Options(**options)
         self.split, self.drop, self.ahead = o.split, o.drop, {}
         self.null = (student.negative or "") if o.null == "negative" else ""
-        frames = frames_alike(student, teacher or student, o.frames)
+        count = latent_frames(student, o.frames)
+        self.pool = ThreadPoolExecutor(max(o.workers, 1))
         self.samples, self.skipped = captions.find_samples(data, o.caption_per_line)
 
-        self.student = Space(student, o.frames, o, picture=True)
-        self.teacher = teacher and Space(teacher, frames, o, picture=False)
-        self.spaces = [self.student, self.teacher] if teacher else [self.student]
+        self.student, self.teacher = Space(student, o.frames, o, picture=True), None
+        self.spaces = [self.student]
         if teacher:
+            frames = latents.frames_alike(teacher.ae.config, student.ae.config, count)
+            self.teacher = Space(teacher, frames, o, picture=False)
+            self.spaces.append(self.teacher)
             for size in self.student.sizes.values():
                 check_grids(self.teacher.shape(size), self.student.shape(size), size)
         self.text = prompt_entries(student, o.folder)
@@ -343,10 +344,7 @@ class Source:
         return Batch(stack("latent"), stack("condition"), seen)
 
     def _submit(self, step, positions):
-        if not hasattr(self, "pool"):
-            self.pool = ThreadPoolExecutor(max(self.options.workers, 1))
-        drawn = [self.draw(step, position) for position in positions]
-        return [self.pool.submit(self.read, *one) for one in drawn]
+        return [self.pool.submit(self.read, *self.draw(step, place)) for place in positions]
 
     def pair(self, i):
         """Clip i in both latent spaces -> (teacher input [c_T, t, h, w], student input

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from files import video
 from files.errors import UserError, printable
-from training.clips import VIDEOS, iter_files
+from training.clips import VIDEOS, is_video, iter_files
 from training.entries import hash_file
 
 NO_CAPTION = "clip without caption"
@@ -80,9 +80,12 @@ def find_samples(data, per_line=False):
         for sample in iter_samples(place, skipped, per_line):
             first = found.setdefault((os.path.realpath(sample.file), sample.offset), sample)
             first.captions |= sample.captions
-    silent = [s.name for s in found.values() if not s.captions]
-    skipped |= {name: NO_CAPTION for name in silent if name not in skipped}
-    spoken = sorted((s for s in found.values() if s.captions), key=lambda s: s.name)
+    spoken = []
+    for sample in sorted(found.values(), key=lambda s: s.name):
+        if sample.captions:
+            spoken.append(sample)
+        else:
+            skipped.setdefault(sample.name, NO_CAPTION)
     samples = list(join_equal(spoken, skipped))
     for sample in samples:
         sample.captions = dict(sorted(sample.captions.items()))  # whichever place spoke first
@@ -140,17 +143,19 @@ def iter_samples(place, skipped, per_line=False):
     else:
         raise UserError(f"{place} does not exist: give a folder of clips with captions, a table, "
                         "or a tar.")
-    clips = {p.with_suffix("") for p in files if p.suffix.lower() in VIDEOS}
-    spoken = {}  # path without suffix -> files of captions
+    clips, spoken = set(), {}  # paths without suffix; files of captions for each of them
     for file in files:
-        if file.suffix.lower() in SPOKEN:
+        if is_video(file):
+            clips.add(file.with_suffix(""))
+        elif file.suffix.lower() in SPOKEN:
             spoken.setdefault(file.with_suffix(""), []).append(file)
     for file in files:
         kind = file.suffix.lower()
-        if kind in VIDEOS:
+        if is_video(file):
             sample = Sample(str(file), str(file))
             for other in spoken.get(file.with_suffix(""), []):
-                add_captions(sample, read_captions(other, per_line), skipped)
+                with unreadable(sample.name, skipped):
+                    sample.captions |= read_captions(other, per_line)
             yield sample
         elif kind in (".csv", ".tsv", ".jsonl"):
             yield from rows(file, skipped)
@@ -164,7 +169,7 @@ def iter_samples(place, skipped, per_line=False):
 
 def beside(clip):
     """Files of captions beside one clip."""
-    if clip.suffix.lower() not in VIDEOS:
+    if not is_video(clip):
         return []
     same = [p for p in clip.parent.iterdir() if p.with_suffix("") == clip.with_suffix("")]
     return sorted(p for p in same if p.suffix.lower() in SPOKEN and p.is_file())
@@ -173,13 +178,13 @@ def beside(clip):
 # ------------------------------------------------------------------ what is said of a clip
 
 
-def add_captions(sample, said, skipped):
-    """Add the captions that a function gives to a sample; ones that cannot be read are
-    named."""
+@contextlib.contextmanager
+def unreadable(name, skipped):
+    """Captions that cannot be read in this block are noted under `name`."""
     try:
-        sample.captions |= said()
+        yield
     except (ValueError, RecursionError, OverflowError, OSError) as e:
-        skipped[sample.name] = f"unreadable captions ({reason_of(e)})"
+        skipped[name] = f"unreadable captions ({reason_of(e)})"
 
 
 def reason_of(error):
@@ -190,14 +195,10 @@ def reason_of(error):
 
 
 def read_captions(file, per_line):
-    """-> function that reads a .txt or .json."""
-
-    def said():
-        if file.stat().st_size > LONGEST:
-            raise ValueError(f"more than {LONGEST >> 20} MB")
-        return parse_captions(file.suffix, file.read_bytes(), per_line)
-
-    return said
+    """A .txt or .json -> {caption: score}."""
+    if file.stat().st_size > LONGEST:
+        raise ValueError(f"more than {LONGEST >> 20} MB")
+    return parse_captions(file.suffix, file.read_bytes(), per_line)
 
 
 def parse_captions(suffix, raw, per_line):
@@ -223,24 +224,30 @@ def captions_of(said):
         scores = first_of(said, SCORES)
         said = first_of(said, NAMES) or []
     said = said if isinstance(said, list) else [said]
+    found = {}
     if any(isinstance(one, dict) for one in said):
-        parts = [captions_of(one) for one in said]
-        return {caption: score for part in parts for caption, score in part.items()}
+        for one in said:
+            found |= captions_of(one)
+        return found
     if scores is None:
         scores = [1.0] * len(said)
-    scores = [score_of(s) for s in (scores if isinstance(scores, list) else [scores])]
+    scores = scores if isinstance(scores, list) else [scores]
     if len(scores) != len(said):
         raise ValueError(f"{len(said)} captions but {len(scores)} scores")
-    captions = [caption_of(one) for one in said]
-    return {caption: score for caption, score in zip(captions, scores) if caption}
+    for one, score in zip(said, scores):
+        caption, score = caption_of(one), score_of(score)
+        if caption:
+            found[caption] = score
+    return found
 
 
 def first_of(said, names):
     """The value of the first of `names` that an object has; None without one. Names are
     compared as people write them: " File_Name" is "file_name"."""
     by_name = {str(name).strip().lower(): value for name, value in said.items()}
-    found = (by_name[name] for name in names if by_name.get(name) not in (None, "", []))
-    return next(found, None)
+    for name in names:
+        if by_name.get(name) not in (None, "", []):
+            return by_name[name]
 
 
 def score_of(value):
@@ -287,10 +294,9 @@ def rows(table, skipped):
             skipped[f"{where} ({path[:200]})"] = NO_CLIP
         else:
             sample = Sample(str(file), str(file))
-            failed = {}
-            add_captions(sample, lambda: captions_of(row), failed)
-            skipped |= {where: why for why in failed.values()}
-            if sample.captions or not failed:
+            with unreadable(where, skipped):
+                sample.captions = captions_of(row)
+            if sample.captions or where not in skipped:
                 yield sample
 
 
@@ -390,7 +396,8 @@ def members(archive, skipped, per_line=False):
     size = archive.stat().st_size
     for key, sample in clips.items():
         for kind, raw in said.pop(key, []):
-            add_captions(sample, lambda: parse_captions(kind, raw, per_line), skipped)
+            with unreadable(sample.name, skipped):
+                sample.captions |= parse_captions(kind, raw, per_line)
         if sample.offset + sample.size > size:
             skipped[sample.name] = "cut off with its archive"
         else:
@@ -429,10 +436,11 @@ def bucket_sizes(family):
     h, w = AREAS[numbers[0]] if named else numbers[:2]
     multiple, ratios = numbers[-1], LARGE_RATIOS if named and h >= 1080 else RATIOS
 
-    def side(length):
-        return max(round(length / multiple), 1) * multiple
-
-    return {r: (side(math.sqrt(h * w * r)), side(math.sqrt(h * w / r))) for r in ratios}
+    sizes = {}
+    for ratio in ratios:
+        sides = math.sqrt(h * w * ratio), math.sqrt(h * w / ratio)
+        sizes[ratio] = tuple(max(round(side / multiple), 1) * multiple for side in sides)
+    return sizes
 
 
 def bucket_of(height, width, sizes):

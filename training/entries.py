@@ -87,12 +87,10 @@ def remembered():
 
 def hash_network(path):
     """Of a network's file, or of the files in its folder; "" where there are none."""
-    path = Path(path) if path else None
-    files = []
-    if path and path.is_file():
-        files = [path]
-    elif path:
-        files = sorted(path.glob("*.safetensors"))
+    if not path:
+        return ""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return hash_of([hash_file(f) for f in files]) if files else ""
 
 

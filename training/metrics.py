@@ -17,6 +17,7 @@ measured, and the result says what is missing.
     print(metrics.format_table({"DC-AE-V": result["mean"]}))
 """
 import math
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -218,9 +219,7 @@ def evaluate(reconstruct, clips, borders=None, cell=None, optional=("lpips", "li
     """
     nets, left_out = optional_networks(optional)
     i3d, rows, features = nets.pop("fvd", None), [], []
-    frames = {column: [] for column in ("psnr", "ssim", *nets)}
-    borders = {f"flicker {name}": where for name, where in (borders or {}).items()}
-    pairs = {column: [] for column in borders}
+    frames, pairs = defaultdict(list), defaultdict(list)  # of each column
 
     for name, x in clips:
         x = x[None]
@@ -236,7 +235,8 @@ def evaluate(reconstruct, clips, borders=None, cell=None, optional=("lpips", "li
         for column, values in found.items():
             frames[column].append(values[0].cpu())
             row[column] = finite_mean(values[0])
-        for column, where in borders.items():
+        for border, where in (borders or {}).items():
+            column = f"flicker {border}"
             pairs[column].append(_at_borders(temporal_error(y, x).cpu(), *where))
             row[column] = _ratio(*pairs[column][-1])
         rows.append({**row, "psnr_frames": frames["psnr"][-1].tolist()})
@@ -285,15 +285,20 @@ COLUMNS = {
 def format_table(rows):
     """{name: the "mean" of an evaluation} -> Markdown table, one line per name and one column
     per number that any of them has."""
-    present = dict.fromkeys(column for row in rows.values() for column in row)
-    table = [[""]] + [[name] for name in rows]
-    for known, (heading, digits) in COLUMNS.items():
-        for column in present:
-            if column.split()[0] != known:  # "flicker chunk" is a "flicker"
-                continue
-            table[0].append(column.replace(known, heading))
-            for line, row in zip(table[1:], rows.values()):
-                line.append(f"{row[column]:.{digits}f}" if column in row else "-")
+    present = {}  # column -> digits
+    for known, (_, digits) in COLUMNS.items():
+        for row in rows.values():
+            for column in row:
+                if column.split()[0] == known:  # "flicker chunk" is a "flicker"
+                    present[column] = digits
+    table = [[""]]
+    for column in present:
+        known = column.split()[0]
+        table[0].append(column.replace(known, COLUMNS[known][0]))
+    for name, row in rows.items():
+        table.append([name])
+        for column, digits in present.items():
+            table[-1].append(f"{row[column]:.{digits}f}" if column in row else "-")
     return markdown(table)
 
 

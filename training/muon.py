@@ -25,6 +25,9 @@ import torch
 
 import kernels
 
+MOMENTUM = 0.95
+BETAS = (0.9, 0.95)  # of Adam
+
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolution kernels of `net` (a kernel is a matrix of
@@ -34,17 +37,15 @@ class Muon(torch.optim.Optimizer):
         (embeddings and heads: first and last layers).
     """
 
-    def __init__(self, net, lr, momentum=0.95, betas=(0.9, 0.95), adam=()):
-        def is_matrix(name, p):
-            thick = p.ndim >= 2 and min(p.flatten(1).shape) > 1
-            return thick and not any(re.fullmatch(pattern, name) for pattern in adam)
-
-        named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if is_matrix(n, p)]
-        rest = [p for n, p in named if not is_matrix(n, p)]
+    def __init__(self, net, lr, adam=()):
+        matrices, rest = [], []
+        for name, p in net.named_parameters():
+            if p.requires_grad:
+                thick = p.ndim >= 2 and min(p.flatten(1).shape) > 1
+                named = any(re.fullmatch(pattern, name) for pattern in adam)
+                (matrices if thick and not named else rest).append(p)
         groups = [dict(params=matrices, matrices=True), dict(params=rest, matrices=False)]
-        defaults = dict(lr=lr, momentum=momentum, betas=betas)
-        super().__init__([g for g in groups if g["params"]], defaults)
+        super().__init__([g for g in groups if g["params"]], dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
@@ -52,30 +53,30 @@ class Muon(torch.optim.Optimizer):
             update = self._muon if group["matrices"] else self._adam
             for p in group["params"]:
                 if p.grad is not None:
-                    update(p, self.state[p], group)
+                    update(p, self.state[p], group["lr"])
 
     @staticmethod
-    def _muon(p, state, group):
+    def _muon(p, state, lr):
         m = state.setdefault("momentum", torch.zeros_like(p))
-        m.mul_(group["momentum"]).add_(p.grad)
-        ahead = p.grad.add(m, alpha=group["momentum"])
+        m.mul_(MOMENTUM).add_(p.grad)
+        ahead = p.grad.add(m, alpha=MOMENTUM)
         direction = orthogonalise(ahead.flatten(1))
         scale = 0.2 * max(direction.shape) ** 0.5
-        p.add_(direction.view_as(p), alpha=-scale * group["lr"])
+        p.add_(direction.view_as(p), alpha=-scale * lr)
 
     @staticmethod
-    def _adam(p, state, group):
-        b1, b2 = group["betas"]
+    def _adam(p, state, lr):
+        b1, b2 = BETAS
         m = state.setdefault("m", torch.zeros_like(p))
         v = state.setdefault("v", torch.zeros_like(p))
         state["step"] = t = state.get("step", 0) + 1
         m.lerp_(p.grad, 1 - b1)
         v.lerp_(p.grad.square(), 1 - b2)
         spread = (v / (1 - b2**t)).sqrt_().add_(1e-8)
-        p.addcdiv_(m, spread, value=-group["lr"] / (1 - b1**t))
+        p.addcdiv_(m, spread, value=-lr / (1 - b1**t))
 
 
-def orthogonalise(m, steps=5):
+def orthogonalise(m):
     """The matrix with m's singular vectors and all singular values near 1 (0.7 to 1.2).
 
     In the type in which the device multiplies fastest: a direction needs few digits,
@@ -85,7 +86,7 @@ def orthogonalise(m, steps=5):
     x = m.T if tall else m
     x = x / (x.norm() + 1e-7)
     x = x.to(kernels.matmul_type(m.device))
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
     x = x.T if tall else x

@@ -44,6 +44,7 @@ import lora
 from files import options
 from gpu import tiling
 from training import bases, captions, loop
+from training.latents import frames_alike
 from training.metrics import markdown
 from wan import models, released
 from wan.image import CLIPVision
@@ -260,11 +261,7 @@ def cached_words(case):
 
 def caches(case):
     """-> [Cached], in the order in which they are filled."""
-    t, s = case.teacher.config, case.student.config
-    kept = case.latent[0] * s.temporal_factor // t.temporal_factor
-    if s.temporal_factor == t.temporal_factor:
-        kept = case.latent[0]
-    frames = t.lead + (kept - 1) * t.temporal_factor  # 77 of 80
+    frames = frames_alike(case.teacher.config, case.student.config, case.latent[0])
     wan = torch.float32 if hasattr(case.teacher, "conv1") or case.text else torch.bfloat16
     return [cached_latents("base", case.teacher, wan, case.base_config, frames, case.size),
             cached_latents("deep", case.student, torch.bfloat16, case.config, case.frames,
@@ -344,8 +341,9 @@ def work_table(case, settings, samples, costs, experts):
         passes = f"{cost.total / cost.forward:.2f}"
         rows.append((stage, count(parameters, True), count(parameters, False), steps,
                      cost.total / settings.batch, passes, samples))
-    table, total = [["stage", "trained parameters", "frozen", "steps", "TFLOP per clip",
-                     "in forward passes", "FLOP in all", "H100 hours"]], 0
+    total = 0
+    table = [["stage", "trained parameters", "frozen", "steps", "TFLOP per clip",
+              "in forward passes", "FLOP in all", "H100 hours"]]
     for stage, trained, frozen, steps, per_clip, passes, clips in rows:
         work = experts * per_clip * steps * clips
         total += work
