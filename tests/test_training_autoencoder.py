@@ -363,7 +363,7 @@ def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
 
 
 def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--preset small needs --data with a folder of clips, or --overfit with one clip"):
+    with pytest.raises(UserError, match="--preset small needs --data with a folder of clips"):
         ae.main(["train", "--preset", "small", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="does not exist"):
         ae.main(["train", "--preset", "small", "--data", str(tmp_path / "none"), "--out", str(tmp_path)])

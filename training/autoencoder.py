@@ -694,19 +694,24 @@ def add_shared(p, known_losses):
     add("--threads", type=options.threads, help="CPU threads")
 
 
-def films(a):
-    """The source that the arguments name, and the changes to a phase that they ask for."""
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    if a.fps != "native" and not a.data:
-        raise UserError("--fps says nothing without --data: leave it out.")
-    source, changes = None, dict(a.losses)
+def choose_source(p, a, given, full, laptop, toy_world):
+    """Films or the toy world -> (source, programme: one of the three)."""
     if a.data:
-        source = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
+        films = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
+        return films, full if a.preset.startswith("f") else laptop
+    p.refuse("a run without --data", given & {"workers", "cache", "fps"})
+    if a.preset.startswith("toy"):
+        return ToyWorld(), toy_world
+    raise UserError(f"--preset {a.preset} needs --data with a folder of clips.")
+
+
+def changes_of(a):
+    """What the arguments change about every phase."""
+    changes = dict(a.losses)
     for name in ("accumulate", "frames", "size", "lr"):
         if getattr(a, name) is not None:
             changes[name] = getattr(a, name)
-    return source, changes
+    return changes
 
 
 def arguments():
@@ -734,9 +739,7 @@ def arguments():
 def refuse_unused(p, a, given):
     """UserError for an option that this run would ignore."""
     if a.overfit:
-        p.refuse("--overfit, which reads one clip", given & {"data", "workers", "cache"})
-    if not a.data:
-        p.refuse("a run without --data", given & {"workers", "cache"})
+        p.refuse("--overfit, which reads one clip", given & {"data", "workers", "cache", "fps"})
     if not a.align_to:
         p.refuse("a run without --align-to", given & {"align_weight"})
     if a.inflate:
@@ -747,16 +750,11 @@ def main_train(argv):
     p = arguments()
     a, given = p.parse(argv)
     refuse_unused(p, a, given)
-    source, changes = films(a)
     if a.overfit:
         source, programme = OneClip(a.overfit), MEMORISE
-    elif a.data:
-        programme = FULL if a.preset.startswith("f") else LAPTOP
-    elif a.preset.startswith("toy"):
-        source, programme = ToyWorld(), TOY
     else:
-        raise UserError(f"--preset {a.preset} needs --data with a folder of clips, or --overfit "
-                        "with one clip.")
+        source, programme = choose_source(p, a, given, FULL, LAPTOP, TOY)
+    changes = changes_of(a)
     if a.align_to:
         changes["align"] = a.align_weight
     begun, config = bool(a.start or a.inflate), ae.PRESETS[a.preset]
@@ -765,7 +763,7 @@ def main_train(argv):
         raise UserError("--align-to needs a phase that trains the encoder of clips: low or high.")
     settings = Settings(a.seed, a.save_every, not a.fp32, start=a.start, inflate=a.inflate,
                         align_to=tuple(a.align_to))
-    loop.start()
+    loop.start(a.threads)
     with loop.lock(a.out):
         path = train(a.preset, phases, source, a.out, settings)
     if a.overfit:

@@ -173,15 +173,21 @@ class Base:
         """Its Model without weights: enough to plan."""
         return released.outline(self.name)
 
+    def folders(self, args):
+        """Where its files are, and the deep autoencoder's."""
+        return [Path(w) for w in args.weights] or [Path("checkpoints") / self.name]
+
+    def load(self, args, dtype):
+        """Its Model on args.device, whose transformer is not read."""
+        return released.load_model(
+            self.name, self.folders(args), (), dtype, args.device, args.text_cache)
+
     def models(self, args, settings):
         """-> (teacher, student), two `models.Model` on args.device whose transformers
         are not read."""
-        folders = [Path(w) for w in args.weights] or [Path("checkpoints") / self.name]
-        autoencoder = deep_autoencoder(args.target, args.ae, folders)  # the likelier to miss
-        dtype = DTYPES[settings.dtype]
-        teacher = released.load_model(self.name, folders, (), dtype, args.device, args.text_cache)
-        buckets = buckets_of(args, autoencoder)
-        return teacher, self.student(teacher, autoencoder, settings, buckets)
+        autoencoder = deep_autoencoder(args.target, args.ae, self.folders(args))  # likelier to miss
+        teacher = self.load(args, DTYPES[settings.dtype])
+        return teacher, self.student(teacher, autoencoder, settings, buckets_of(args, autoencoder))
 
     def student(self, teacher, autoencoder, settings, buckets):
         """The teacher around the deep autoencoder. It samples as the released
@@ -278,13 +284,11 @@ class Diffusers(Base):
         model.ae.to("meta")
         return model
 
-    def models(self, args, settings):
-        folders = [self.folder, *map(Path, args.weights)]
-        autoencoder = deep_autoencoder(args.target, args.ae, folders)
-        dtype = DTYPES[settings.dtype]
-        teacher = folder.load_model(self.folder, dtype, args.device, args.text_cache)
-        buckets = buckets_of(args, autoencoder)
-        return teacher, self.student(teacher, autoencoder, settings, buckets)
+    def folders(self, args):
+        return [self.folder, *map(Path, args.weights)]
+
+    def load(self, args, dtype):
+        return folder.load_model(self.folder, dtype, args.device, args.text_cache)
 
     def student(self, teacher, autoencoder, settings, buckets):
         """It samples as its base does."""

@@ -216,15 +216,8 @@ def arguments():
 def main_distill(argv):
     p = arguments()
     a, given = p.parse(argv)
-    if not a.data:
-        p.refuse("a run without --data", given & {"workers", "cache"})
-    source, changes = autoencoder.films(a)
-    if source:
-        programme = FULL if a.preset.startswith("f") else LAPTOP
-    elif a.preset.startswith("toy"):
-        source, programme = autoencoder.ToyWorld(), TOY
-    else:
-        raise UserError(f"--preset {a.preset} needs --data with a folder of clips.")
+    source, programme = autoencoder.choose_source(p, a, given, FULL, LAPTOP, TOY)
+    changes = autoencoder.changes_of(a)
     full = ae.load(a.weights)
     config = light.configure(full.config, a.preset)
     if not a.model:
@@ -238,7 +231,7 @@ def main_distill(argv):
     if a.model and not any(phase.generated for phase in phases):
         raise UserError("--model needs a share of steps on its latents: --losses generated=0.25.")
     settings = autoencoder.Settings(a.seed, a.save_every, not a.fp32, start=a.weights)
-    loop.start()
+    loop.start(a.threads)
     with loop.lock(a.out):
         path = distill(full, a.preset, phases, source, a.out, settings, a.model)
     print("wrote", path)

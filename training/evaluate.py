@@ -47,29 +47,24 @@ def reconstruct(net, clip, out, frames=None, size=None):
     step = max(1, (expected or 8 * c.piece) // 8)  # between the frames of the contact sheet
     psnr, ssim, shown, spent = [], [], [], dict(read=0.0, encode=0.0, decode=0.0)
 
-    def side_by_side():
-        pieces = (x[None] for x in video.iter_clip(clip, frames, size, piece=c.piece))
-        originals = recut(pieces, 3, c.piece, c.lead + c.piece - c.temporal_factor)
-        originals, copies = itertools.tee(timed(originals, "read", spent))
-        latents = timed(net.encode_stream(x.to(like) for x in originals), "encode", spent)
-        decoded = timed(net.decode_stream(latents), "decode", spent)
-        bar = tqdm(total=expected or None, desc="reconstruct", unit="frame", leave=False)
-        for y, x in zip(decoded, copies):
-            y = y[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x)
-            if -len(psnr) % step < x.shape[2]:
-                shown.append(torch.cat([x, y])[:, :, -len(psnr) % step :: step].clone())
-            psnr.extend(metrics.psnr_frames(y, x)[0].tolist())
-            ssim.extend(metrics.ssim_frames(y, x)[0].tolist())
-            bar.update(x.shape[2])
-            yield torch.cat([x, y], dim=4)[0]
-        bar.close()
+    def both():
+        pieces = video.iter_clip(clip, frames, size, piece=c.piece)
+        with tqdm(total=expected or None, desc="reconstruct", unit="frame", leave=False) as bar:
+            for x, y in reconstructions(net, pieces, spent):
+                next_shown = -len(psnr) % step
+                if next_shown < x.shape[2]:
+                    shown.append(torch.cat([x, y])[:, :, next_shown::step].clone())
+                psnr.extend(metrics.psnr_frames(y, x)[0].tolist())
+                ssim.extend(metrics.ssim_frames(y, x)[0].tolist())
+                bar.update(x.shape[2])
+                yield torch.cat([x, y], dim=4)[0]
 
     film, labels = Path(clip), ["original", "reconstruction"]
     settings = dict(clip=[str(film.absolute()), film.stat().st_size, film.stat().st_mtime_ns],
                     weights=hash_tensors(net.state_dict()), frames=frames,
                     size=size and list(size), dtype=str(like.dtype))
     path = folders.free_name(out, f"{film.stem}_reconstruction", settings)
-    video.write_video(f"{path}.mp4", side_by_side(), info.fps, scale=max(1, 256 // h))
+    video.write_video(f"{path}.mp4", both(), info.fps, scale=max(1, 256 // h))
     shown = torch.cat(shown, dim=2)
     video.contact_sheet(f"{path}.png", shown, labels=labels, scale=min(2, 200 / h))
     cell = 3 * c.spatial_factor**2 * c.temporal_factor
@@ -85,6 +80,18 @@ def reconstruct(net, clip, out, frames=None, size=None):
         threads=torch.get_num_threads(), torch=torch.__version__)
     checkpoint.write_json(f"{path}.json", result)
     return result
+
+
+def reconstructions(net, pieces, spent):
+    """Pieces of a clip [3, t, h, w], cut anywhere -> (original, reconstruction), [1, 3, t, h,
+    w], as they come. The seconds of reading, of that and encoding, and of all are added to
+    `spent`."""
+    c, like = net.config, next(net.parameters())
+    whole = recut((x[None] for x in pieces), 3, c.piece, c.lead + c.piece - c.temporal_factor)
+    originals, copies = itertools.tee(timed(whole, "read", spent))
+    z = timed(net.encode_stream(x.to(like) for x in originals), "encode", spent)
+    for y, x in zip(timed(net.decode_stream(z), "decode", spent), copies):
+        yield x, y[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x)
 
 
 def timed(pieces, name, spent):
@@ -178,7 +185,8 @@ def show(path, nets, held_out):
 # ------------------------------------------------------------------------- command line
 
 
-def main_eval(argv):
+def eval_arguments(argv):
+    """-> (arguments, names of those that were given)"""
     p = options.Parser(
         prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
@@ -208,15 +216,21 @@ def main_eval(argv):
         p.refuse("a run without --prompts", given & {"model"})
     if args.results:
         folders.writable_file(args.results)
+    return args, given
+
+
+def main_eval(argv):
+    args, given = eval_arguments(argv)
     nets = autoencoders(args)
     if args.prompts:
         model = distill.toy_model(args.model, next(iter(nets.values())), args.device)
-    held_out = [(f"clip {i}", x.to(args.device)) for i, x in enumerate(held_out_clips(args, given))]
+    films = [x.to(args.device) for x in held_out_clips(args, given)]
+    held_out = [(f"clip {i}", x) for i, x in enumerate(films)]
     results = {name: evaluate(net, held_out) for name, net in nets.items()}
     if args.base:
         teacher = latents.Teacher(args.base, args.device)
         for name, net in nets.items():
-            found = latents.r_squared(teacher, net, [x for _, x in held_out])
+            found = latents.r_squared(teacher, net, films)
             results[name]["latent"]["r_squared"] = found
     if args.decoder:
         for name, found in side_by_side(nets, held_out).items():
@@ -226,7 +240,8 @@ def main_eval(argv):
             results[name]["mean"]["fit"] = fit
     print(metrics.format_table({name: r["mean"] for name, r in results.items()}))
     for name, r in results.items():
-        print(f"{name}: latent " + ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items()))
+        told = ", ".join(f"{k} {v:.4f}" for k, v in r["latent"].items())
+        print(f"{name}: latent {told}")
     for column, reason in next(iter(results.values()))["left_out"].items():
         print(f"{column} is left out: {reason}")
     if args.results:

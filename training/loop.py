@@ -192,7 +192,9 @@ class Run:
     def averaged(self):
         """Within this block the first net has the moving average of its weights (if the
         plan has one)."""
-        own = {k: p.detach().clone() for k, p in trained(self.net).items() if self.average}
+        own = {}
+        if self.average:
+            own = {k: p.detach().clone() for k, p in trained(self.net).items()}
         copy_into(self.net, self.average)
         try:
             yield self.net
@@ -442,8 +444,10 @@ def suspect(nets, again):
 PATIENCE = timedelta(minutes=30)  # how long the others wait for one: process 0 scores alone
 
 
-def start():
+def start(threads=None):
     """Join the other processes where torchrun started this one -> the device to train on."""
+    if threads:
+        torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -617,20 +621,7 @@ def save_sharded(path, tensors, about):
         all_gather(None)
         if rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        if rank() in e.failures:
-            error = e.failures[rank()][0]
-            system = system_error(error)
-            need = sum(map(checkpoint.size_of, mine.values()))
-            if system and is_full(system) or shutil.disk_usage(path.parent).free < need:
-                with naming(path, need):
-                    raise OSError(errno.ENOSPC, "No space left on device") from e
-            if system:
-                raise OSError(system.errno, system.strerror, str(path)) from e
-            raise error
-        number, (error, _) = min(e.failures.items())
-        raise UserError(
-            f"process {number} could not write its part of {path} ({error}): the checkpoint "
-            "before is whole; make room and run it again.") from e
+        not_saved(path, e, sum(map(checkpoint.size_of, mine.values())))
     if rank() == 0:
         sizes = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}
         checkpoint.write_json(tmp / "about.json", {**about, "files": sizes})
@@ -639,6 +630,23 @@ def save_sharded(path, tensors, about):
         tmp.rename(path)
         sync_folder(path.parent)
     all_gather(None)  # nobody goes on before it has its name
+
+
+def not_saved(path, failed, need):
+    """Raise what stopped this process, or what it heard of another one. need: bytes."""
+    if rank() not in failed.failures:
+        number, (error, _) = min(failed.failures.items())
+        raise UserError(
+            f"process {number} could not write its part of {path} ({error}): the checkpoint "
+            "before is whole; make room and run it again.") from failed
+    error = failed.failures[rank()][0]
+    system = system_error(error)
+    if system and is_full(system) or shutil.disk_usage(path.parent).free < need:
+        with naming(path, need):
+            raise OSError(errno.ENOSPC, "No space left on device") from failed
+    if system:
+        raise OSError(system.errno, system.strerror, str(path)) from failed
+    raise error
 
 
 def read_about(path):
