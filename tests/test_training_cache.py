@@ -3,7 +3,6 @@ not fatal. On tiny autoencoders of the real kinds (Wan: 1 + 4k frames, 8x8 pixel
 import copy
 import dataclasses
 import errno
-import json
 import re
 import shutil
 import tarfile
@@ -17,9 +16,9 @@ import torch
 import ae
 import dit
 import toy
-from files import checkpoint, errors, video
+from files import checkpoint, errors
 from files.checkpoint import UserError
-from training import cache, captions, entries, loop
+from training import cache, captions, entries, latents, loop
 from wan import models, released, vae
 from wan.text import WanText
 from test_training_captions import BLUE, FAMILY, RED, folder  # noqa: F401 (a fixture)
@@ -87,7 +86,8 @@ def same(a, b):
 def test_80_frames_of_the_student_are_77_of_the_teacher():
     """Then both have 20 latent frames, and in every bucket grids of the same aspect (spec 2.2, 3.1)."""
     teacher, student = released.outline("wan2.1-t2v-1.3b"), released.outline("dc-wan2.1-t2v-1.3b")
-    assert cache.frames_alike(student, teacher, 80) == 77
+    assert cache.latent_frames(student, 80) == 20
+    assert latents.frames_alike(teacher.ae.config, student.ae.config, 20) == 77
     for size in captions.bucket_sizes("480F32MS").values():
         base, deep = teacher.latent_shape(77, size), student.latent_shape(80, size)
         assert base[0] == deep[0] == 20

@@ -165,9 +165,9 @@ class Run:
         for micro in range(k):
             batch, number = next(batches), self.number + micro
             for name, loss, values in losses(batch, number):
-                if not all_true(torch.isfinite(loss)):
-                    value = next(v for v in all_gather(loss.item()) if not math.isfinite(v))
-                    self._stop(f"the loss of '{name}' is {value}", losses, batch, number)
+                for value in all_gather(loss.item()):
+                    if not math.isfinite(value):
+                        self._stop(f"the loss of '{name}' is {value}", losses, batch, number)
                 (loss / k).backward()
                 for key, value in values.items():
                     parts[key] = parts.get(key, 0) + float(value) / k
@@ -502,18 +502,11 @@ def together(task, *args):
 def lock(folder):
     """A folder for this run alone, taken by process 0 for all of them -> a context in
     which it is held. UserError in all processes where another run has it."""
-    held, refused = together(folders.Lock, folder) if rank() == 0 else together(str)
+    take = contextlib.nullcontext if rank() else folders.Lock
+    held, refused = together(take, folder)
     if refused:
         raise UserError(refused)
-    return held if rank() == 0 else contextlib.nullcontext()
-
-
-def all_true(flag):
-    """Is a flag (bool tensor) true in all processes?"""
-    if processes() > 1:
-        flag = flag.float()
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)
+    return held
 
 
 def average_gradients(params):
