@@ -38,7 +38,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
 from files import checkpoint, folders, video
@@ -422,12 +421,14 @@ def suspect(nets, again):
 
     def look(module, args, out):
         out = out[0] if isinstance(out, tuple) else out
-        if module in layers and isinstance(out, torch.Tensor) and not torch.isfinite(out).all():
+        if isinstance(out, torch.Tensor) and not torch.isfinite(out).all():
             found.append(f"the output of {layers[module]}")
 
-    # a layer is called back before the layers that contain it
-    with register_module_forward_hook(look), torch.no_grad():
+    hooks = [module.register_forward_hook(look) for module in layers]
+    with torch.no_grad():  # a layer is called back before the layers that contain it
         again()
+    for hook in hooks:
+        hook.remove()
     for key, p in named:
         if p.grad is not None and not finite(p.grad):
             found.append(f"the gradient of {key}")
