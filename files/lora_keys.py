@@ -27,14 +27,13 @@ ELSEWHERE = " (made for another latent space)"
 IN_FOLDERS = ("adapter_model.safetensors", "adapter_model.bin",
               "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 #: kinds of adapters -> what marks them in their keys
-UNSUPPORTED = {kind: re.compile(mark) for kind, mark in {
+UNSUPPORTED = {
     "DoRA": r"lora_magnitude_vector|dora_scale",
     "LoKr": r"lokr_", "LoHa": r"hada_", "GLoRA": r"\.[ab][12]\.weight$", "OFT": r"\.b?oft_",
     "IA3": r"ia3_|\.on_input$", "VeRA": r"vera_lambda", "LoCon with a middle matrix": r"lora_mid",
     "LyCORIS norm": r"\.[wb]_norm$",
     "LoRA of fused layers": r"(to_|[._])(qkv|kv)[._](lora|diff|alpha)",
-    "patch that sets weights": r"\.set_weight$|\.reshape_weight$",
-}.items()}
+    "patch that sets weights": r"\.set_weight$|\.reshape_weight$"}
 
 
 def fit(shapes, source, expert=None, latent_layers=(), is_deep=False):
@@ -93,7 +92,7 @@ def file_of(path):
 def refuse_unsupported(tensors, what):
     """UserError for a kind of adapter that would only be applied in part."""
     for kind, mark in UNSUPPORTED.items():
-        if found := [key for key in tensors if mark.search(key)]:
+        if found := [key for key in tensors if re.search(mark, key)]:
             raise UserError(f"{what} is a {kind} (it has {min(found)}), which is not supported: "
                             "use a plain LoRA.")
 

@@ -36,6 +36,7 @@ from wan import models, released
 from wan import nets as wan_nets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RENDERED = 4  # that are rendered after each stage
 WORKERS = 2  # threads that decode clips, and later read entries ahead
 
 
@@ -245,8 +246,8 @@ class Base:
         return {}
 
     @torch.no_grad()
-    def videos(self, model, expert, held, steps, n=4):
-        """n videos from the prompts (and pictures) of held-out clips -> list of [3, t,
+    def videos(self, model, expert, held, steps):
+        """RENDERED videos from the prompts (and pictures) of held-out clips -> list of [3, t,
         h, w]; the i-th with noise i, by plain Euler.
 
         An expert alone shows what it does: that for low noise starts from a held-out
@@ -256,16 +257,15 @@ class Base:
         sigmas, times = flow.schedule("euler", max(steps, 4), model.shift)
         inside = (times >= 1000 * expert.low) & (times < 1000 * expert.high)
         sigmas, times = torch.cat([sigmas[:-1][inside], torch.zeros(1)]), times[inside]
-        batch = held.batch(0, range(n))
-        null = held.held_out(drop=1.0).batch(0, range(n)).prompt[0].to(model.device)
+        batch = held.batch(0, range(RENDERED))
+        null = held.held_out(drop=1.0).batch(0, range(RENDERED)).prompt[0].to(model.device)
         context, *clip = (part.to(model.device) for part in batch.prompt)
         condition = None if batch.condition is None else batch.condition.to(model.device)
         image = models.ImageCondition(condition, clip=clip[0] if clip else None)
         how = sample.Sampling(guidance=model.guidance, cfg_batch=False, plain=True)
         velocity = sample.Velocity(model, context, null, image, times, how)
 
-        generators = [torch.Generator().manual_seed(i) for i in range(n)]
-        noise = torch.stack([torch.randn(batch.z.shape[1:], generator=g) for g in generators])
+        noise = sample.draw_noise(model, batch.z.shape[2:], range(RENDERED))
         start = flow.add_noise(batch.z, noise, sigmas[0].item()).to(model.device)
         return decoded(model, flow.euler(velocity, start, sigmas, times))
 
@@ -344,7 +344,7 @@ class Toy(Base):
         prompts = toy.held_out_prompts(args.prompts or 64)
         return {"prompt_fit": toy_score.prompt_fit(sample.videos(model, prompts), prompts)}
 
-    def videos(self, model, expert, held, steps, n=None):
+    def videos(self, model, expert, held, steps):
         return sample.videos(model, toy_base.PROMPTS)
 
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from files import video
 from files.errors import UserError, printable
 from training.clips import VIDEOS, is_video, iter_files
-from training.entries import hash_file
+from training.entries import blocks, hash_file
 
 NO_CAPTION = "clip without caption"
 NO_CLIP = "caption without clip"
@@ -458,12 +458,8 @@ def video_file(sample):
     if sample.size is None:
         yield Path(sample.file)
         return
-    suffix = Path(sample.name).suffix
-    with tempfile.NamedTemporaryFile(suffix=suffix) as tmp, open(sample.file, "rb") as tar:
-        tar.seek(sample.offset)
-        left = sample.size
-        while block := tar.read(min(left, 1 << 20)):
-            left -= tmp.write(block)
+    with tempfile.NamedTemporaryFile(suffix=Path(sample.name).suffix) as tmp:
+        tmp.writelines(blocks(sample.file, sample.offset, sample.size))
         tmp.flush()
         yield Path(tmp.name)
 

@@ -57,12 +57,9 @@ def hash_file(file, offset=0, size=None):
     stamp = [os.path.realpath(file), offset, size, stat.st_size, stat.st_mtime_ns, stat.st_ino]
     if size >= LARGE and (known := remembered().get(hash_of(stamp))):
         return known
-    digest, left = hashlib.sha256(str(size).encode()), size
-    with open(file, "rb") as f:
-        f.seek(offset)
-        while block := f.read(min(left, BLOCK)):
-            digest.update(block)
-            left -= len(block)
+    digest = hashlib.sha256(str(size).encode())
+    for block in blocks(file, offset, size):
+        digest.update(block)
     found = digest.hexdigest()[:32]
     if size >= LARGE:
         remembered()[hash_of(stamp)] = found
@@ -71,6 +68,15 @@ def hash_file(file, offset=0, size=None):
             with open(REMEMBERED, "a") as f:  # a short line is written whole, or not at all
                 f.write(json.dumps([hash_of(stamp), found]) + "\n")
     return found
+
+
+def blocks(file, offset, size):
+    """The bytes of a part of a file, some megabytes at a time."""
+    with open(file, "rb") as f:
+        f.seek(offset)
+        while block := f.read(min(size, BLOCK)):
+            size -= len(block)
+            yield block
 
 
 @functools.cache
