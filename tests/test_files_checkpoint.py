@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from files import checkpoint
 from files.checkpoint import (Stored, UserError, atomic_path, load_pickle, load_strict, load_tensors, open_tensors, read_json, save_shards,
                               save_tensors, unwrap, user_errors, write_json)
 

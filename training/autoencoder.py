@@ -654,13 +654,10 @@ def loss_weight(known):
     """argparse type: "jumps=0.5" -> ("jumps", 0.5), of a name that is known."""
     def convert(text):
         name, _, weight = text.partition("=")
-        try:
-            if name in known:
-                return name, options.real(0, 1e6)(weight)
-        except argparse.ArgumentTypeError:
-            pass
-        names = ", ".join(known)
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, with a name of {names}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not NAME=WEIGHT, with a name of {', '.join(known)}")
+        return name, options.real(0, 1e6)(weight)
 
     return convert
 
