@@ -30,7 +30,8 @@ def main(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--suite", choices=("toy", "cpu", "light", "gpu", "full"), default="toy")
-    parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7, help="rounds, of which the median counts")
+    parser.add_argument("--repeats", type=options.whole(1, 10_000), default=7,
+                        help="rounds, of which the median counts")
     parser.add_argument("--threads", type=options.threads, default=1, help="of the CPU")
     parser.add_argument("--results", default="out", help="folder for the report")
     parser.add_argument("--only", nargs="+", choices=full.PARTS, help="full: these parts (all)")

@@ -8,6 +8,7 @@ Everything runs on one thread and is timed in processor seconds.
 import contextlib
 import copy
 import tempfile
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,8 @@ import kernels
 import sample
 import toy
 from bench import harness
-from bench.harness import TYPES, fresh_process, in_turns, plainly, relative_error, work
+from bench.harness import TYPES, fresh_process, in_turns, plainly, work
+from gpu.choose import relative_error
 from wan import light, memory, released
 
 SMALL = dit.Config(  # shaped like Wan 2.1
@@ -75,9 +77,9 @@ def transformer(report, repeats, latent):
     for name in usable_types():
         ours = copy.deepcopy(net).cast_weights(TYPES[name])
         prompt, moment = ours.prompt(context), ours.times(t)[0]
-        tasks[f"ours {name}"] = lambda ours=ours, p=prompt, m=moment: ours(x, m, p)
+        tasks[f"ours {name}"] = partial(ours, x, moment, prompt)
     if latent == LATENTS[0]:
-        tasks["plain fp32"] = plainly(lambda: net(x, t, context))
+        tasks["plain fp32"] = plainly(partial(net, x, t, context))
     with contextlib.suppress(ImportError):
         for name in usable_types():
             peer = harness.diffusers_twin(copy.deepcopy(net).cast_weights(TYPES[name]))
@@ -94,9 +96,8 @@ def transformer(report, repeats, latent):
 def sampling(report, repeats, name):
     """The whole guided loop of an embedded model."""
     model = released.load_model(name)
-    context = model.text([PROMPT])
-    ours = lambda: sample.generate(model, context)
-    plain = plainly(lambda: sample.generate(model, context, cfg_batch=False, plain=True))
+    ours = partial(sample.generate, model, model.text([PROMPT]))
+    plain = plainly(partial(ours, cfg_batch=False, plain=True))
     seconds = in_turns({"ours fp32": ours, "plain fp32": plain}, repeats)
     report.add(f"toy sampling, {name}", seconds, relative_error=relative_error(ours(), plain()))
 
@@ -110,9 +111,9 @@ def decoding(report, repeats, name):
     z = torch.randn(1, config.latent_channels, *shape)
     tasks = {}
     for dtype in usable_types():
-        net, latent = copy.deepcopy(ours).to(TYPES[dtype]), z.to(TYPES[dtype])
-        tasks[f"ours {dtype}"] = lambda net=net, latent=latent: net.decode(latent)
-    tasks["plain fp32"] = plainly(lambda: usual.decode(z))
+        net = copy.deepcopy(ours).to(TYPES[dtype])
+        tasks[f"ours {dtype}"] = partial(net.decode, z.to(TYPES[dtype]))
+    tasks["plain fp32"] = plainly(partial(usual.decode, z))
     exact = tasks["plain fp32"]()
     errors = {who: relative_error(task(), exact) for who, task in tasks.items()}
     counted = work(tasks["ours fp32"])
@@ -152,14 +153,16 @@ print(b - a, time.process_time() - b)
 def start():
     """Cold start: CPU seconds of importing torch, of our own imports beyond it, and of the
     README's first command, video written; the best of three each."""
-    imports = [map(float, fresh_process("-c", IMPORTS)[0].split()) for _ in range(3)]
-    torch_seconds, own_seconds = map(min, zip(*imports))
-    with tempfile.TemporaryDirectory() as folder:
-        command = ("sample.py", "--prompt", PROMPT, "--out", folder)
-        video_seconds = min(fresh_process(*command)[1] for _ in range(3))
-    print(f"start: torch {torch_seconds:.2f} s, our imports {own_seconds:.2f} s more; "
-          f"prompt to mp4 {video_seconds:.1f} s")
-    return dict(torch=torch_seconds, own_imports=own_seconds, prompt_to_mp4=video_seconds)
+    best = dict.fromkeys(("torch", "own_imports", "prompt_to_mp4"), float("inf"))
+    for _ in range(3):
+        of_torch, own = fresh_process("-c", IMPORTS)[0].split()
+        with tempfile.TemporaryDirectory() as folder:
+            video = fresh_process("sample.py", "--prompt", PROMPT, "--out", folder)[1]
+        for name, seconds in zip(best, (float(of_torch), float(own), video)):
+            best[name] = min(best[name], seconds)
+    print(f"start: torch {best['torch']:.2f} s, our imports {best['own_imports']:.2f} s more; "
+          f"prompt to mp4 {best['prompt_to_mp4']:.1f} s")
+    return best
 
 
 # ------------------------------------------------------------------------ --suite light
@@ -172,7 +175,7 @@ def light_decoders(report, repeats):
     counts = {}
     for preset in light.PRESETS:
         config = ae.PRESETS[preset.removesuffix("-light")]
-        full, part = (decoder_counts(c) for c in (config, light.configure(config, preset)))
+        full, part = decoder_counts(config), decoder_counts(light.configure(config, preset))
         fewer = full["operations_per_pixel"] / part["operations_per_pixel"]
         counts[preset] = dict(full=full, light=part, fewer=fewer)
         print(f"{preset}: {part['parameters'] / 1e6:.1f} M of {full['parameters'] / 1e6:.1f} M "
@@ -184,7 +187,7 @@ def light_decoders(report, repeats):
         z = torch.randn(1, config.latent_channels, 4, cells, cells)
         for who, c in (("light", light.configure(config, "small-light")), ("full", config)):
             net = ae.DCAEV(c).eval().to(memory_format=torch.channels_last_3d)
-            tasks[f"{who} fp32"] = lambda net=net: net.decode(z)
+            tasks[f"{who} fp32"] = partial(net.decode, z)
         report.add(f"decode, small, {side}x{side}", in_turns(tasks, repeats))
 
 
@@ -205,27 +208,27 @@ def decoder_counts(config):
 @torch.no_grad()
 def toy_models(report, repeats):
     """Base and adapted toy model: one pass, guided loop, decode, prompt to pixels."""
-    both = {name: released.load_model(name) for name in ("dc", "base")}
-    frames, size = both["dc"].frames, both["dc"].size
     tasks = {"transformer pass": {}, "guided loop": {}, "decode": {}, "prompt to pixels": {}}
     tokens = {}
-    for name, model in both.items():
-        config, shape = model.net.config, model.latent_shape(frames, size)
+    for name in ("dc", "base"):
+        model = released.load_model(name)
+        config, shape = model.net.config, model.latent_shape(model.frames, model.size)
         context, t = model.text([PROMPT]), torch.full((1,), 500.0)
         x, latent = torch.randn(1, config.in_channels, *shape), sample.generate(model, context)
         tokens[name] = dit.tokens(config, shape)
-
-        def decode(z, model=model):
-            return list(model.decode(z, frames, size))
-
-        def loop(model=model, context=context):
-            return sample.generate(model, context)
-
         who = f"{name} fp32"
-        tasks["transformer pass"][who] = lambda f=model.net, a=(x, t, context): f(*a)
-        tasks["guided loop"][who] = loop
-        tasks["decode"][who] = lambda decode=decode, z=latent: decode(z)
-        tasks["prompt to pixels"][who] = lambda decode=decode, loop=loop: decode(loop())
+        tasks["transformer pass"][who] = partial(model.net, x, t, context)
+        tasks["guided loop"][who] = partial(sample.generate, model, context)
+        tasks["decode"][who] = partial(decoded, model, latent)
+        tasks["prompt to pixels"][who] = partial(prompt_to_pixels, model, context)
     for what, variants in tasks.items():
         report.add(what, in_turns(variants, repeats))
-    report.write(tokens=tokens, frames=frames, size=size, steps=both["dc"].steps)
+    report.write(tokens=tokens, frames=model.frames, size=model.size, steps=model.steps)
+
+
+def decoded(model, z):
+    return list(model.decode(z, model.frames, model.size))
+
+
+def prompt_to_pixels(model, context):
+    return decoded(model, sample.generate(model, context))

@@ -29,7 +29,6 @@ from math import ceil, prod
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import ae
 import dit
@@ -40,6 +39,7 @@ from bench.harness import TYPES
 from files import video
 from files.checkpoint import UserError
 from gpu import tiling
+from training.plan import markdown
 from wan import light, memory
 
 CPU = torch.device("cpu")
@@ -51,7 +51,6 @@ TILE_FRAMES = 5  # latent frames, where chunks are shorter
 FURTHER = "2160p"  # extrapolated
 REACHED = 0.8  # of a large product's rate: what the plan expects
 MATMUL, COPY = 2048, 2**25
-BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
 PARTS = (*gpu.WIDTHS, "decode")
 PUBLISHED = {("14B", "720p"): (27.52, 3.58)}  # minutes of base and adapted (paper, VBench)
 PUBLISHED |= {("1.3B", size): gpu.PUBLISHED[size, 80] for size in gpu.SIZES}
@@ -74,7 +73,7 @@ class Row:
     name: str
     seconds: float  # expected of the processor, for a round
     bytes: float  # of memory
-    measure: Callable  # (report, rounds, watch) -> None
+    measure: Callable  # (report, rounds) -> None
 
     def rounds(self, repeats):
         return min(repeats + 1, max(2, round(PATIENCE / self.seconds)))
@@ -92,11 +91,9 @@ def run(report, repeats, only=PARTS, at=None, longest=LONGEST):
     total = sum(row.seconds * row.rounds(repeats) for row in rows)
     why = "" if low_type() == "bf16" else ", as this processor does not multiply bf16"
     print(f"{low_type()}{why}; about {ceil(total / 60 / threads)} minutes")
-    with tqdm(total=total, bar_format=BAR, leave=False) as bar:
-        for row in rows:
-            bar.set_description(row.name)
-            rounds = row.rounds(repeats)
-            row.measure(report, rounds, partial(watched, bar, row.seconds))
+    for row in rows:
+        print(f"{row.name} ...", flush=True)
+        row.measure(report, row.rounds(repeats))
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report.write(headline=headline(report), peak_memory_gib=round(kib / 2**20, 1))
     show(report)
@@ -104,10 +101,11 @@ def run(report, repeats, only=PARTS, at=None, longest=LONGEST):
 
 def plan(ceilings, only=PARTS, at=None, longest=LONGEST):
     """-> [Row], the quick ones first."""
-    rate = {name: REACHED * ceilings[name] for name in TYPES if name in ceilings}
-    widths = [width for width in gpu.WIDTHS if width in only]
-    cases = [(width, size) for width in widths for size in at or sizes()]
-    rows = [forward_row(*case, rate, longest) for case in cases]
+    rate, rows = {name: REACHED * ceiling for name, ceiling in ceilings.items()}, []
+    for width in gpu.WIDTHS:
+        for size in at or sizes():
+            if width in only:
+                rows.append(forward_row(width, size, rate, longest))
     if "decode" in only:
         rows.append(decode_row(rate, 3 * longest))
     return sorted(rows, key=lambda row: row.seconds)
@@ -120,17 +118,6 @@ def check_memory(rows):
             raise UserError(f"the row {row.name} needs about {row.bytes / 2**30:.1f} GiB, but "
                             f"{free / 2**30:.1f} GiB are free: choose other rows with --only and "
                             "--size, or make room.")
-
-
-def watched(bar, seconds, tasks):
-    """The tasks of a row, of which a round takes so many seconds, with progress."""
-    def watch(task):
-        def call():
-            task()
-            bar.update(seconds / len(tasks))
-        return call
-
-    return {name: watch(task) for name, task in tasks.items()}
 
 
 # -------------------------------------------------------------------------- a transformer
@@ -178,40 +165,36 @@ def forward_row(width, size, rate, longest):
     """One forward of a transformer of this width, in every space."""
     seconds = kept = peak = 0
     low, parts = low_type(), {}
+    s = TYPES[low].itemsize
     for space in gpu.SPACES:
         c, shape = gpu.config(width, space), gpu.latent(space, size, gpu.FRAMES)
         tokens, part = dit.tokens(c, shape), tokens_at_once(c, shape, rate[low], longest)
         block = memory.flops(c, shape).total / c.layers / rate[low]
         seconds += block * part / tokens * (BLOCKS + 0.5 * (part == tokens))
-        s = TYPES[low].itemsize
         kept += 4 * part * c.dim + 2 * s * tokens * c.dim  # inputs; keys and values of all
-        peak = max(peak, part * ((8 + s) * c.dim + 2 * s * c.ffn_dim), 22 * part * c.dim)
+        peak = max(peak, memory.block_bytes(c, part, s))
         parts[space] = part
-    with torch.device("meta"):
-        net = dit.WanDiT(replace(c, layers=BLOCKS)).named_parameters()
-    weights = sum(p.numel() * (4 if dit.keeps_fp32(name) else s) for name, p in net)
+    weights = sum(memory.parameter_bytes(replace(c, layers=BLOCKS), TYPES[low]).values())
     measure = partial(measure_forwards, width, size, parts)
     return Row(f"{width} {size}", seconds, weights + kept + peak, measure)
 
 
-def measure_forwards(width, size, parts, report, rounds, watch):
+def measure_forwards(width, size, parts, report, rounds):
     """parts: {space: tokens that go through a block}."""
     low, few = low_type(), replace(gpu.config(width, BASE), layers=BLOCKS)
     base = gpu.random(lambda: dit.WanDiT(few), CPU, TYPES[low])
-    forwards = {space: Forward(base, width, space, size, parts[space]) for space in parts}
-    tasks = {}
+    forwards, tasks, spaces = {}, {}, {}
+    for space, part in parts.items():
+        forwards[space] = Forward(base, width, space, size, part)
+        for name, task in forwards[space].tasks.items():
+            tasks[space, name] = task
+    found = harness.in_turns(tasks, rounds - 1)
     for space, forward in forwards.items():
-        tasks |= {(space, name): task for name, task in forward.tasks.items()}
-    found = harness.in_turns(watch(tasks), rounds - 1)
-    spaces = {}
-    for space, forward in forwards.items():
-        spaces[space] = forward.summary({name: found[space, name] for name in forward.tasks})
-    for space in spaces.values():
-        reached = (space["linear_flops"] + space["attention_flops"]) / space["seconds"]
-        space["share_of_ceiling"] = reached / report.ceilings[low]
+        row = forward.summary({name: found[space, name] for name in forward.tasks})
+        reached = (row["linear_flops"] + row["attention_flops"]) / row["seconds"]
+        spaces[space] = row | dict(share_of_ceiling=reached / report.ceilings[low])
     seconds = {f"{space} {low}": spaces[space]["seconds"] for space in (DEEP, BASE, DEEPER)}
-    with tqdm.external_write_mode():
-        report.add(f"{width} {size}", seconds, case=(width, size), rounds=rounds, spaces=spaces)
+    report.add(f"{width} {size}", seconds, rounds=rounds, spaces=spaces)
 
 
 class Forward:
@@ -221,13 +204,14 @@ class Forward:
     def __init__(self, base, width, space, size, part):
         self.config, self.shape = gpu.config(width, space), gpu.latent(space, size, gpu.FRAMES)
         self.tokens, self.part = dit.tokens(self.config, self.shape), part
-        c, grid = self.config, [n // p for n, p in zip(self.shape, self.config.patch)]
+        c = self.config
         self.net = dit.inherit(base, replace(c, layers=BLOCKS), share=True)
         frame = torch.randn(1, c.in_channels, c.patch[0], *self.shape[1:])
         _, t, context = gpu.inputs(CPU, self.net, self.shape)
         time, prompt = self.net.times(t)[0], self.net.prompt(context).blocks
         x, dtype = torch.randn(1, part, c.dim), self.net.weight_dtype
-        rope = dit.rope_table(tuple(grid), c.dim // c.heads, CPU)
+        grid = tuple(n // p for n, p in zip(self.shape, c.patch))
+        rope = dit.rope_table(grid, c.dim // c.heads, CPU)
         seen = random_keys(c, self.tokens, dtype)
 
         def ends():
@@ -237,7 +221,7 @@ class Forward:
         def block(block, prompt, part):
             block(x[:, :part], time.e0, rope[:part], prompt, dtype)
 
-        self.tasks, self.attention = {"ends": ends}, []
+        self.tasks = {"ends": ends}
         for i, own in enumerate(self.net.blocks):
             own.self_attn = Slice(own.self_attn, *(() if part == self.tokens else seen))
             self.tasks[f"block {i}"] = partial(block, own, prompt[i], part)
@@ -315,7 +299,7 @@ def decode_row(rate, longest):
     return Row("decode", seconds, weights + peak, partial(measure_decoders, shapes))
 
 
-def measure_decoders(shapes, report, rounds, watch):
+def measure_decoders(shapes, report, rounds):
     """shapes: {decoder: latent of its tile}."""
     tasks, used = {}, decoders()
     for name, shape in shapes.items():
@@ -325,16 +309,13 @@ def measure_decoders(shapes, report, rounds, watch):
             net.to(memory_format=torch.channels_last_3d)  # as ae.load does
         z = torch.randn(1, space.config.latent_channels, *shape).to(TYPES[dtype])
         tasks[f"{name} {dtype}"] = partial(net.decode, z)
-    seconds = harness.in_turns(watch(tasks), rounds - 1)
-    flops = {name: gpu.decode_flops(used[name][0], shape) for name, shape in shapes.items()}
-    details = {}
+    seconds, details = harness.in_turns(tasks, rounds - 1), {}
     for name, shape in shapes.items():
-        dtype = used[name][1]
-        took = seconds[f"{name} {dtype}"]
-        share = flops[name] / took / report.ceilings[dtype]
-        details[name] = dict(seconds=took, latent=shape, flops=flops[name], share_of_ceiling=share)
-    with tqdm.external_write_mode():
-        report.add("decode", seconds, rounds=rounds, decoders=details)
+        space, dtype = used[name]
+        took, flops = seconds[f"{name} {dtype}"], gpu.decode_flops(space, shape)
+        share = flops / took / report.ceilings[dtype]
+        details[name] = dict(seconds=took, latent=shape, flops=flops, share_of_ceiling=share)
+    report.add("decode", seconds, rounds=rounds, decoders=details)
 
 
 # ------------------------------------------------------------------------- the headline
@@ -342,16 +323,16 @@ def measure_decoders(shapes, report, rounds, watch):
 
 def headline(report):
     """A line for every width, size and space: minutes, and the base's over them."""
-    rows = {tuple(row["case"]): row["spaces"] for row in report.rows.values() if "case" in row}
     lines = []
     for width in gpu.WIDTHS:
-        measured = [size for size in sizes() if (width, size) in rows]
-        for size in measured:
-            found = {space: row["seconds"] for space, row in rows[width, size].items()}
-            lines += compare(report, width, size, found)
-        if measured:
-            last = measured[-1]
-            found = {space: grown(row, space) for space, row in rows[width, last].items()}
+        last = None
+        for size in sizes():
+            if f"{width} {size}" in report.rows:
+                last, spaces = size, report.rows[f"{width} {size}"]["spaces"]
+                found = {space: row["seconds"] for space, row in spaces.items()}
+                lines += compare(report, width, size, found)
+        if last:
+            found = {space: grown(row, space) for space, row in spaces.items()}
             lines += compare(report, width, FURTHER, found, extrapolated_from=last)
     return lines
 
@@ -366,23 +347,21 @@ def grown(row, space):
 
 def compare(report, width, size, seconds, **more):
     """{space: seconds of a forward} -> lines of the headline."""
-    flops, lines = {}, []
+    lines, base = [], 2 * STEPS * seconds[BASE]
+    law = gpu.flops(width, BASE, size, gpu.FRAMES).total
+    published = PUBLISHED.get((width, size))
+    base_decode = decode_seconds(report, BASE, BASE, size)
     for space in seconds:
-        shape = gpu.latent(space, size, gpu.FRAMES)
-        flops[space] = memory.flops(gpu.config(width, space), shape).total
-    total = {space: 2 * STEPS * s for space, s in seconds.items()}
-    decode = {space: decode_seconds(report, space, space, size) for space in total}
-    for space in total:
-        by_light = decode_seconds(report, light_name(space), space, size)
-        base, deep = PUBLISHED.get((width, size), (None, None))
-        line = dict(width=width, size=size, space=space, transformer_minutes=total[space] / 60)
-        line |= dict(ratio=total[BASE] / total[space], law=flops[BASE] / flops[space])
-        line["paper"] = base / deep if base and space == DEEP else None
-        for name, own in (("decode", decode[space]), ("light_decode", by_light)):
-            if own is not None and decode[BASE] is not None:
-                line[f"{name}_minutes"] = own / 60
-                all_base, all_own = total[BASE] + decode[BASE], total[space] + own
-                line[f"ratio_with_{name}"] = all_base / all_own
+        own = 2 * STEPS * seconds[space]
+        line = dict(width=width, size=size, space=space, transformer_minutes=own / 60)
+        line["ratio"] = base / own
+        line["law"] = law / gpu.flops(width, space, size, gpu.FRAMES).total
+        line["paper"] = published[0] / published[1] if published and space == DEEP else None
+        for name, decoder in (("decode", space), ("light_decode", light_name(space))):
+            decode = decode_seconds(report, decoder, space, size)
+            if decode is not None and base_decode is not None:
+                line[f"{name}_minutes"] = decode / 60
+                line[f"ratio_with_{name}"] = (base + base_decode) / (own + decode)
         lines.append(line | more)
     return lines
 
@@ -397,15 +376,15 @@ def decode_seconds(report, name, space, size):
     return tile["seconds"] * whole / tile["flops"]
 
 
-COLUMNS = {  # of the table: its head, the key of a line, how it is written
-    "transformer, min": ("transformer_minutes", ",.1f"),
-    "decode, min": ("decode_minutes", ",.1f"),
-    "light, min": ("light_decode_minutes", ",.1f"),
-    "ratio": ("ratio", ".1f"),
-    "law": ("law", ".1f"),
-    "paper": ("paper", ".1f"),
-    "with decode": ("ratio_with_decode", ".1f"),
-    "with light": ("ratio_with_light_decode", ".1f"),
+COLUMNS = {  # of the table: its head, the key of a line
+    "transformer, min": "transformer_minutes",
+    "decode, min": "decode_minutes",
+    "light, min": "light_decode_minutes",
+    "ratio": "ratio",
+    "law": "law",
+    "paper": "paper",
+    "with decode": "ratio_with_decode",
+    "with light": "ratio_with_light_decode",
 }
 
 
@@ -414,36 +393,37 @@ def show(report):
     lines = report.found["headline"]
     if not lines:
         return print("the decoders alone make no headline: run a width too")
-    print(f"\n{'':32s}" + "".join(f"{head:>18s}" for head in COLUMNS))
+    rows = [["", *COLUMNS]]
     for line in lines:
-        cells = []
-        for key, how in COLUMNS.values():
+        row = [f"{line['width']} {line['size']} {line['space']}"]
+        row[0] += ", extrapolated" * ("extrapolated_from" in line)
+        for key in COLUMNS.values():
             value = line.get(key)
-            cells.append(f"{'-' if value is None else format(value, how):>18s}")
-        about = f"{line['width']} {line['size']} {line['space']}"
-        print(f"{about:32s}" + "".join(cells) + " extrapolated" * ("extrapolated_from" in line))
+            row.append("-" if value is None else f"{value:,.1f}")
+        rows.append(row)
+    print(f"\n{markdown(rows)}")
     with video.figure(report.path.with_suffix(".png"), size=(9, 5.5)) as axes:
         draw(axes[0, 0], lines)
 
 
 def draw(axis, lines):
     """Ratios against the pixels of a frame; hollow: extrapolated."""
-    deep = [line for line in lines if line["space"] != BASE]
-    curves = dict.fromkeys((line["width"], line["space"]) for line in deep)
-    for number, (width, space) in enumerate(curves):
-        own = [line for line in deep if (line["width"], line["space"]) == (width, space)]
-        pixels = [prod(gpu.SIZES[line["size"]]) for line in own]
-        colour = f"C{number}"
+    curves = {}
+    for line in lines:
+        if line["space"] != BASE:
+            curves.setdefault(f"{line['width']}, {line['space']}", []).append(line)
+    for number, (label, own) in enumerate(curves.items()):
+        colour, pixels = f"C{number}", [prod(gpu.SIZES[line["size"]]) for line in own]
         axis.plot(pixels, [line["law"] for line in own], "--", color=colour, linewidth=1)
-        axis.plot(pixels, [line["ratio"] for line in own], color=colour, label=f"{width}, {space}")
+        axis.plot(pixels, [line["ratio"] for line in own], color=colour, label=label)
         for x, line in zip(pixels, own):
             filled = "none" if "extrapolated_from" in line else colour
             axis.plot(x, line["ratio"], "o", color=colour, markerfacecolor=filled)
             if "ratio_with_decode" in line:
                 axis.plot(x, line["ratio_with_decode"], "v", color=colour, markersize=5)
-    paper = [line for line in lines if line["paper"]]
-    places = [prod(gpu.SIZES[line["size"]]) for line in paper]
-    axis.plot(places, [line["paper"] for line in paper], "k*", label="paper, one H100")
+            if line["paper"]:
+                axis.plot(x, line["paper"], "k*")
+    axis.plot([], [], "k*", label="paper, one H100")
     axis.set(xscale="log", yscale="log", xlabel="pixels of a frame")
     axis.set(ylabel="base's time over deep time")
     axis.set_title("o transformer, v with decode, dashed: law of operations", fontsize=9)

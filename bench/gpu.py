@@ -24,9 +24,10 @@ import dit
 import kernels
 import sample
 from bench import harness
-from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly, relative_error
+from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly
 from files.checkpoint import UserError
 from gpu import choose, tiling
+from gpu.choose import relative_error
 from wan import memory, models, vae
 
 
@@ -37,12 +38,6 @@ class Space:
     network: type
     config: object
     patch: tuple
-
-    def latent(self, frames, size):
-        """(t, h, w) that covers a video, in whole patches."""
-        c, (_, ph, pw) = self.config, self.patch
-        cells = [ceil(n / c.spatial_factor / p) * p for n, p in zip(size, (ph, pw))]
-        return (1 + ceil(max(frames - c.lead, 0) / c.temporal_factor), *cells)
 
 
 BASE, DEEP, DEEPER = "base f8t4c16", "DC f32t4c32", "DC f64t4c128"
@@ -100,15 +95,15 @@ def run(report):
         cases = [(space, size, FRAMES) for size in SIZES for space in SPACES]
         if width == "1.3B":
             cases += [(space, "720p", frames) for frames in LONGER for space in (DEEP, BASE)]
-        flops = {case: memory.flops(config(width, case[0]), latent(*case)).total for case in cases}
-        for case in sorted(cases, key=flops.get):
+        cases.sort(key=lambda case: flops(width, *case).total)
+        for case in cases:
             report.attempt(step, width, *case, blocks)
         del blocks
     for space, size in [(DEEPER, "720p"), (BASE, "480p"), (DEEP, "480p"),
                         (DEEP, "2160p"), (DEEPER, "2160p"), (BASE, "720p")]:
         if size in SIZES:
             report.attempt(decode, space, size, choices)
-    report.attempt(plain_decode, DEEP, "720p", choices)
+    report.attempt(decode, DEEP, "720p", choices, "plain")
     report.write(videos=videos(report))
     report.roofline()
 
@@ -137,7 +132,13 @@ def config(width, space):
 
 
 def latent(space, size, frames):
-    return SPACES[space].latent(frames, SIZES[size])
+    """(t, h, w) of a video's latent, in whole patches."""
+    return models.latent_shape(SPACES[space].config, SPACES[space].patch, frames, SIZES[size])
+
+
+def flops(width, space, size, frames):
+    """memory.Flops of one forward."""
+    return memory.flops(config(width, space), latent(space, size, frames))
 
 
 def random(build, device, dtype):
@@ -223,7 +224,7 @@ def operations(report, width):
 def step(report, width, space, size, frames, blocks):
     """One forward: with all blocks, or extrapolated from as many as are quick enough."""
     full, shape = config(width, space), latent(space, size, frames)
-    cost = memory.flops(full, shape)
+    cost = flops(width, space, size, frames)
     expected = cost.total / (0.4 * report.ceilings["bf16"])  # at 40 % of the product's rate
     quick = int(full.layers * LONGEST_STEP / expected)
     count = min(len(blocks), max(1, quick))
@@ -274,8 +275,8 @@ def peers(report, width, space, size, blocks, choices):
     exact = tasks["ours bf16"]()
     errors = {who: relative_error(task(), exact) for who, task in tasks.items()}
     seconds = in_turns(tasks, 5, report.device, patience=20)
-    flops = memory.flops(net.config, shape).total
-    report.add(name, seconds, flops=flops, relative_error=errors)
+    work = memory.flops(net.config, shape).total
+    report.add(name, seconds, flops=work, relative_error=errors)
 
 
 def as_its_users_do(task, choices):
@@ -335,10 +336,6 @@ def decode_flops(space, shape):
     return first + (chunks - 1) * (both - first)
 
 
-def plain_decode(report, space, size, choices):
-    decode(report, space, size, choices, who="plain")
-
-
 def decode(report, space, size, choices, who="ours"):
     """A whole video, in tiles as large as fit; extrapolated from its first chunks where
     it would take long."""
@@ -348,15 +345,14 @@ def decode(report, space, size, choices, who="ours"):
     if who == "ours":
         net.to(memory_format=choices.layout)
     chunks = ceil(shape[0] / c.latent_chunk)
-    flops = decode_flops(SPACES[space], shape)
-    expected = flops / (0.3 * report.ceilings[low])
+    work = decode_flops(SPACES[space], shape)
+    expected = work / (0.3 * report.ceilings[low])
     part = min(chunks, max(1, int(chunks * LONGEST_DECODE / expected)))
     frames = min(part * c.latent_chunk, shape[0])
     covered = (part * c.latent_chunk, *shape[1:])
     budget = 0.9 * memory.free_memory(report.device)
     tile = tiling.choose(net, covered, budget, TYPES[low])
-    z = torch.randn(1, c.latent_channels, frames, *shape[1:], device=report.device)
-    z = z.to(TYPES[low])
+    z = torch.randn(1, c.latent_channels, frames, *shape[1:], device=report.device).to(TYPES[low])
 
     def task():
         for _ in tiling.decode_stream(net, z, tile):
@@ -370,24 +366,23 @@ def decode(report, space, size, choices, who="ours"):
     more = dict(tile=tile, peak_bytes=peak, note=note)
     if who == "ours":
         more["case"] = None, space, size, FRAMES
-    report.add(name, {f"{who} {low}": seconds}, flops=flops, **more)
+    report.add(name, {f"{who} {low}": seconds}, flops=work, **more)
 
 
 def videos(report):
     """Whole videos out of the rows measured: STEPS steps of two passes, and the decode."""
-    steps, decodes = {}, {}
+    took, found = {}, {}
     for row in report.rows.values():
         if "case" in row:
-            of = steps if row["case"][0] else decodes
-            of[row["case"]] = row["seconds"]
-    found = {}
-    for (width, space, size, frames), seconds in steps.items():
-        decoding = decodes.get((None, space, size, frames), {})
+            (took[row["case"]],) = row["seconds"].values()
+    for (width, space, size, frames), seconds in took.items():
+        if width is None:  # a decode
+            continue
         known = width == "1.3B" and space != DEEPER
         published = PUBLISHED.get((size, frames)) if known else None
         found[f"{width} {space}, {frames} frames {size}"] = dict(
-            transformer_minutes=2 * STEPS * seconds["ours bf16"] / 60,
-            decode_seconds=next(iter(decoding.values()), None),
+            transformer_minutes=2 * STEPS * seconds / 60,
+            decode_seconds=took.get((None, space, size, frames)),
             published_transformer_minutes=published and published[space != BASE],
         )
     return found

@@ -108,8 +108,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func is not torch.ops.aten.empty.memory_format:
-            moved = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
-            self.bytes += sum(x.nbytes for x in moved)
+            for x in tree_leaves((args, kwargs, out)):
+                self.bytes += x.nbytes if isinstance(x, torch.Tensor) else 0
         return out
 
 
@@ -122,10 +122,6 @@ def work(task):
     return dict(flops=counter.get_total_flops(), bytes=traffic.bytes)
 
 
-def relative_error(y, exact):
-    return ((y.float() - exact.float()).norm() / exact.float().norm()).item()
-
-
 # -------------------------------------------------------------------------------- peer
 
 
@@ -136,12 +132,7 @@ def diffusers_twin(net):
 
     c = net.config
     with torch.device("meta"):
-        peer = WanTransformer3DModel(
-            patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads,
-            in_channels=c.in_channels, out_channels=c.out_channels, text_dim=c.text_dim,
-            freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers, eps=c.eps,
-            cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
-        )
+        peer = WanTransformer3DModel.from_config(layouts.diffusers_config(c))
     weights = {}
     for name, value in net.state_dict().items():
         name = layouts.to_diffusers(name)

@@ -18,6 +18,7 @@ The libraries differ in rounding, not in what they compute, so no choice changes
 result by more than that. On the CPU there is nothing to choose. No GPU was at hand:
 written from the libraries' documentation, not run.
 """
+import contextlib
 import statistics
 import warnings
 from typing import NamedTuple
@@ -28,11 +29,11 @@ import torch.nn.functional as F
 import kernels
 
 
-def seconds(task, repeats=5):
-    """Median GPU time of a call, after one that warms up."""
+def seconds(task):
+    """Median GPU time of five calls, after one that warms up."""
     times = []
-    for i in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(6):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         task()
         end.record()
@@ -42,7 +43,7 @@ def seconds(task, repeats=5):
 
 
 def relative_error(a, exact):
-    return ((a.float() - exact).norm() / exact.norm()).item()
+    return ((a.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
 def first_line(error):
@@ -140,20 +141,13 @@ def flash3():
 
 
 def try_attention(candidates, q, k, v):
-    """{name: function of q, k, v [b l n c]} -> ({name: seconds} of those that are
-    right, {name: what is wrong with the others})."""
-    exact = kernels.attention_plain(q[:, :64].float(), k.float(), v.float())
-    times, wrong = {}, {}
+    """{name: function of q, k, v [b l n c]} -> {name: seconds} of those that are right."""
+    exact, times = kernels.attention_plain(q[:, :64].float(), k.float(), v.float()), {}
     for name, run in candidates.items():
-        try:
-            error = relative_error(run(q, k, v)[:, :64], exact)
-            if error < 0.02:
+        with contextlib.suppress(RuntimeError):  # no kernel for this GPU, type or shape
+            if relative_error(run(q, k, v)[:, :64], exact) < 0.02:
                 times[name] = seconds(lambda: run(q, k, v))
-            else:
-                wrong[name] = f"relative error {error:.2g}"
-        except RuntimeError as e:  # no kernel for this GPU, type or shape
-            wrong[name] = first_line(e)
-    return times, wrong
+    return times
 
 
 @torch.no_grad()
@@ -174,7 +168,7 @@ def choose_attention(device, tokens, heads, width=128, dtype=torch.bfloat16):
     names = [*BACKENDS, "flash3"] if flash3() else BACKENDS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reasons why a backend has no kernel
-        times, _ = try_attention({name: through(name) for name in names}, q, k, v)
+        times = try_attention({name: through(name) for name in names}, q, k, v)
     if not times:
         set_attention(None)
         return None, "attention: no backend could be checked, so the library chooses"
@@ -200,7 +194,7 @@ class Convolution(NamedTuple):
 LAYOUTS = {torch.channels_last_3d: "channels last", torch.contiguous_format: "channels first"}
 
 
-def try_convolution(x, weight, dtype, layout, clock=seconds):
+def try_convolution(x, weight, dtype, layout):
     """A 3x3x3 convolution of fp32 x [b c t h w] in a type and layout -> (relative error
     against fp32, seconds)."""
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
@@ -208,13 +202,14 @@ def try_convolution(x, weight, dtype, layout, clock=seconds):
         exact = F.conv3d(x, weight, padding=1)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    x, weight = (a.to(dtype).to(memory_format=layout) for a in (x, weight))
+    x = x.to(dtype).to(memory_format=layout)
+    weight = weight.to(dtype).to(memory_format=layout)
     error = relative_error(F.conv3d(x, weight, padding=1), exact)
-    return error, clock(lambda: F.conv3d(x, weight, padding=1))
+    return error, seconds(lambda: F.conv3d(x, weight, padding=1))
 
 
 @torch.no_grad()
-def choose_convolution(device, dtype, trial=try_convolution):
+def choose_convolution(device, dtype):
     """The fastest right way to convolve in `dtype`, or in fp32 where none is right in
     bf16, -> Convolution.
 
@@ -229,7 +224,7 @@ def choose_convolution(device, dtype, trial=try_convolution):
     weight = torch.randn(128, 128, 3, 3, 3, generator=generator).to(device)
     errors, times = {}, {}
     for layout in LAYOUTS:
-        errors[layout], times[layout] = trial(x, weight, dtype, layout)
+        errors[layout], times[layout] = try_convolution(x, weight, dtype, layout)
     right = [layout for layout in LAYOUTS if errors[layout] < 0.02]
     if not right:
         found = " and ".join(f"{error:.2g}" for error in errors.values())

@@ -17,9 +17,8 @@ def test_attention_is_chosen_by_time_among_the_right_ones(monkeypatch):
     clock = iter([3.0, 2.0])
     monkeypatch.setattr(choose, "seconds", lambda task: next(clock))
     q, k, v = torch.randn(3, 1, 80, 2, 16)
-    times, wrong = choose.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
+    times = choose.try_attention(dict(slow=kernels.attention_plain, wrong=lambda q, k, v: q, right=kernels.attention, none=missing), q, k, v)
     assert times == {"slow": 3.0, "right": 2.0}
-    assert wrong["none"] == "No available kernel. Aborting execution." and wrong["wrong"].startswith("relative error ")
 
 
 def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
@@ -40,16 +39,18 @@ def test_the_chosen_backend_is_the_one_that_is_switched_on(monkeypatch):
     ((0.9, 0.003), (1.0, 2.0), torch.bfloat16, torch.contiguous_format, "bf16, channels first, .*; channels last is computed wrongly"),
     ((0.9, float("nan")), (1.0, 2.0), torch.float32, torch.channels_last_3d, "fp32, because this build computes them wrongly in bf16 .relative errors 0.9 and nan"),
 ])
-def test_the_convolution_is_checked_before_it_is_used(errors, times, dtype, layout, says):
+def test_the_convolution_is_checked_before_it_is_used(errors, times, dtype, layout, says, monkeypatch):
     """Several builds compute bf16 convolutions wrongly or slowly; the autoencoder then runs in another layout, or in fp32."""
     trials = iter(zip(errors, times))
-    found = choose.choose_convolution(torch.device("cpu"), torch.bfloat16, lambda *_: next(trials))
+    monkeypatch.setattr(choose, "try_convolution", lambda *_: next(trials))
+    found = choose.choose_convolution(torch.device("cpu"), torch.bfloat16)
     assert (found.dtype, found.layout) == (dtype, layout) and re.search(says, found.line)
 
 
 def test_the_check_of_a_convolution_can_fail(monkeypatch):
     x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
-    check = lambda: choose.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d, clock=lambda task: 1.0)[0]
+    monkeypatch.setattr(choose, "seconds", lambda task: 1.0)
+    check = lambda: choose.try_convolution(x, weight, torch.bfloat16, torch.channels_last_3d)[0]
     assert 1e-4 < check() < 0.01
     right = torch.nn.functional.conv3d
     monkeypatch.setattr(choose.F, "conv3d", lambda x, w, padding: right(x, w, padding=padding) * (1 if x.dtype == torch.float32 else 1.05))

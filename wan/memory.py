@@ -21,6 +21,9 @@ from wan.models import Deferred
 from wan.text import WanText
 
 
+IMAGE_TOKENS = 257  # of a picture
+
+
 class Plan(NamedTuple):
     """How a run fits into memory."""
 
@@ -100,21 +103,37 @@ def weight_bytes(model, dtype):
     if not model.is_wan:
         whole = sum(p.numel() for p in model.net.outline().parameters()) * dtype.itemsize
         return whole, whole
-    with torch.device("meta"):
-        net = dit.WanDiT(model.net.config)
-    whole = waiting = 0
-    for name, p in net.named_parameters():
-        size = p.numel() * (4 if dit.keeps_fp32(name) else dtype.itemsize)
+    whole = on_device = 0
+    for name, size in parameter_bytes(model.net.config, dtype).items():
         whole += size
-        if name.startswith("blocks.") and not name.startswith(("blocks.0.", "blocks.1.")):
-            waiting += size
-    return whole, whole - waiting
+        if not name.startswith("blocks.") or name.startswith(("blocks.0.", "blocks.1.")):
+            on_device += size
+    return whole, on_device
+
+
+def parameter_bytes(config, dtype):
+    """{name: bytes} of the parameters of a Wan transformer."""
+    with torch.device("meta"):
+        net = dit.WanDiT(config)
+    found = {}
+    for name, p in net.named_parameters():
+        found[name] = p.numel() * (4 if dit.keeps_fp32(name) else dtype.itemsize)
+    return found
 
 
 def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2):
     """Peak memory that sampling a latent (frames, height, width) takes beside the
     weights: one forward without gradients, and the `dit.Prompt` of so many prompts
-    (guidance has two).
+    (guidance has two)."""
+    c, L, s = counted(config), dit.tokens(config, latent), dtype.itemsize
+    keys = prompts * c.layers * (c.text_len + (IMAGE_TOKENS if c.image_dim else 0)) * 2 * c.dim * s
+    ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
+    rope = L * 4 * c.dim // c.heads  # complex64
+    return block_bytes(c, batch * L, s) + keys + ends + rope
+
+
+def block_bytes(c, tokens, s):
+    """Peak memory of one block, matrix products in numbers of s bytes.
 
     Per token and channel the peak is in cross-attention (22 bytes: the residual stream
     as the block got it and as it is now, 4 each; input and output of the projection of
@@ -122,12 +141,7 @@ def activation_bytes(config, latent, batch=1, dtype=torch.bfloat16, prompts=2):
     same 8, its input, its hidden layer before and after the activation function).
     Attention itself needs no scores in memory.
     """
-    c, L, s = counted(config), dit.tokens(config, latent), dtype.itemsize
-    block = batch * L * max(22 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
-    keys = prompts * c.layers * (c.text_len + (257 if c.image_dim else 0)) * 2 * c.dim * s
-    ends = batch * L * prod(c.patch) * (c.in_channels + c.out_channels) * 4
-    rope = L * 4 * c.dim // c.heads  # complex64
-    return block + keys + ends + rope
+    return tokens * max(22 * c.dim, (8 + s) * c.dim + 2 * s * c.ffn_dim)
 
 
 # ----------------------------------------------------------------- arithmetic
@@ -142,12 +156,12 @@ class Flops(NamedTuple):
         return self.linear + self.attention
 
 
-def flops(config, latent, image_tokens=257):
+def flops(config, latent):
     """FLOPs (2 per multiply-add) of one forward, batch 1; a guided step is two. The
     time MLPs (one row) are left out."""
     c, L = counted(config), dit.tokens(config, latent)
     T = c.text_len
-    I, width = (image_tokens, c.image_dim) if c.image_dim else (0, 0)
+    I, width = (IMAGE_TOKENS, c.image_dim) if c.image_dim else (0, 0)
     block = 12 * L * c.dim**2 + 4 * L * c.dim * c.ffn_dim + 4 * (T + I) * c.dim**2
     ends = 2 * L * c.dim * prod(c.patch) * (c.in_channels + c.out_channels)
     text = 2 * T * (c.text_dim * c.dim + c.dim**2)

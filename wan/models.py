@@ -12,7 +12,6 @@ against 32x32x4 with 4k frames, patch 2 against 1. Wan 2.2 A14B has two transfor
 experts for high and low noise that take turns. The rows of the released models, their
 files and how they are loaded: wan/released.py.
 """
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from gpu import tiling
 from gpu.offload import stream_blocks
 from wan import nets as wan_nets
 from wan import vae
-from wan.text import WanText
+from wan.text import WanText, release
 
 
 class Prompts(list):
@@ -42,8 +41,15 @@ class Prompts(list):
     states [m, d]} each, without padding. Their transformer makes of them what it needs;
     for all others they are handled like the one tensor [b, m, d] that Wan takes."""
 
+    def each(self, change):
+        """The same, change(states) in place of all states."""
+        found = Prompts()
+        for row in self:
+            found.append({name: change(states) for name, states in row.items()})
+        return found
+
     def to(self, device):
-        return Prompts({k: v.to(device) for k, v in row.items()} for row in self)
+        return self.each(lambda states: states.to(device))
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
@@ -71,18 +77,20 @@ class Deferred:
 
     def __init__(self, path, loras=(), dtype=torch.float32, expert=None, config=None):
         self.path, self.dtype, self.expert = path, dtype, expert
-        self.loras = [Lora(*given) for given in loras]
+        self.loras, self.net = [], None
+        for given in loras:
+            one = Lora(*given)
+            if one.expert in ("", expert):
+                self.loras.append(one)
         self.config = config or self.look()
-        self.net = None
 
     def look(self):
         """-> its config. UserError now, not after the text encoder, where the file or a
         LoRA does not fit."""
         net = self.outline()
         shapes = {name: p.shape for name, p in net.named_parameters()}
-        for file, _, expert in self.loras:
-            if expert in ("", self.expert):
-                lora_keys.fit(shapes, file, self.expert, net.latent_layers, net.is_deep)
+        for one in self.loras:
+            lora_keys.fit(shapes, one.file, self.expert, net.latent_layers, net.is_deep)
         return net.config
 
     def outline(self):
@@ -93,9 +101,8 @@ class Deferred:
         if self.net is None:
             start = "cpu" if stream else device
             self.net = self.nets.load(self.path, dtype=self.dtype, device=start)
-            for file, strength, expert in self.loras:
-                if expert in ("", self.expert):
-                    lora.load(self.net, file, strength, expert=self.expert)
+            for one in self.loras:
+                lora.load(self.net, one.file, one.strength, expert=self.expert)
             if stream:
                 self.net = stream_blocks(self.net, device)
         return self.net
@@ -103,8 +110,7 @@ class Deferred:
     def unload(self):
         if self.net is not None:
             self.net = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
 
 
 class ImageCondition(NamedTuple):
@@ -204,10 +210,7 @@ class Model:
     def latent_shape(self, frames, size):
         """(t, h, w) of the latent that covers `frames` frames of `size` pixels and that
         the patches divide."""
-        c, patch = self.ae.config, self.net.config.patch
-        cells = (1 + math.ceil(max(frames - c.lead, 0) / c.temporal_factor),
-                 math.ceil(size[0] / c.spatial_factor), math.ceil(size[1] / c.spatial_factor))
-        return tuple(math.ceil(n / p) * p for n, p in zip(cells, patch))
+        return latent_shape(self.ae.config, self.net.config.patch, frames, size)
 
     def size_for(self, picture):
         """Height and width for a picture [.., h, w]: the model's area in the picture's
@@ -323,6 +326,13 @@ class Model:
             frames -= x.shape[2]
             if x.shape[2]:
                 yield x
+
+
+def latent_shape(c, patch, frames, size):
+    """`Model.latent_shape`, of an autoencoder's config."""
+    cells = (1 + math.ceil(max(frames - c.lead, 0) / c.temporal_factor),
+             math.ceil(size[0] / c.spatial_factor), math.ceil(size[1] / c.spatial_factor))
+    return tuple(math.ceil(n / p) * p for n, p in zip(cells, patch))
 
 
 def resize(image, size, rule):
