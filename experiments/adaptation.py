@@ -174,15 +174,19 @@ class World:
             decisive[name] = hash_tensors(net.state_dict())
         self.ledger = Ledger(self.out, decisive)
 
-        sets = {"train": scenes_of("inside", preset.clips, 1)}
-        self.prompts = {}
+        self.clips, self.pairs, self.prompts = {}, {}, {}
+        self.take("train", scenes_of("inside", preset.clips, 1))
         for i, group in enumerate(GROUPS):
-            sets[group] = scenes_of(group, preset.held, (2, i))
+            self.take(group, scenes_of(group, preset.held, (2, i)))
             scored = scenes_of(group, preset.prompts, (99, i))
             self.prompts[group] = [scene.attributes() for scene in scored]
+
+    def take(self, group, scenes):
+        """Encode the clips of a group, and pose stage 1a on them."""
         cache = self.out.parent / "cache"  # shared by all autoencoders
-        self.clips = {k: toy_base.encode_scenes(self.deep, s, cache) for k, s in sets.items()}
-        self.pairs = {k: self.problem(k, sets[k], cache) for k in ("train", *GROUPS[:2])}
+        self.clips[group] = toy_base.encode_scenes(self.deep, scenes, cache)
+        if group != "word":
+            self.pairs[group] = self.problem(group, scenes, cache)
 
     def fresh(self, seed, base=True):
         """A transformer for the deep space with nothing aligned; without `base` nothing
@@ -225,8 +229,8 @@ class World:
             if enlarge > 1:
                 videos = [enlarged(x, enlarge) for x in videos]
             found[group] = toy_score.prompt_fit(videos, prompts)
-            stills = [x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in videos[:2]]
-            shown[group] = torch.stack(stills)
+            two = torch.stack(videos[:2])
+            shown[group] = two[:, :, [0, (two.shape[2] - 1) // 2, -1]]
         right = []
         for x, prompt in zip(videos, prompts):  # of the last group, "word"
             right += toy_score.prompt_fit([x], [holds(prompt)]).values()
@@ -251,7 +255,8 @@ class Ledger:
                 self.lines.append(json.loads(line))
         with checkpoint.atomic_path(self.file) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        if self.once("settings", lambda: settings) != json.loads(json.dumps(settings)):
+        self.settings = self.once("settings", lambda: settings)
+        if self.settings != json.loads(json.dumps(settings)):
             raise UserError(f"{folder} holds a comparison with other settings, or of another base "
                             "or autoencoder: use the same ones, or another --out.")
 
@@ -267,11 +272,6 @@ class Ledger:
             f.write(json.dumps(self.lines[-1]) + "\n")
         return value
 
-    def all(self, kind, **key):
-        """The values of this kind whose key holds all of `key`."""
-        key = dict(kind=kind, **key).items()
-        return [line["value"] for line in self.lines if key <= line["key"].items()]
-
 
 # --------------------------------------------------------------------------- one trial
 
@@ -283,8 +283,9 @@ class Trial:
         self.world, self.key, self.lr, self.seed = world, key, lr, seed
         self.arm, p = ALL[key], world.preset
         self.total, self.head_steps = p.steps, round(p.head_steps * self.arm.head_steps)
-        self.marks = {round(share * self.total) for share in p.marks} | {self.head_steps}
-        self.scored = {round(share * self.total) for share in p.scored} | {self.head_steps}
+        self.marks, self.scored = {self.head_steps}, {self.head_steps}
+        self.marks.update(round(share * self.total) for share in p.marks)
+        self.scored.update(round(share * self.total) for share in p.scored)
         if self.arm.head == "zero":
             self.scored.discard(0)  # a head of zeros makes no videos
         arm = self.arm
@@ -313,11 +314,11 @@ class Trial:
         lines = lines + self.train(net, self.folder, self.head_steps, steps, self.lr)
         shutil.rmtree(self.folder / "run")
         curve = [self.look(net, step) for step in sorted(self.marks)]
-        log = {name: [line[name] for line in lines] for name in lines[-1]}
         return dict(
             steps=self.total, head_steps=self.head_steps, trained=trained, curve=curve,
-            spikes=spikes(log["loss"]), grad_norm=max(log["gradient"]),
-            seconds=sum(log["seconds_per_step"]),
+            spikes=spikes([line["loss"] for line in lines]),
+            grad_norm=max(line["gradient"] for line in lines),
+            seconds=sum(line["seconds_per_step"] for line in lines),
         )
 
     def aligned(self):
@@ -352,24 +353,12 @@ class Trial:
         config = dict(data=source.fingerprint, first=first, lr=lr, batch=size)
         run = loop.Run(folder / "run", config, {"net": net}, {"net": opt}, plan)
 
-        def batches(number):
-            while True:
-                step = first + number
-                batch = source.batch(step, range(size))
-                shape = batch.z.shape[1:]
-                yield batch, flow.draw(shape, TIMES, self.seed, step, range(size))
-                number += 1
+        def before(step):
+            if step in self.marks:
+                self.look(net, step)
 
-        def losses(both, number):
-            batch, drawn = both
-            if first + number in self.marks:
-                self.look(net, first + number)
-            with kernels.autocast(world.device):
-                velocity = align.velocity_of(net.train(), batch, world.device)
-                loss, _ = flow.loss(velocity, batch.z, drawn)
-            yield "net", loss, {"loss": loss.detach()}
-
-        run.fit(batches(run.number), losses, what=f"{self.key}, rate {lr:g}, seed {self.seed}")
+        what = f"{self.key}, rate {lr:g}, seed {self.seed}"
+        fit(run, net, source, size, self.seed, world.device, what, first, before)
         self.look(net, first + steps)
         return loop.read_log(run.folder)
 
@@ -410,11 +399,33 @@ class Trial:
         return rows
 
 
-def spikes(losses, window=20):
-    """How often a loss is twice the median of those before it."""
+def fit(run, net, source, size, seed, device, what, first=0, before=None):
+    """The training run of `net` with the flow-matching loss on batches of `size` clips. Its
+    steps count from `first`; before(step) is called at the beginning of each."""
+    def batches(number):
+        while True:
+            step = first + number
+            batch = source.batch(step, range(size))
+            yield batch, flow.draw(batch.z.shape[1:], TIMES, seed, step, range(size))
+            number += 1
+
+    def losses(both, number):
+        batch, drawn = both
+        if before:
+            before(first + number)
+        with kernels.autocast(device):
+            velocity = align.velocity_of(net.train(), batch, device)
+            loss, _ = flow.loss(velocity, batch.z, drawn)
+        yield "net", loss, {"loss": loss.detach()}
+
+    run.fit(batches(run.number), losses, what=what)
+
+
+def spikes(losses):
+    """How often a loss is twice the median of the 20 before it."""
     found = 0
-    for i in range(window, len(losses)):
-        found += losses[i] > 2 * statistics.median(losses[i - window : i])
+    for i in range(20, len(losses)):
+        found += losses[i] > 2 * statistics.median(losses[i - 20 : i])
     return found
 
 
@@ -497,11 +508,11 @@ def speed(world, sizes=(1, 2, 3, 4), repeats=3):
 
 def compare(world, keys, seeds, half=None):
     """Gate, alignments, search, seeds, options; yields a summary after each seed."""
-    ledger = world.ledger
-    ledger.once("gate", lambda: gate(world))
-    ledger.once("half size", lambda: half_size(world, half))
-    ledger.once("alignments", lambda: alignments(world))
-    ledger.once("speed", lambda: speed(world))
+    ledger, found = world.ledger, dict(settings=world.ledger.settings)
+    found["gate"] = ledger.once("gate", lambda: gate(world))
+    found["half size"] = ledger.once("half size", lambda: half_size(world, half))
+    found["alignments"] = ledger.once("alignments", lambda: alignments(world))
+    found["speed"] = ledger.once("speed", lambda: speed(world))
     rates = search(world, [key for key in keys if key in ARMS])
     clear(world, rates)
     rates |= {key: rates["E"] for key in keys if key in OPTIONS}
@@ -512,7 +523,7 @@ def compare(world, keys, seeds, half=None):
             trial.score()
             told = "  ".join(f"{group} {loss[group]:.4f}" for group in GROUPS)
             tqdm.write(f"{key:3s} {ALL[key].title:24s} rate {lr:g} seed {seed}: loss {told}")
-        yield summary(world, rates, seed + 1)
+        yield summary(world, found, rates, seed + 1)
 
 
 def search(world, keys):
@@ -559,62 +570,71 @@ def clear(world, rates):
 # ------------------------------------------------------------------------------ results
 
 
-def summary(world, rates, seeds):
-    """Everything of the finished seeds: spreads for every arm, and the verdicts."""
-    kinds = ("settings", "gate", "half size", "alignments", "speed")
-    once = {kind: world.ledger.all(kind)[0] for kind in kinds}
-    passed = [k for k, ok in once["gate"]["passed"].items() if ok]
-
-    def fit(found):
-        return sum(found[k] for k in passed) / max(len(passed), 1)
-
-    base = {group: fit(found) for group, found in once["gate"]["base"].items()}
-    half = {group: fit(found) for group, found in once["half size"].items()}
-    arms = {}
+def summary(world, found, rates, seeds):
+    """Everything of the finished seeds, and of what was `found` before: spreads for every
+    arm, and the verdicts."""
+    gate = found["gate"]
+    passed = [k for k, ok in gate["passed"].items() if ok]
+    base, half = {}, {}
+    for group in GROUPS:
+        base[group] = mean_of(gate["base"][group], passed)
+        half[group] = mean_of(found["half size"][group], passed)
+    found = dict(found, passed=passed, chance=mean_of(gate["chance"], passed), base=base,
+                 half=half, base_held=gate["base"]["word"]["held"], seeds=seeds, arms={})
     for key, lr in rates.items():
         trials = [Trial(world, key, lr, seed) for seed in range(seeds)]
-        rows, scores = [t.row() for t in trials], [t.score() for t in trials]
-        curves = [row["curve"] for row in rows]
-        arm = arms[key] = {name: rows[0][name] for name in ("steps", "head_steps", "trained")}
-        arm |= dict(title=ALL[key].title, rate=lr, loss={}, fit={})
-        arm["seconds"] = spread(row["seconds"] for row in rows)
-        arm["spikes"] = sum(row["spikes"] for row in rows)
-        arm["grad_norm"] = max(row["grad_norm"] for row in rows)
-        for group in GROUPS:
-            arm["loss"][group] = over_seeds(curves, lambda look: look[group])
-            arm["fit"][group] = over_seeds(scores, lambda found: fit(found[group]))
-        last = str(arm["steps"])
-        arm["held"] = over_seeds(scores, lambda found: found["word"]["held"])[last]
-        arm["shape"] = over_seeds(scores, mean_shape)[last]
-        arm["steps to 95 %"] = {group: first_step(arm["fit"][group], 0.95 * base[group])
-                                for group in GROUPS}
-    found = dict(once, passed=passed, chance=fit(once["gate"]["chance"]), base=base, half=half,
-                 base_held=once["gate"]["base"]["word"]["held"], seeds=seeds, arms=arms)
+        found["arms"][key] = arm_of(trials, passed, base)
     return found | dict(claims=verdicts.claims(found))
 
 
+def mean_of(accuracies, passed):
+    """The fit that is compared: of the attributes that passed the gate."""
+    return sum(accuracies[k] for k in passed) / max(len(passed), 1)
+
+
+def arm_of(trials, passed, base):
+    """An arm's trials, one for each seed -> its row of the summary."""
+    rows, looks, scores = [], [], []
+    for trial in trials:
+        rows.append(trial.row())
+        looks += rows[-1]["curve"]
+        scores += trial.score()
+    arm = {name: rows[0][name] for name in ("steps", "head_steps", "trained")}
+    arm |= dict(title=trials[0].arm.title, rate=trials[0].lr, loss={}, fit={})
+    arm["seconds"] = spread(row["seconds"] for row in rows)
+    arm["spikes"] = sum(row["spikes"] for row in rows)
+    arm["grad_norm"] = max(row["grad_norm"] for row in rows)
+    arm["steps to 95 %"] = {}
+    for group in GROUPS:
+        arm["loss"][group] = over_seeds(looks, lambda look: look[group])
+        fits = over_seeds(scores, lambda score: mean_of(score[group], passed))
+        reached = [int(step) for step, fit in fits.items() if fit["mean"] >= 0.95 * base[group]]
+        arm["fit"][group], arm["steps to 95 %"][group] = fits, min(reached, default=None)
+    last = str(arm["steps"])
+    arm["held"] = over_seeds(scores, lambda score: score["word"]["held"])[last]
+    arm["shape"] = over_seeds(scores, mean_shape)[last]
+    return arm
+
+
 def over_seeds(rows, value):
-    """For each seed rows of {"step", ...} -> {step: spread of value(row)}."""
+    """Rows of {"step", ...}, several of a step -> {step: spread of value(row)}."""
     found = {}
-    for row in itertools.chain.from_iterable(rows):
+    for row in rows:
         found.setdefault(str(row["step"]), []).append(value(row))
     return {step: spread(values) for step, values in found.items()}
 
 
-def mean_shape(found):
-    return statistics.fmean(found[group]["shape"] for group in GROUPS)
-
-
-def first_step(fits, wanted):
-    reached = [int(step) for step, found in fits.items() if found["mean"] >= wanted]
-    return min(reached, default=None)
+def mean_shape(score):
+    return statistics.fmean(score[group]["shape"] for group in GROUPS)
 
 
 def show(world, path):
     """A contact sheet: the first videos of every arm beside the base's."""
-    files = {key: world.out / "shown" / f"{key}.safetensors" for key in ("base", *ALL)}
-    stills = {key: checkpoint.load_tensors(f)[0] for key, f in files.items() if f.exists()}
-    rows, labels = [], []
+    stills, rows, labels = {}, [], []
+    for key in ("base", *ALL):
+        file = world.out / "shown" / f"{key}.safetensors"
+        if file.exists():
+            stills[key] = checkpoint.load_tensors(file)[0]
     for group, prompts in world.prompts.items():
         for i, prompt in enumerate(prompts[:2]):
             rows.append(torch.cat([found[group][i] for found in stills.values()], dim=1))

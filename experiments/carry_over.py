@@ -28,20 +28,18 @@ errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 import argparse
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import adapt
-import align
 import dit
-import flow
-import kernels
 import lora
 import sample
 import toy
-from experiments.adaptation import Ledger
+from experiments.adaptation import Ledger, fit
 from experiments.verdicts import spread
 from files import checkpoint, options, video
 from training import bases, loop, toy_base, toy_score
@@ -129,8 +127,8 @@ class Experiment:
         others = sample.videos(model, self.others)
         found["others"] = toy_score.prompt_fit(others, self.others, COLOURS)["mean"]
         if picture is not None:
-            middle = [x[:, x.shape[1] // 2] for x in (*new[:SHOWN], *others[:SHOWN])]
-            checkpoint.save_tensors(picture, {"stills": torch.stack(middle)})
+            shown = torch.stack(new[:SHOWN] + others[:SHOWN])
+            checkpoint.save_tensors(picture, {"stills": shown[:, :, shown.shape[2] // 2]})
         return found
 
     def trial(self, title, make, strength=None, seed=0):
@@ -153,22 +151,7 @@ def train(model, steps, out, name, seed):
     plan = loop.Plan(steps, warmup=20, keep=1)
     config = dict(data=source.fingerprint, seed=seed, lr=RATE, batch=BATCH, rank=RANK)
     run = loop.Run(out / "runs" / name, config, {"net": net}, {"net": opt}, plan)
-
-    def batches(step):
-        while True:
-            batch = source.batch(step, range(BATCH))
-            shape = batch.z.shape[1:]
-            yield batch, flow.draw(shape, toy_base.TIMES, seed, step, range(BATCH))
-            step += 1
-
-    def losses(both, number):
-        batch, drawn = both
-        with kernels.autocast(model.device):
-            velocity = align.velocity_of(net, batch, model.device)
-            loss, _ = flow.loss(velocity, batch.z, drawn)
-        yield "net", loss, {"loss": loss.detach()}
-
-    run.fit(batches(run.number), losses, what=f"LoRA on the {name}")
+    fit(run, net, source, BATCH, seed, model.device, f"LoRA on the {name}")
     return net.eval()
 
 
@@ -179,28 +162,29 @@ def run(experiment, seeds, adaptations, shorter=()):
     """All trials -> {title: {strength: {"new": spread, "others": spread}}}. `shorter`:
     further options of adapt.py."""
     e, rows = experiment, {}
+
+    def score(title, make, strength=None, seed=0):
+        by_strength = rows.setdefault(title, {})
+        found = e.trial(title, make, strength, seed)
+        by_strength.setdefault(str(strength or ""), []).append(found)
+
     for name, model in e.models.items():
-        rows[f"{name}, no LoRA"] = {None: [e.trial(f"{name}, no LoRA", lambda: model)]}
+        score(f"{name}, no LoRA", lambda: model)
     for seed in range(seeds):
         for name in e.models:
             for trained_on in e.models:
                 whose = "its own" if name == trained_on else f"the {trained_on}'s"
-                by_strength = rows.setdefault(f"{name}, {whose}", {})
+                file = e.lora_of(trained_on, seed)
                 for strength in STRENGTHS:
-                    file = e.lora_of(trained_on, seed)
-                    found = e.trial(f"{name}, {whose}",
-                                    lambda: e.with_lora(name, file, strength), strength, seed)
-                    by_strength.setdefault(strength, []).append(found)
-    title = "adapted with the base's"
+                    make = partial(e.with_lora, name, file, strength)
+                    score(f"{name}, {whose}", make, strength, seed)
     for seed in range(adaptations):
-        found = e.trial(title, lambda: e.adapted(seed, shorter), seed=seed)
-        rows.setdefault(title, {}).setdefault(None, []).append(found)
-    return {title: {str(s or ""): over_seeds(found) for s, found in by_strength.items()}
-            for title, by_strength in rows.items()}
-
-
-def over_seeds(found):
-    return {k: spread(row[k] for row in found) for k in found[0]}
+        score("adapted with the base's", partial(e.adapted, seed, shorter), seed=seed)
+    for by_strength in rows.values():
+        for strength, found in by_strength.items():
+            new, others = [row["new"] for row in found], [row["others"] for row in found]
+            by_strength[strength] = dict(new=spread(new), others=spread(others))
+    return rows
 
 
 def table(rows):
@@ -208,10 +192,15 @@ def table(rows):
     lines = [f"{'':26s}{'strength':>9s}{'new':>20s}{'others':>20s}"]
     for title, by_strength in rows.items():
         for strength, found in by_strength.items():
-            cells = [f"{s['mean']:.2f} ({s['low']:.2f}-{s['high']:.2f})" if s["seeds"] > 1
-                     else f"{s['mean']:.2f}" for s in (found["new"], found["others"])]
-            lines.append(f"{title:26s}{strength:>9s}{cells[0]:>20s}{cells[1]:>20s}")
+            new, others = cell(found["new"]), cell(found["others"])
+            lines.append(f"{title:26s}{strength:>9s}{new:>20s}{others:>20s}")
     return "\n".join(lines)
+
+
+def cell(s):
+    if s["seeds"] == 1:
+        return f"{s['mean']:.2f}"
+    return f"{s['mean']:.2f} ({s['low']:.2f}-{s['high']:.2f})"
 
 
 def show(experiment, path):
@@ -246,8 +235,8 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     results = args.results or args.out
     with loop.lock(args.out):
-        base, deep = (replace(released.load_model(name, device=args.device), text=Words())
-                      for name in ("base", "dc"))
+        base = replace(released.load_model("base", device=args.device), text=Words())
+        deep = replace(released.load_model("dc", device=args.device), text=Words())
         experiment = Experiment(base, deep, args.steps, args.prompts, args.out)
         rows = run(experiment, args.seeds, args.adaptations)
         print(table(rows))

@@ -15,7 +15,8 @@ Killed and started again it goes on. Films: assets/fetch.py fetches some.
 """
 import argparse
 import dataclasses
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from einops import rearrange
 
 import ae
 import kernels
-from chunk_causal import run_layers
 from files import checkpoint, folders, options, video
 from training import clips, loop, metrics
 from training.muon import Muon
+from training.plan import markdown
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
 LENGTHS = {16: 24, 80: 12, LONG: 12}  # frames of the clips that arms are judged on: how many
@@ -55,7 +56,7 @@ class Arm:
 
     group: str
     label: str
-    changes: dict = field(default_factory=dict)
+    changes: dict
     frames: int = 16
     batch: int = 8
 
@@ -125,28 +126,22 @@ class Patches(nn.Module):
 
 
 class ToPatches(nn.Module):
-    """Pixels -> patches, as a streaming layer."""
+    """Pixels -> patches, then a layer, as one streaming layer."""
 
-    def __init__(self, patches):
+    def __init__(self, patches, layer):
         super().__init__()
-        self.patches = patches
+        self.patches, self.layer = patches, layer
 
     def forward(self, x, state=None):
-        return self.patches(x), state
+        return self.layer(self.patches(x), state)
 
 
 class ToPixels(ToPatches):
-    """Patches -> pixels, as a streaming layer."""
-
-    def forward(self, y, state=None):
-        return self.patches.back(y), state
-
-
-class Row(nn.ModuleList):
-    """Streaming layers in place of one."""
+    """A layer, then patches -> pixels, as one streaming layer."""
 
     def forward(self, x, state=None):
-        return run_layers(self, x, state)
+        y, state = self.layer(x, state)
+        return self.patches.back(y), state
 
 
 def on_patches(config, patches):
@@ -155,9 +150,9 @@ def on_patches(config, patches):
     net = ae.DCAEV(dataclasses.replace(config, patch=1))
     net.config, k, width = config, patches.basis.shape[1], config.widths[config.first]
     how = (1, 1, config.chunk, config.temporal)
-    net.encoder.project_in = Row([ToPatches(patches), ae.Resample(k, width, *how)])
+    net.encoder.project_in = ToPatches(patches, ae.Resample(k, width, *how))
     net.decoder.project_out.op_list[2] = ae.Resample(width, k, *how, up=True)
-    net.decoder.project_out = Row([net.decoder.project_out, ToPixels(patches)])
+    net.decoder.project_out = ToPixels(patches, net.decoder.project_out)
     return net
 
 
@@ -209,28 +204,24 @@ def whole(net, x):
     return net.decoder(net.encoder(x)[0])[0]
 
 
-def pieces(net, x, frames):
-    """Pieces of `frames` frames that know nothing of each other."""
-    return torch.cat([whole(net, piece) for piece in x.split(frames, dim=2)], dim=2)
-
-
 def meet(net, arm, x, way):
     """A clip longer than those an arm was trained on: as a stream; or, where every frame sees
-    all others, the whole clip at once, or in pieces of the training length."""
-    if way == "pieces":
-        return pieces(net, x, arm.frames)
-    return whole(net, x) if way == "whole" else net(x)
+    all others, the whole clip at once, or in pieces of the training length, which know nothing
+    of each other."""
+    if way == "streamed":
+        return net(x)
+    pieces = x.split(arm.frames, dim=2) if way == "pieces" else [x]
+    return torch.cat([whole(net, piece) for piece in pieces], dim=2)
 
 
 @torch.no_grad()
-def within_chunks(net, arm, short, together=16):
+def within_chunks(net, arm, short):
     """How differently the latent frames of a clip that stands still are used: their variance
     within stretches of 16 frames, over all variance. 0: each of them says the same. 3/4: the
     four of them say four things of equal weight."""
     still = short[:, :, :1].expand(-1, -1, arm.frames, -1, -1)
     z = torch.cat([net.encoder(x)[0] for x in still.split(16)])
-    n = together // arm.config.temporal_factor
-    z = rearrange(z, "b c (k n) h w -> c (b k h w) n", n=n)
+    z = rearrange(z, "b c (k n) h w -> c (b k h w) n", n=16 // arm.config.temporal_factor)
     inside, all_over = z.var(dim=2, correction=0), z.flatten(1).var(dim=1, correction=0)
     return (inside.mean() / all_over.mean()).item()
 
@@ -260,23 +251,26 @@ def score(net, arm, short, long):
 
 def plot(path, arms):
     """PSNR over frame index, quality against chunk size."""
-    groups = [g for g in GROUPS if any(name.startswith(g) for name in arms)]
+    groups = {}
+    for name, arm in arms.items():
+        group, label = name.split("-")
+        groups.setdefault(group, {})[label] = arm
+    draw_group = dict(temporal=plot_temporal, chunk=plot_chunks)
     with video.figure(path, columns=len(groups), size=(6, 4), dpi=100) as axes:
-        for ax, group in zip(axes[0], groups):
-            mine = [name for name in arms if name.startswith(group)]
-            labels = {name.split("-")[1]: arms[name] for name in mine}
-            if group == "temporal":
-                plot_temporal(ax, labels)
-                continue
-            labels = dict(sorted((int(label), arm) for label, arm in labels.items()))
-            ax.plot(list(labels), [arm["psnr"] for arm in labels.values()], marker="o")
-            ax.set(title="quality against the chunk", xlabel="frames per chunk", ylabel="dB")
-            flicker = [arm["long"]["streamed"]["flicker"] for arm in labels.values()]
-            twin = ax.twinx()
-            twin.plot(list(labels), flicker, marker="x", color="tab:red")
-            twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
-        for ax in axes[0]:
+        for ax, (group, mine) in zip(axes[0], groups.items()):
+            draw_group[group](ax, mine)
             ax.grid(alpha=0.3)
+
+
+def plot_chunks(ax, arms):
+    chunks = sorted(arms, key=int)
+    lengths = [int(chunk) for chunk in chunks]
+    ax.plot(lengths, [arms[chunk]["psnr"] for chunk in chunks], marker="o")
+    ax.set(title="quality against the chunk", xlabel="frames per chunk", ylabel="dB")
+    flicker = [arms[chunk]["long"]["streamed"]["flicker"] for chunk in chunks]
+    twin = ax.twinx()
+    twin.plot(lengths, flicker, marker="x", color="tab:red")
+    twin.set_ylabel("flicker at borders (1: none)", color="tab:red")
 
 
 def plot_temporal(ax, arms):
@@ -290,16 +284,16 @@ def plot_temporal(ax, arms):
 
 def table(arms):
     """Markdown: one line per arm and way of meeting long clips."""
-    number = lambda v, digits=2: "-" if v is None or v != v else f"{v:.{digits}f}"
     rows = [["arm", "steps", "PSNR dB", "SSIM", "still", "long clips", "first frames", "beyond",
-             "flicker"], ["---"] * 9]
+             "flicker"]]
     for name, arm in arms.items():
         for way, long in arm["long"].items():
-            rows.append([name.replace("-", ": ", 1), arm["steps"], number(arm["psnr"]),
-                         number(arm["ssim"], 4), number(arm["still"], 3),
-                         f"{way} {number(long['psnr'])}", number(long["psnr_start"]),
-                         number(long["psnr_beyond"]), number(long["flicker"])])
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+            beyond = "-" if long["psnr_beyond"] is None else f"{long['psnr_beyond']:.2f}"
+            flicker = "-" if math.isnan(long["flicker"]) else f"{long['flicker']:.2f}"
+            rows.append([name.replace("-", ": ", 1), arm["steps"], f"{arm['psnr']:.2f}",
+                         f"{arm['ssim']:.4f}", f"{arm['still']:.3f}", f"{way} {long['psnr']:.2f}",
+                         f"{long['psnr_start']:.2f}", beyond, flicker])
+    return markdown(rows)
 
 
 # -------------------------------------------------------------- command line

@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 
 from files import checkpoint, video
+from training.plan import markdown
 
 GROUPS = ("inside", "combination", "word")  # of prompts
 
@@ -64,11 +65,11 @@ DUELS = [
 def judge(duel, arms):
     """Four comparisons: fit on seen combinations and on unseen ones, how often an unseen
     word is right, validation loss. Supported if at least one says so and none the opposite."""
-    (fit_a, held_a, loss_a), (fit_b, held_b, loss_b) = (ends(arms[k]) for k in (duel.a, duel.b))
-    pairs = {group: (fit_a[group], fit_b[group]) for group in GROUPS[:2]}
-    pairs["unseen words"] = held_a, held_b
+    (fit_a, held_a, loss_a), (fit_b, held_b, loss_b) = ends(arms[duel.a]), ends(arms[duel.b])
     votes, numbers = [], []
-    for what, (a, b) in pairs.items():
+    for what, a, b in (("inside", fit_a["inside"], fit_b["inside"]),
+                       ("combination", fit_a["combination"], fit_b["combination"]),
+                       ("unseen words", held_a, held_b)):
         votes.append(against(a, b))
         numbers.append(f"{what} {duel.a} {shown(a)}, {duel.b} {shown(b)}: {votes[-1]}")
     votes.append(against(loss_a, loss_b, higher=False))
@@ -148,7 +149,8 @@ def less_stable(arms):
     rose, numbers = [], []
     for key in "BE":
         losses = [found["mean"] for found in arms[key]["loss"]["inside"].values()]
-        rose += [key] if losses[-1] > 1.1 * min(losses) else []
+        if losses[-1] > 1.1 * min(losses):
+            rose.append(key)
         numbers.append(f"{key}: {arms[key]['spikes']} spikes of the loss, largest gradient norm "
                        f"{arms[key]['grad_norm']:.1f}")
     numbers.append(f"loss rose again: {', '.join(rose) or 'none'}")
@@ -158,12 +160,14 @@ def less_stable(arms):
 
 
 def follows_tokens(rows):
-    reach = [row["time ratio"] / row["token ratio"] for row in rows]
+    reach, told = [], []
+    for row in rows:
+        tokens, time = row["token ratio"], row["time ratio"]
+        reach.append(time / tokens)
+        told.append(f"{row['side']} px: tokens {tokens:.1f}x, time {time:.1f}x")
     verdict = "not shown"
     if max(reach) >= 0.9:
         verdict = "supported" if min(reach) >= 0.9 else "partly"
-    told = [f"{row['side']} px: tokens {row['token ratio']:.1f}x, time {row['time ratio']:.1f}x"
-            for row in rows]
     return dict(claim="C6", text="speed follows the token ratio", numbers="; ".join(told),
                 verdict=verdict)
 
@@ -188,12 +192,11 @@ def report(found, results):
     checkpoint.write_json(results / "adaptation.json", text)
     lines = []
     for name, s in found.items():
-        lines += [f"## {name}", "", *table(s), ""]
-        lines += ["| claim | numbers | verdict |", "|---|---|---|"]
+        claims = [["claim", "numbers", "verdict"]]
         for row in s["claims"]:
-            claim = f"{row['claim']}: {row['text']}"
-            lines.append(f"| {claim} | {row['numbers']} | **{row['verdict']}** |")
-        lines.append("")
+            claims.append([f"{row['claim']}: {row['text']}", row["numbers"],
+                           f"**{row['verdict']}**"])
+        lines += [f"## {name}", "", markdown(table(s)), "", markdown(claims), ""]
     with checkpoint.atomic_path(results / "adaptation.md") as tmp:
         tmp.write_text("\n".join(lines))
 
@@ -204,33 +207,34 @@ COLUMNS = ("arm", "rate", "fit inside after 1a", "after 1b", "at the end", "comb
 
 
 def table(s):
-    """Markdown lines: the base, the base at half size, every arm."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    """Rows of cells: every arm, the base, the base at half size."""
+    rows = [COLUMNS]
     for key, arm in s["arms"].items():
         fit, loss, first = arm["fit"], arm["loss"]["inside"], str(arm["head_steps"])
         aligned = shown(fit["inside"].get(first)) if arm["head_steps"] else "-"
         last, held, _ = ends(arm)
-        steps = [str(step or "-") for step in arm["steps to 95 %"].values()]
-        rows.append([
-            f"{key} {arm['title']}", f"{arm['rate']:g}", shown(fit["inside"].get("0")), aligned,
-            *(shown(last[group]) for group in GROUPS), shown(held), shown(arm["shape"]),
-            *(f"{loss[step]['mean']:.3f}" for step in ("0", first, str(arm["steps"]))),
-            " / ".join(steps), f"{arm['trained']:,}", f"{arm['seconds']['mean']:.0f}"])
+        row = [f"{key} {arm['title']}", f"{arm['rate']:g}", shown(fit["inside"].get("0")), aligned]
+        row += [shown(last[group]) for group in GROUPS]
+        row += [shown(held), shown(arm["shape"])]
+        row += [f"{loss[step]['mean']:.3f}" for step in ("0", first, str(arm["steps"]))]
+        row.append(" / ".join(str(step or "-") for step in arm["steps to 95 %"].values()))
+        row += [f"{arm['trained']:,}", f"{arm['seconds']['mean']:.0f}"]
+        rows.append(row)
     for title, fits in (("base", s["base"]), ("base at half size, enlarged", s["half"])):
         fits = [f"{fits[group]:.2f}" for group in GROUPS]
         rows.append([title, "", "", "", *fits, *[""] * (len(COLUMNS) - 7)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return rows
 
 
 def draw(s, path):
     """Losses and fits over steps, unseen words at the end. Bands are ranges over seeds."""
-    core = {key: arm for key, arm in s["arms"].items() if key.isupper()}
-    colours = {key: f"C{i}" for i, key in enumerate(core)}
+    core = [key for key in s["arms"] if key.isupper()]
     with video.figure(path, rows=2, columns=4, size=(5.2, 4.2), dpi=80) as axes:
         for row, what in enumerate(("loss", "fit")):
             for ax, group in zip(axes[row], GROUPS):
-                for key, arm in core.items():
-                    curve(ax, arm[what][group], colours[key], f"{key} {arm['title']}")
+                for i, key in enumerate(core):
+                    arm = s["arms"][key]
+                    curve(ax, arm[what][group], f"C{i}", f"{key} {arm['title']}")
                 ax.set(title=f"{what}, {group}", xlabel="steps (stage 1b counts)")
         for ax, group in zip(axes[1], GROUPS):
             ax.axhline(s["base"][group], color="k", ls="--", lw=1)
@@ -241,14 +245,19 @@ def draw(s, path):
         for key, arm in s["arms"].items():
             held = arm["held"]
             errors = [[held["mean"] - held["low"]], [held["high"] - held["mean"]]]
-            axes[1, 3].bar(key, held["mean"], yerr=errors, color=colours.get(key, "gray"))
+            colour = f"C{core.index(key)}" if key in core else "gray"
+            axes[1, 3].bar(key, held["mean"], yerr=errors, color=colour)
         axes[1, 3].axhline(s["base_held"], color="k", ls="--", lw=1)
         axes[1, 3].set(title="unseen word comes out right, at the end")
 
 
 def curve(ax, spreads, colour, label):
-    steps = [int(step) for step in spreads]
-    mean, low, high = ([found[k] for found in spreads.values()] for k in ("mean", "low", "high"))
+    steps, low, mean, high = [], [], [], []
+    for step, found in spreads.items():
+        steps.append(int(step))
+        low.append(found["low"])
+        mean.append(found["mean"])
+        high.append(found["high"])
     ax.plot(steps, mean, "o-", ms=3, color=colour, label=label)
     ax.fill_between(steps, low, high, color=colour, alpha=0.15)
     ax.grid(alpha=0.3)

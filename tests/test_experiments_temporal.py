@@ -100,7 +100,7 @@ def test_ways_to_meet_a_long_clip(patches):
     x = torch.rand(1, 3, 32, 32, 32) * 2 - 1
     nets = {arm.label: temporal.on_patches(arm.config, patches).eval() for arm in ARMS if arm.group == "temporal"}
     with torch.no_grad():
-        y = temporal.pieces(nets["non_causal"], x, 16)
+        y = temporal.meet(nets["non_causal"], ARMS[0], x, "pieces")
         assert torch.allclose(y[:, :, 16:], temporal.whole(nets["non_causal"], x[:, :, 16:]), atol=1e-5)
         assert not torch.allclose(y, temporal.whole(nets["non_causal"], x), atol=1e-3)
         for name in ("chunk_causal", "causal"):
