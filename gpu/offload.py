@@ -48,6 +48,15 @@ class Place(NamedTuple):
         return flat[self.start : end].view(self.dtype).view(self.shape)
 
 
+def places_of(block):
+    """-> [Place] of its parameters, and how many bytes they take."""
+    places, end = [], 0
+    for name, p in block.state_dict().items():
+        places.append(Place(name, end, p.shape, p.dtype))
+        end += -(-p.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
 class StreamedBlocks(nn.Module):
     """Stands in for an nn.ModuleList of equally shaped blocks that is only ever
     iterated, without gradients: `for block in streamed: x = block(x)`.
@@ -60,12 +69,9 @@ class StreamedBlocks(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        self.places, end = [], 0  # equal in all blocks
-        for name, p in blocks[0].state_dict().items():
-            self.places.append(Place(name, end, p.shape, p.dtype))
-            end += -(-p.nbytes // ALIGNMENT) * ALIGNMENT
+        self.places, end = places_of(blocks[0])  # equal in all blocks
         empty = copy.deepcopy(blocks[0]).to("meta").requires_grad_(False)
-        self.host = [self.pack(block, end) for block in blocks]  # of each block, its chunks
+        self.host = [self.pack(block) for block in blocks]  # of each block, its chunks
         self.buffers, self.shells = [], []  # shells: blocks whose parameters lie in a buffer
         for _ in range(2):
             buffer = torch.empty(end, dtype=torch.uint8, device=self.device)
@@ -79,21 +85,22 @@ class StreamedBlocks(nn.Module):
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             for buffer in self.buffers:
                 buffer.record_stream(self.stream)
-            self.copied = [torch.cuda.Event() for _ in range(2)]
-            self.computed = [torch.cuda.Event() for _ in range(2)]
+            self.copied = torch.cuda.Event(), torch.cuda.Event()
+            self.computed = torch.cuda.Event(), torch.cuda.Event()
 
-    def pack(self, block, size):
+    def pack(self, block):
         """A block -> its bytes, in pinned chunks when they go to a GPU. The block is
         empty afterwards."""
-        tensors, flat = block.state_dict(), torch.empty(size, dtype=torch.uint8)
-        alike = [(p.name, p.shape, p.dtype) for p in self.places]
-        if [(name, p.shape, p.dtype) for name, p in tensors.items()] != alike:
+        places, size = places_of(block)
+        if places != self.places:
             raise ValueError("only blocks of equal shapes and types can be streamed (merge LoRA "
                              "adapters first).")
-        for place in self.places:
+        tensors, flat = block.state_dict(), torch.empty(size, dtype=torch.uint8)
+        for place in places:
             place.view(flat).copy_(tensors[place.name])
         block.to("meta")
-        return [chunk.pin_memory() if self.cuda else chunk for chunk in flat.split(CHUNK)]
+        chunks = flat.split(CHUNK)
+        return [chunk.pin_memory() for chunk in chunks] if self.cuda else chunks
 
     def unpack(self, buffer, block):
         """Let the parameters of `block` be views of a buffer."""

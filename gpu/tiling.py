@@ -53,10 +53,15 @@ def decode_stream(net, z, tile=None):
         yield from net.decode_stream(z)
         return
     pieces = [z] if isinstance(z, torch.Tensor) else z
-    chunks, again = itertools.tee(net.latent_chunks(iter(pieces)))
-    features = (features for features, _ in chunks)
-    for x, (_, surplus) in zip(sweep(net, "decoder", features, tile), again):
-        yield x[:, :, : x.shape[2] - surplus]
+    surplus = []  # of the chunks that are on their way
+
+    def features():
+        for chunk, more in net.latent_chunks(iter(pieces)):
+            surplus.append(more)
+            yield chunk
+
+    for x in sweep(net, "decoder", features(), tile):
+        yield x[:, :, : x.shape[2] - surplus.pop(0)]
 
 
 # ---------------------------------------------------------------- what depends on what
@@ -174,6 +179,7 @@ def sweep_tiles(layers, chunks, tile, waiting, last):
     kept by the caller; after the `last` they are dropped.
     """
     out, ops, size, device = [], layer_ops(layers), chunks[0].shape[3:], chunks[0].device
+    height, width = scales(ops, size[0])[-1], scales(ops, size[1])[-1]
     for window in itertools.product(*tile_spans(ops, size, tile)):
         (a, b), (c, d) = (axis[-1] for axis in window)
         states = waiting.pop((a, c), [None] * len(layers))
@@ -181,8 +187,7 @@ def sweep_tiles(layers, chunks, tile, waiting, last):
         for i, x in enumerate(chunks):
             y = run(layers, x, states, window)
             if i == len(out):
-                frame = (scales(ops, n)[-1] for n in size)
-                out.append(y.new_empty(*y.shape[:3], *frame))
+                out.append(y.new_empty(*y.shape[:3], height, width))
             out[i][..., a:b, c:d] = y
             del y  # before the next one is made
         if not last:
@@ -228,10 +233,11 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        made = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors(out)}
-        for storage in made.values():
-            if storage._cdata not in given:  # else a view, or in place
+        known = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        for t in tensors(out):
+            storage = t.untyped_storage()
+            if storage._cdata not in known:  # else a view, or in place
+                known.add(storage._cdata)
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
         if func in CONVOLUTIONS:
@@ -298,11 +304,15 @@ def costs(kind, config, side, dtype):
         for i, layer in enumerate(layers):
             with Meter() as meter, torch.no_grad():
                 y, states[i] = layer(x, states[i])
-            needs = bytes_of(x), bytes_of(y), bytes_of(states[i]), meter.peak
-            call.append(Cost(*(n / cells**2 for n in needs)))
+            n = cells**2
+            call.append(Cost(bytes_of(x) / n, bytes_of(y) / n, bytes_of(states[i]) / n,
+                             meter.peak / n))
             x = y
-    sees_all = [any(hasattr(m, "whole_frame") for m in layer.modules()) for layer in layers]
-    return [Layer(*row) for row in zip(layer_ops(layers), sees_all, *calls)]
+    found = []
+    for layer, first, later in zip(layers, *calls):
+        whole = any(hasattr(m, "whole_frame") for m in layer.modules())
+        found.append(Layer(tuple(axis_ops(layer)), whole, first, later))
+    return found
 
 
 def run_peak(layers, areas, calls, together=1):
@@ -349,14 +359,15 @@ def tiled_peak(net, side, layers, calls, cells, tile, at):
     ops = [layer.ops for layer in layers]
     pixels = scales(ops, c.spatial_factor if side == "encoder" else 1)
     size, end = (h * pixels[lo], w * pixels[lo]), [n * pixels[hi] for n in tile]
-    axes = tile_spans(ops[lo:hi], size, end)
-    rows, columns = ([max(b - a for a, b in spans) for spans in zip(*axis)] for axis in axes)
-    areas = [a * b / n**2 for a, b, n in zip(rows, columns, pixels[lo:hi])]
+    rows, columns = tile_spans(ops[lo:hi], size, end)
+    areas = []
+    for a, b, n in zip(longest(rows), longest(columns), pixels[lo:hi]):
+        areas.append(a * b / n**2)
     tile_peak, tile_states = run_peak(layers[lo:hi], areas, calls)
     grouped = min(calls, max(1, GROUP // c.latent_chunk))
     waiting = 0
     if calls > grouped and next(net.parameters()).device.type == "cpu":
-        waiting = tile_states * len(axes[0]) * len(axes[1])  # else in the memory of the host
+        waiting = tile_states * len(rows) * len(columns)  # else in the memory of the host
 
     def held(i, n):  # n chunks of what enters layer i, or leaves the last one
         if i < len(layers):
@@ -374,6 +385,14 @@ def tiled_peak(net, side, layers, calls, cells, tile, at):
         deep_states *= calls > grouped
     shallow_peak = deep_states + held(lo, grouped) + held(hi, grouped) + tile_peak
     return round(waiting + max(deep_peak, shallow_peak))
+
+
+def longest(axis):
+    """The row_spans of all tiles -> of each layer, the rows of the tile that needs most."""
+    found = []
+    for spans in zip(*axis):
+        found.append(max(b - a for a, b in spans))
+    return found
 
 
 def cut(net, side, shape, tile, dtype):

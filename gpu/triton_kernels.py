@@ -243,9 +243,9 @@ def quantize_rows_kernel(x, out, scales, d, largest, BLOCK: tl.constexpr):
     tl.store(out + row * d + column, value.to(out.dtype.element_ty), inside)
 
 
-def quantize_rows(x, dtype=torch.float8_e4m3fn):
+def quantize_rows(x):
     """x [m d] -> (x / scale in fp8 [m d], scale fp32 [m 1]); as fp8.quantize_rows."""
-    x, d = x.contiguous(), x.shape[1]
+    x, d, dtype = x.contiguous(), x.shape[1], torch.float8_e4m3fn
     out = torch.empty_like(x, dtype=dtype)
     scales = torch.empty(len(x), 1, device=x.device)
     quantize_rows_kernel[(len(x),)](x, out, scales, d, torch.finfo(dtype).max, **launch(d))

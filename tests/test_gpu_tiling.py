@@ -167,7 +167,7 @@ def test_the_estimate_is_what_a_run_creates(net, side, tile):
     with tiling.Meter() as meter:
         for _ in tiling.decode_stream(net, z, tile) if side == "decoder" else tiling.encode_stream(net, [x], tile):
             pass
-    assert estimate == pytest.approx(meter.peak, rel=0.06)
+    assert estimate == pytest.approx(meter.peak, rel=0.07)
 
 
 PUBLISHED = {
