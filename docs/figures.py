@@ -50,8 +50,8 @@ def temporal(path):
             seen = {SEEN_FROM}
             for layer in range(LAYERS, -1, -1):
                 colours = [BLUE if f in seen else GREY for f in range(FRAMES)]
-                colours = [RED if (layer, f) == (LAYERS, SEEN_FROM) else c
-                           for f, c in enumerate(colours)]
+                if layer == LAYERS:
+                    colours[SEEN_FROM] = RED
                 ax.scatter(range(FRAMES), [layer] * FRAMES, s=60, c=colours, zorder=3)
                 if layer == 0:
                     break

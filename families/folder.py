@@ -189,8 +189,7 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu"):
     base = Path(folders[0])
     text = text_of(base, family, read_index(base), device)
     _, header = checkpoint.open_tensors(path / "transformer")
-    told = header.get("adapted", {}).get("sampling", {})
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    settings = released.sampling_of(header.get("adapted", {}))
     transformer = Deferred(path / "transformer", loras, dtype)
     return models.Model(str(path), transformer, ae.load(path / "ae.safetensors"), text,
                         ae_dtype=dtype, **settings).to(device)

@@ -32,7 +32,7 @@ from families import libraries
 from families.rows import FAMILIES
 from files import checkpoint
 from files.checkpoint import UserError
-
+from wan.text import count
 
 BASE_TOKEN = 16  # pixels of a base's token along each side, in every family
 
@@ -67,6 +67,9 @@ class Net(nn.Module):
         #: of the class, as it is exported; diffusers' notes on it (which fields are its
         #: defaults) would bring those back
         self.stored = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+        self.latent_layers = f"transformer.{family.embedder}", f"transformer.{family.head}"
+        self.ends = tuple(f"transformer.{name}" for name in family.ends)
+        self.lora_targets = tuple(rf"transformer\.{name}" for name in family.targets)
         self.lora_prefix = family.lora_prefix
         transformer.register_to_config(**dict(family.running))
         self.weight_dtype = torch.float32
@@ -74,21 +77,9 @@ class Net(nn.Module):
     # -- the two ends, and what is between
 
     @property
-    def latent_layers(self):
-        return tuple(f"transformer.{name}" for name in (self.family.embedder, self.family.head))
-
-    @property
     def is_deep(self):
         """In a deep latent space? A token is larger there; shapes may be the base's."""
         return self.config.cell * self.config.patch[1] != BASE_TOKEN
-
-    @property
-    def ends(self):
-        return tuple(f"transformer.{name}" for name in self.family.ends)
-
-    @property
-    def lora_targets(self):
-        return tuple(rf"transformer\.{name}" for name in self.family.targets)
 
     @property
     def embedder(self):
@@ -100,12 +91,9 @@ class Net(nn.Module):
     def set_embedder(self, weight, bias):
         """Give the first layer a weight [d, z p q r] for the latent and a bias [d] (or
         None), in place."""
-        layer, c = self.transformer.get_submodule(self.family.embedder), self.config
-        sizes = dict(zip("pqr", c.patch))
-        per_channel = rearrange(layer.weight.flatten(1), f"d ({self.family.order}) "
-                                "-> d c p q r", **sizes)  # a view
-        new = rearrange(weight, "d (c p q r) -> d c p q r", **sizes)
-        per_channel[:, : c.in_channels] = new.to(per_channel)
+        layer, z = self.transformer.get_submodule(self.family.embedder), self.config.in_channels
+        old = per_channel(self.family, self.config, layer.weight)
+        old[:, :z] = weight.to(old).reshape(old[:, :z].shape)
         if layer.bias is not None:
             layer.bias.copy_(bias)
 
@@ -184,7 +172,6 @@ class Net(nn.Module):
     def run(self, x, t, prompt, return_features=None):
         """`forward`, of a collated prompt."""
         self.check(x)
-        grid = [s // p for s, p in zip(x.shape[2:], self.config.patch)]
         a, b = self.family.beside
         beside = x.new_zeros(len(x), a * x.shape[1] + b, *x.shape[2:])
         whole = torch.cat([x, beside], dim=1).float()
@@ -192,7 +179,10 @@ class Net(nn.Module):
             v = self.family.velocity(self, whole, t.float(), prompt).float()
         if return_features is None:
             return v
-        return v, {i: f.unflatten(1, grid) if f.ndim == 3 else f for i, f in features.items()}
+        grid = [s // p for s, p in zip(x.shape[2:], self.config.patch)]
+        for i, f in features.items():
+            features[i] = f.unflatten(1, grid) if f.ndim == 3 else f
+        return v, features
 
 
 def joined(results):
@@ -200,7 +190,10 @@ def joined(results):
     if torch.is_tensor(results[0]):
         return torch.cat(results)
     v, features = zip(*results)
-    return torch.cat(v), {i: torch.cat([f[i] for f in features]) for i in features[0]}
+    together = {}
+    for i in features[0]:
+        together[i] = torch.cat([f[i] for f in features])
+    return torch.cat(v), together
 
 
 @contextmanager
@@ -223,12 +216,16 @@ def watch(blocks, numbers):
             hook.remove()
 
 
+def per_channel(family, config, weight):
+    """A first layer's own weight -> a view of it, [d, c, p, q, r]."""
+    sizes = dict(zip("pqr", config.patch))
+    return rearrange(weight.flatten(1), f"d ({family.order}) -> d c p q r", **sizes)
+
+
 def view(family, config, weight, bias):
     """A first layer's own weight and bias -> Embedder."""
-    sizes = dict(zip("pqr", config.patch))
-    pattern = f"d ({family.order}) -> d c p q r"
-    per_channel = rearrange(weight.flatten(1), pattern, **sizes)
-    return Embedder(per_channel[:, : config.in_channels].flatten(1), bias)
+    found = per_channel(family, config, weight)
+    return Embedder(found[:, : config.in_channels].flatten(1), bias)
 
 
 # ------------------------------------------------ another latent space
@@ -292,13 +289,10 @@ def inherit(base, config, share=False):
 def keep_masks(base, net):
     """The columns for masks, which mean the same at any resolution: the base's, summed
     over its patch. (Those for a condition latent stay zero: it is another latent.)"""
-    masks = net.family.beside[1]
-
     def columns(n):
         layer = n.transformer.get_submodule(n.family.embedder)
-        pattern = f"d ({n.family.order}) -> d c p q r"
-        whole = rearrange(layer.weight.flatten(1), pattern, **dict(zip("pqr", n.config.patch)))
-        return whole[:, whole.shape[1] - masks :]
+        whole = per_channel(n.family, n.config, layer.weight)
+        return whole[:, whole.shape[1] - n.family.beside[1] :]
 
     columns(net).copy_(columns(base).sum((2, 3, 4), keepdim=True))
 
@@ -324,26 +318,23 @@ def look(path):
     tensors, header = checkpoint.open_tensors(path)
     if "patch_size" not in stored:
         raise UserError(f"{path / 'config.json'} has no patch_size: get this file again.")
-    heads = [tensors.get(f"{name}.weight") for name in (family.embedder, family.head)]
-    if None in heads:
+    first, last = tensors.get(f"{family.embedder}.weight"), tensors.get(f"{family.head}.weight")
+    if first is None or last is None:
         raise UserError(f"{path} holds no {family.embedder} or no {family.head}: it is not "
                         f"complete, get it again.")
     patch = stored["patch_size"]
     if isinstance(patch, int):
         patch = stored["patch_size_t"], patch, patch
-    takes = prod(heads[0].shape[1:]) // prod(patch)
-    makes = heads[1].shape[0] // prod(patch)
+    takes = prod(first.shape[1:]) // prod(patch)
+    makes = last.shape[0] // prod(patch)
     a, b = family.beside
     if takes != makes + a * makes + b:
         raise UserError(f"{path} takes {takes} channels and makes {makes}: it is not the "
                         f"text-to-video transformer of {family.name}, which would take "
                         f"{makes + a * makes + b}.")
-    numbers = {k.removeprefix(f"{family.blocks}.").split(".")[0] for k in tensors
-               if k.startswith(f"{family.blocks}.")}
-    cell = BASE_TOKEN // patch[1]
-    told = {k: header.get("families", {}).get(k, v) for k, v in dict(
-        cell=cell, positions="grid").items()}
-    config = Config(heads[0].shape[0], len(numbers), makes, makes, tuple(patch), **told)
+    saved = header.get("families", {})
+    config = Config(first.shape[0], count(tensors, family.blocks), makes, makes, tuple(patch),
+                    saved.get("cell", BASE_TOKEN // patch[1]), saved.get("positions", "grid"))
     return Opened(family, stored, config, tensors)
 
 
@@ -399,8 +390,9 @@ def load(path, dtype=torch.float32, device="cpu"):
 def embedder(path):
     """The first layer alone of a transformer's folder -> Embedder, fp32."""
     family, _, config, tensors = look(path)
-    found = [tensors.get(f"{family.embedder}.{leaf}") for leaf in ("weight", "bias")]
-    return view(family, config, *(t and t.read().float() for t in found))
+    weight = tensors[f"{family.embedder}.weight"].read().float()
+    bias = tensors.get(f"{family.embedder}.bias")
+    return view(family, config, weight, bias and bias.read().float())
 
 
 def read_ends(path):
@@ -414,8 +406,10 @@ def fingerprint(path):
     """What tells any two trained models apart, quickly -> (config, {name: tensor}): all
     vectors and the ends."""
     family, stored, _, tensors = look(path)
-    small = {k: v.read() for k, v in tensors.items()
-             if len(v.shape) == 1 or "scale_shift_table" in k or k.startswith(family.ends)}
+    small = {}
+    for k, v in tensors.items():
+        if len(v.shape) == 1 or "scale_shift_table" in k or k.startswith(family.ends):
+            small[k] = v.read()
     return {k: v for k, v in stored.items() if not k.startswith("_")}, small
 
 

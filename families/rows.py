@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from families import libraries
 from files.checkpoint import UserError
-from wan import released
+from wan import models, released
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def kandinsky_encode(parts, prompts):
 
 def kandinsky_collate(rows):
     """Each prompt alone: padding would be attended."""
-    return [{name: states[None] for name, states in row.items()} for row in rows]
+    return models.Prompts(rows).each(lambda states: states[None])
 
 
 def kandinsky_velocity(net, x, t, prompt):

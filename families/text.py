@@ -48,9 +48,8 @@ class Text:
         return {k: v for k, v in tensors.items() if k.startswith(self.family.projection)}
 
     def __call__(self, prompts):
-        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
-        self.known |= self.encode(new) if new else {}
-        return Prompts({k: v.float() for k, v in self.known[p].items()} for p in prompts)
+        self.known |= self.states(prompts)
+        return Prompts(self.known[p] for p in prompts).each(torch.Tensor.float)
 
     def states(self, prompts):
         """List of sentences -> {sentence: {name: states}}. What is new is not kept here: a
@@ -66,8 +65,11 @@ class Text:
 
     def stored_bytes(self):
         """Size of the text encoders' files."""
-        files = [f for part in self.family.text for f in (self.folder / part).glob("*.safetensors")]
-        return sum(f.stat().st_size for f in files)
+        total = 0
+        for part in self.family.text:
+            for file in (self.folder / part).glob("*.safetensors"):
+                total += file.stat().st_size
+        return total
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -82,7 +84,7 @@ class Text:
         rows = self.family.encode(parts, prompts)
         del parts
         release()
-        return {p: {k: v.cpu() for k, v in row.items()} for p, row in zip(prompts, rows)}
+        return dict(zip(prompts, Prompts(rows).to("cpu")))
 
     def load(self, part):
         """A part by its class in the index."""

@@ -9,7 +9,6 @@ before the real one is downloaded. The video is noise, of course.
 Every number follows from the name of its tensor alone (`fill`), whatever a class makes of
 itself: a zero gate would hide what is behind it.
 """
-import argparse
 import json
 import zlib
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 from families import libraries
 from files import errors
-from files.checkpoint import UserError
 from wan import tiny as wan_tiny
 
 TEXT = 16  # width of the text states
@@ -214,12 +212,8 @@ def write(family, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write tiny random models of the families that "
-                                     "diffusers holds, as its folders.")
-    parser.add_argument("out", type=Path, help="folder to write them to, new or empty")
-    out = parser.parse_args().out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and not empty: name a new folder.")
+    out = wan_tiny.out_argument("Write tiny random models of the families that diffusers holds, "
+                                "as its folders.")
     for family in PIPELINES:
         write(family, out / family)
         print(out / family)

@@ -38,13 +38,13 @@ def clip_pixels(image, rule="wan", size=224):
     antialiasing. "dc", DC-VideoGen and diffusers: the shorter edge to `size` with
     pillow's antialiased bicubic filter on 8-bit pixels, then the middle square.
     """
-    assert rule in ("wan", "dc"), rule
     if rule == "wan":
         square = (size, size)
         image = F.interpolate(image.float(), square, mode="bicubic", align_corners=False)
     else:
         image = torch.stack([middle_square(picture, size) for picture in image])
-    mean, std = (torch.tensor(c, device=image.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    mean = torch.tensor(CLIP_MEAN, device=image.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=image.device).view(3, 1, 1)
     return (image * 0.5 + 0.5 - mean) / std
 
 
@@ -99,8 +99,9 @@ class CLIPVision(nn.Module):
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.zeros(1, tokens, dim))
         self.pre_norm = LayerNorm(dim)
-        blocks = (ClipBlock(dim, mlp_dim, heads) for _ in range(layers - 1))
-        self.transformer = nn.ModuleList(blocks)
+        self.transformer = nn.ModuleList()
+        for _ in range(layers - 1):
+            self.transformer.append(ClipBlock(dim, mlp_dim, heads))
 
     def forward(self, pixels):
         """Pixels [b 3 image_size image_size] as `clip_pixels` makes them -> tokens
@@ -176,8 +177,8 @@ def clip_names(sd):
         sd[name] = later(as_table, sd[name])
     for q in [name for name in sd if ".attn.q_proj." in name]:
         parts = [q.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        shapes = {tuple(sd[part].shape) if part in sd else None for part in parts}
-        if len(shapes) == 1:  # else the strict check names what is wrong
+        alike = all(part in sd and sd[part].shape == sd[q].shape for part in parts)
+        if alike:  # else the strict check names what is wrong
             sd[q.replace("q_proj", "to_qkv")] = later(joined, *map(sd.pop, parts))
     return sd
 
@@ -200,8 +201,10 @@ class WanImage:
     """Images -> CLIP tokens: the network is loaded for a call and freed after it.
     `rule`: of `clip_pixels`, "wan" or "dc"."""
 
-    def __init__(self, encoder_path, device="cpu", dtype=torch.float32, rule="wan"):
-        self.encoder_path, self.device, self.dtype, self.rule = encoder_path, device, dtype, rule
+    dtype = torch.float32
+
+    def __init__(self, encoder_path, device="cpu", rule="wan"):
+        self.encoder_path, self.device, self.rule = encoder_path, device, rule
 
     def __call__(self, images):
         """Images [b 3 h w] in [-1, 1] of any size -> tokens [b 257 1280], fp32 on the

@@ -344,6 +344,14 @@ SAMPLING = ("frames", "size", "fps", "steps", "shift", "guidance", "solver", "up
             "negative", "task", "picture", "area", "boundary")
 
 
+def sampling_of(told):
+    """What adapt.py noted in a transformer's header -> those fields of a Model."""
+    found = {}
+    for name, value in told.get("sampling", {}).items():
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
 def transformer_files(stem):
     """Patterns of a transformer as one file or as a folder in diffusers' layout."""
     return f"{stem}.safetensors", f"{stem}/*.safetensors"
@@ -365,8 +373,7 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu", tex
     low = low and Deferred(low, loras, dtype, expert="low")
     autoencoder = ae.load(path / "ae.safetensors")
     told, c = checkpoint.open_tensors(high)[1].get("adapted", {}), net.config
-    own = {name: tuple(value) if isinstance(value, list) else value
-           for name, value in told.get("sampling", {}).items()}
+    own = sampling_of(told)
     picture = c.in_channels > c.out_channels
     if c.text_dim == toy.ToyText.text_dim:
         settings = {"task": "ti2v" if picture else "t2v", **own}

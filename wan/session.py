@@ -10,7 +10,7 @@ import re
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -45,12 +45,13 @@ def no_graph(model, plain=False):
 def check_streamed(model, sampling):
     """UserError where something is asked for that streamed blocks, or those of another
     family, cannot do."""
-    if (sampling.compiled or sampling.fp8) and not model.is_wan:
-        flag = "--compile" if sampling.compiled else "--fp8"
+    if not (sampling.compiled or sampling.fp8):
+        return
+    flag = "--compile" if sampling.compiled else "--fp8"
+    if not model.is_wan:
         raise UserError(f"{flag} is for Wan's transformer, and {model.name} has another: leave it "
                         "away.")
-    if model.offload == "blocks" and (sampling.compiled or sampling.fp8):
-        flag = "--compile" if sampling.compiled else "--fp8"
+    if model.offload == "blocks":
         raise UserError(f"{flag} needs all blocks on the device, but here they are streamed: "
                         "leave it away, or use --offload parts.")
 
@@ -58,17 +59,13 @@ def check_streamed(model, sampling):
 class Timer(dict):
     """Seconds by name: `with timer("text"): ...`; waits for the GPU."""
 
+    @contextmanager
     def __call__(self, name):
-        self.name = name
-        return self
-
-    def __enter__(self):
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_):
+        started = time.perf_counter()
+        yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self[self.name] = time.perf_counter() - self.started
+        self[name] = time.perf_counter() - started
 
 
 @dataclass
@@ -154,11 +151,14 @@ def begin(args, load_model=released.load_model):
             run.model = load_model(args.model, args.weights, args.lora, dtype, args.device,
                                    args.text_cache)
         run.model.ae, args.decoder = light.choose(run.model.ae, args.decoder)
-    run.images = tuple(None if file is None else video.read_image(file)[None]
-                       for file in (args.image, args.last_image))
+    run.images = read_picture(args.image), read_picture(args.last_image)
     if args.size is None and args.image:
         args.size = run.model.size_for(run.images[0])
     return run
+
+
+def read_picture(file):
+    return None if file is None else video.read_image(file)[None]
 
 
 def matmul_dtype(args):

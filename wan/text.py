@@ -109,10 +109,10 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------ umT5
 
 
-def position_buckets(length, buckets=32, farthest=128):
+def position_buckets(length, buckets=32):
     """Which row of the bias table belongs to each pair (query, key): [l, l]. Half of
     the buckets for each sign of key - query; in each half one bucket per distance while
-    near, then logarithmically wider ones up to `farthest`, the last for all beyond.
+    near, then logarithmically wider ones up to 128, the last for all beyond.
 
     On the CPU always: at distances such as 16 and 32 the logarithm's quotient is a
     whole number and the last bit of a device would decide.
@@ -120,7 +120,7 @@ def position_buckets(length, buckets=32, farthest=128):
     half, exact = buckets // 2, buckets // 4
     offset = torch.arange(length) - torch.arange(length)[:, None]
     distance = offset.abs()
-    octaves = (distance.clamp(min=1) / exact).log() / math.log(farthest / exact)
+    octaves = (distance.clamp(min=1) / exact).log() / math.log(128 / exact)
     far = (exact + (octaves * (half - exact)).long()).clamp(max=half - 1)
     return half * (offset > 0) + torch.where(distance < exact, distance, far)
 
@@ -172,8 +172,9 @@ class UMT5(nn.Module):
                  layers=24, buckets=32):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        blocks = (T5Block(dim, attn_dim, ffn_dim, heads, buckets) for _ in range(layers))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            self.blocks.append(T5Block(dim, attn_dim, ffn_dim, heads, buckets))
         self.norm = RMSNorm(dim, 1e-6)
 
     def forward(self, ids, mask):
@@ -192,22 +193,20 @@ class UMT5(nn.Module):
         return self.norm(x.to(dtype)).masked_fill((mask == 0)[..., None], 0)
 
     @classmethod
-    def from_state_dict(cls, sd, heads=None, dtype=torch.float32, device="cpu"):
+    def from_state_dict(cls, sd, dtype=torch.float32, device="cpu"):
         """State dict (tensors, or `Stored` ones) in either naming -> UMT5 in eval mode,
-        sized by the shapes; `heads`, if given, is checked against them."""
+        sized by the shapes."""
         sd = {rename(name, UMT5_NAMES): value for name, value in sd.items()}
         try:
-            buckets, found = sd["blocks.0.pos_embedding.embedding.weight"].shape
+            buckets, heads = sd["blocks.0.pos_embedding.embedding.weight"].shape
             vocab, dim = sd["token_embedding.weight"].shape
             attn_dim = sd["blocks.0.attn.q.weight"].shape[0]
             ffn_dim = sd["blocks.0.ffn.fc1.weight"].shape[0]
         except KeyError as e:
             raise UserError(f"these are not the weights of a umT5 encoder: the tensor {e.args[0]} "
                             "is missing.") from e
-        if heads not in (None, found):
-            raise UserError(f"this umT5 encoder has {found} heads, not {heads}: leave heads away.")
         with torch.device("meta"):
-            net = cls(vocab, dim, attn_dim, ffn_dim, found, count(sd, "blocks"), buckets)
+            net = cls(vocab, dim, attn_dim, ffn_dim, heads, count(sd, "blocks"), buckets)
         net = net.to(dtype).to_empty(device=device)
         load_strict(net, sd, "the text encoder's state dict")
         return net.eval().requires_grad_(False)
@@ -216,7 +215,7 @@ class UMT5(nn.Module):
     def load(cls, path, dtype=torch.bfloat16, device="cpu"):
         """The original .pth, a .safetensors file, or a transformers folder (single file
         or shards with index) -> UMT5 in eval mode."""
-        return cls.from_state_dict(open_tensors(path)[0], dtype=dtype, device=device)
+        return cls.from_state_dict(open_tensors(path)[0], dtype, device)
 
 
 UMT5_NAMES = [  # transformers -> original, replaced in this order
@@ -240,7 +239,11 @@ def rename(name, pairs):
 
 def count(sd, layers):
     """How many numbered layers a state dict has: 1 + the highest i of `layers`.i.*."""
-    return 1 + max(int(name.split(".")[1]) for name in sd if name.startswith(f"{layers}."))
+    highest = -1
+    for name in sd:
+        if name.startswith(f"{layers}."):
+            highest = max(highest, int(name.split(".")[1]))
+    return highest + 1
 
 
 def release():

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import ae
 import dit
-from files import errors
+from files import errors, layouts
 from files.checkpoint import UserError
 from wan import vae
 from wan.image import CLIPVision
@@ -227,12 +227,10 @@ def link_equal_files(folder):
 
 def original_config(name):
     """config.json as the original repositories have it: no patch size, no text_dim."""
-    c = TRANSFORMERS[name]
+    told = layouts.original_config(TRANSFORMERS[name])
+    del told["patch_size"], told["text_dim"]
     kind = next(task for task in ("ti2v", "t2v", "i2v") if task in name)
-    return dict(_class_name="WanModel", _diffusers_version="0.30.0", model_type=kind,
-                text_len=c.text_len, in_dim=c.in_channels, dim=c.dim, ffn_dim=c.ffn_dim,
-                freq_dim=c.freq_dim, out_dim=c.out_channels, num_heads=c.heads,
-                num_layers=c.layers, eps=c.eps)
+    return told | dict(_diffusers_version="0.30.0", model_type=kind)
 
 
 def original_clip(sd):
@@ -280,13 +278,19 @@ def write_tokenizer(folder):
         "model_max_length": 512, "clean_up_tokenization_spaces": False})
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write tiny random models in the layouts in "
-                                     "which the real ones are published.")
+def out_argument(description):
+    """The command line's only argument -> a folder that is new or empty."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, help="folder to write them to, new or empty")
     out = parser.parse_args().out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and not empty: name a new folder.")
+    return out
+
+
+def main():
+    out = out_argument("Write tiny random models in the layouts in which the real ones are "
+                       "published.")
     files = [f for f in make(out).rglob("*") if f.is_file()]
     size = sum(f.stat().st_size / f.stat().st_nlink for f in files) / 1e6
     print(f"{len(files)} files, {size:.1f} MB, in {out}")

@@ -306,8 +306,8 @@ class Unpatchify(nn.Module):
 
 
 def middle(channels):
-    blocks = [ResBlock(channels, channels) for _ in range(2)]
-    return nn.ModuleList([blocks[0], Attention(channels), blocks[1]])
+    first, last = ResBlock(channels, channels), ResBlock(channels, channels)
+    return nn.ModuleList([first, Attention(channels), last])
 
 
 def res_blocks(cin, cout, n):
@@ -429,41 +429,28 @@ def diffusers_name(name, config):
     return f"{side}_blocks.{i}.{block}.{rest}"
 
 
-def infer_config(tensors, **constants):
-    """Config from the shapes of a state dict in either spelling. `constants`: mean and
-    std, where they are not the published ones."""
+#: field of a Config -> what a diffusers folder calls it in its config.json
+STORED = dict(mean="latents_mean", std="latents_std", multipliers="dim_mult",
+              depth="num_res_blocks", temporal="temperal_downsample")
+
+
+def infer_config(tensors, stored=None):
+    """Config from the shapes of a state dict in either spelling. What is in `STORED` comes
+    from `stored`, a folder's config.json, or else is as published."""
     width, cin = _shape(tensors, "encoder.conv1.weight", "encoder.conv_in.weight")[:2]
     decoder_width = _shape(tensors, "decoder.head.2.weight", "decoder.conv_out.weight")[1]
     z = _shape(tensors, "conv2.weight", "post_quant_conv.weight")[0]
-    pattern = re.compile(
-        r"encoder\.(?:downsamples|down_blocks)\.(\d+)"
-        r"(?:\.(?:downsamples|resnets)\.(\d+)|\.(downsampler))?"
-        r"\.(residual\.2|conv1|resample\.1|time_conv)\.weight")
-    found = []
-    for match in filter(None, map(pattern.fullmatch, tensors)):
-        place = math.inf if match[3] else int(match[2] or 0)
-        found.append((int(match[1]), place, match[4], tensors[match[0]].shape[0]))
-    levels, temporal = [[]], []
-    for _, _, kind, channels in sorted(found):  # in the order of the layers
-        if kind == "resample.1":
-            levels.append([])
-            temporal.append(False)
-        elif kind == "time_conv":  # comes after "resample.1" of the same place
-            temporal[-1] = True
-        else:
-            levels[-1].append(channels)
-    constants = constants or NORMALISATION.get(z)
-    if not constants:
+    told = dict(NORMALISATION.get(z, {}))
+    for field, theirs in STORED.items():
+        if theirs in (stored or {}):
+            told[field] = stored[theirs]
+    if not {"mean", "std"} <= told.keys():
         known = ", ".join(map(str, NORMALISATION))
         raise UserError(f"the mean and std of {z} latent channels are not known here (known: "
-                        f"{known}): load a diffusers folder whose config.json has them, or give "
-                        "the Config.")
-    shortcuts = re.compile(r"downsamples\.\d+\.downsamples|downsampler")
-    return Config(
-        width, decoder_width, z, patch=math.isqrt(cin // 3),
-        shortcuts=any(map(shortcuts.search, tensors)),
-        multipliers=[level[0] // width for level in levels], depth=len(levels[0]),
-        temporal=temporal, **constants)
+                        f"{known}): load a diffusers folder whose config.json has them.")
+    shortcut = re.compile(r"downsamples\.\d+\.downsamples|downsampler")
+    return Config(width, decoder_width, z, patch=math.isqrt(cin // 3),
+                  shortcuts=any(map(shortcut.search, tensors)), **told)
 
 
 def _shape(tensors, *names):
@@ -474,31 +461,30 @@ def _shape(tensors, *names):
     return found
 
 
-def from_state_dict(sd, config=None, dtype=torch.float32):
-    """State dict in either spelling, or a container of one -> WanVAE in eval mode,
+def from_state_dict(sd):
+    """State dict in either spelling, or a container of one -> WanVAE in eval mode, fp32,
     without gradients. Strict: a missing, unexpected or wrongly shaped tensor is a
-    UserError that names it. The config follows from the shapes where none is given."""
-    return _build(checkpoint.unwrap(sd), config, dtype, "the autoencoder state dict")
+    UserError that names it. The config follows from the shapes."""
+    tensors = checkpoint.unwrap(sd)
+    return _build(tensors, infer_config(tensors), "the autoencoder state dict")
 
 
-def load(path, config=None, dtype=torch.float32):
+def load(path):
     """`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, a .safetensors in either spelling, or a
     diffusers `vae/` folder -> WanVAE as `from_state_dict`.
 
     Tensors are read one at a time, so the weights are in memory once. A folder's
-    config.json gives the mean and std.
+    config.json gives the mean and std, and its depth.
     """
     tensors, _ = checkpoint.open_tensors(path)
     file = Path(path) / "config.json"
     stored = checkpoint.read_json(file) if file.is_file() else {}
-    constants = {k: stored[f"latents_{k}"] for k in ("mean", "std") if f"latents_{k}" in stored}
-    return _build(tensors, config or infer_config(tensors, **constants), dtype, str(path))
+    return _build(tensors, infer_config(tensors, stored), str(path))
 
 
-def _build(tensors, config, dtype, what):
-    config = config or infer_config(tensors)
+def _build(tensors, config, what):
     with torch.device("meta"):  # no memory and no random numbers: every tensor is filled below
-        net = WanVAE(config).to(dtype)
+        net = WanVAE(config)
     ours = {diffusers_name(name, config): name for name in net.state_dict()}
     tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
     net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, what)
