@@ -39,7 +39,7 @@ from bench.harness import TYPES
 from files import video
 from files.checkpoint import UserError
 from gpu import tiling
-from training.plan import markdown
+from training.metrics import markdown
 from wan import light, memory
 
 CPU = torch.device("cpu")

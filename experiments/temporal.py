@@ -29,7 +29,6 @@ import kernels
 from files import checkpoint, folders, options, video
 from training import clips, loop, metrics
 from training.muon import Muon
-from training.plan import markdown
 
 SIZE, LONG = (64, 64), 96  # rows and columns; frames of the long clips
 LENGTHS = {16: 24, 80: 12, LONG: 12}  # frames of the clips that arms are judged on: how many
@@ -293,7 +292,7 @@ def table(arms):
             rows.append([name.replace("-", ": ", 1), arm["steps"], f"{arm['psnr']:.2f}",
                          f"{arm['ssim']:.4f}", f"{arm['still']:.3f}", f"{way} {long['psnr']:.2f}",
                          f"{long['psnr_start']:.2f}", beyond, flicker])
-    return markdown(rows)
+    return metrics.markdown(rows)
 
 
 # -------------------------------------------------------------- command line

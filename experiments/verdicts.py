@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass
 
 from files import checkpoint, video
-from training.plan import markdown
+from training.metrics import markdown
 
 GROUPS = ("inside", "combination", "word")  # of prompts
 

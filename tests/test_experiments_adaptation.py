@@ -189,7 +189,7 @@ def test_a_comparison_runs_reports_and_goes_on_where_it_stopped(
     assert set(report["half size"]) == set(GROUPS)
     assert (tmp_path / "adaptation_toy.png").stat().st_size > 10_000
     assert (tmp_path / "adaptation_toy_videos.png").exists()
-    assert "| E AE-Adapt-V |" in (tmp_path / "adaptation.md").read_text()
+    assert "| E AE-Adapt-V " in (tmp_path / "adaptation.md").read_text()
     # both heads are zero at first, so both predict zero; a regressed head makes videos at once
     losses = {key: arm["loss"]["inside"] for key, arm in report["arms"].items()}
     assert losses["B"]["0"] == losses["E"]["0"] != losses["G"]["0"]
