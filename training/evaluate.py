@@ -12,6 +12,7 @@ import argparse
 import itertools
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -134,21 +135,19 @@ def side_by_side(nets, held_out):
     """{name: autoencoder} of one latent, the full decoder first, in turns on the same
     latents -> {name: dict(psnr_full, ms, mib)}: PSNR to the full decoder in dB, median
     time of a frame, estimated memory of the decode beside the weights."""
-    full, shape, times, psnr = next(iter(nets)), None, {}, {}
+    full, times, psnr = next(iter(nets)), defaultdict(list), defaultdict(list)
     for _, x in [held_out[0], *held_out]:  # the first clip once more, to warm up
         z, made = nets[full].encode(x[None].to(next(nets[full].parameters()))), {}
-        shape = z.shape[2:]
         for name, net in nets.items():
             spent = {name: 0.0}
             made[name] = torch.cat(list(timed(net.decode_stream(z), name, spent)), dim=2)
-            times.setdefault(name, []).append(spent[name] / made[name].shape[2])
-        for name, y in made.items():
-            psnr.setdefault(name, []).append(metrics.psnr_frames(y, made[full])[0])
+            times[name].append(spent[name] / made[name].shape[2])
+            psnr[name].append(metrics.psnr_frames(made[name], made[full])[0])
     found = {}
     for name, net in nets.items():
         dtype = next(net.parameters()).dtype
         found[name] = dict(ms=1000 * statistics.median(times[name][1:]),
-                           mib=tiling.peak(net, "decoder", shape, dtype=dtype) / 2**20)
+                           mib=tiling.peak(net, "decoder", z.shape[2:], dtype=dtype) / 2**20)
         if name != full:
             found[name]["psnr_full"] = metrics.finite_mean(torch.cat(psnr[name][1:]))
     return found
