@@ -277,9 +277,6 @@ class ImageEmbedding(nn.Module):
 
 # --------------------------------------------------------------------------- transformer
 
-ENDS = ("patch_embedding", "head")  # the modules that touch the latent
-
-
 class WanDiT(nn.Module):
     """net(x, t, context, clip_fea=None) -> velocity.
 
@@ -298,7 +295,8 @@ class WanDiT(nn.Module):
     checkpointing, embed_patches, and a call with `return_features`.
     """
 
-    ends = ENDS  # beginnings of the names of what is trained whole
+    # the modules that touch the latent: beginnings of the names of what is trained whole
+    ends = ("patch_embedding", "head")
     # 6 linears per block and the 3 of the time embedding. Cross-attention, text and image
     # embedders, norms and modulation stay: what they learned about prompts is inherited.
     lora_targets = (r"blocks\.\d+\.self_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]",

@@ -61,9 +61,6 @@ class LoRALinear(nn.Module):
         shape."""
         return self.base.weight
 
-    def extra_repr(self):
-        return f"rank={self.rank}, alpha={self.alpha}"
-
 
 def adapters(net):
     """The live adapters of a net: (module name in the net, LoRALinear)."""

@@ -17,7 +17,6 @@ back from the pixels.
 
     python toy.py --out out/toy      a contact sheet and an mp4 of it (three seconds)
 """
-import argparse
 import re
 import warnings
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from files import errors
+from files import errors, options
 from files.checkpoint import UserError
 from files.video import contact_sheet, to_tensor, write_video
 
@@ -287,14 +286,12 @@ def words():
 
 
 def main():
-    p = argparse.ArgumentParser(description="Show the toy world: a contact sheet and an mp4.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default="out/toy", help="folder for the results")
-    p.add_argument("--clips", type=int, default=12, help="how many clips")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
-    args = p.parse_args()
-    videos, scenes = toy_batch(args.seed, args.clips)
-    out = Path(args.out)
+    p = options.Parser(description="Show the toy world: a contact sheet and an mp4.")
+    p.add_argument("--out", default="out/toy", help="folder for the results (out/toy)")
+    p.add_argument("--clips", type=options.whole(1, 1000), default=12, help="how many (12)")
+    p.add_argument("--seed", type=options.seed, default=0, help="of what is drawn (0)")
+    args, _ = p.parse()
+    out, (videos, scenes) = Path(args.out), toy_batch(args.seed, args.clips)
     contact_sheet(out / "toy.png", videos, labels=[caption(s) for s in scenes])
     write_video(out / "toy.mp4", list(videos), fps=16, scale=4)
     print(f"wrote {out}/toy.png and {out}/toy.mp4")

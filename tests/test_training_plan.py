@@ -61,7 +61,7 @@ def test_memory_part_by_part():
     parts, _ = plan.memory(SMALL, "2", SETTINGS, LATENT)
     net = plan.transformer(SMALL, "2", SETTINGS)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    ends = sum(p.numel() for end in dit.ENDS for p in net.get_submodule(end).parameters())
+    ends = sum(p.numel() for end in net.ends for p in net.get_submodule(end).parameters())
     assert trained == ends + sum(a.down.numel() + a.up.numel() for _, a in lora.adapters(net))
     assert [parts[k] / trained for k in ("trained weights", "gradients", "Adam moments", "average")] == [4, 4, 8, 4]
     matrices = sum(p.numel() for n, p in net.named_parameters() if not p.requires_grad and p.dtype == torch.bfloat16)

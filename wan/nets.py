@@ -2,7 +2,7 @@
 transformer. families/net.py answers the same for the folders of diffusers."""
 import torch
 
-from dit import ENDS, Config, PatchEmbedder, WanDiT, deep_config, inherit, load, save
+from dit import Config, PatchEmbedder, WanDiT, deep_config, inherit, load, save
 from files import layouts
 from files.checkpoint import check_fit, load_strict, read
 
@@ -37,7 +37,7 @@ def embedder(path):
 def read_ends(path):
     """{name: tensor} of a transformer's two ends, fp32; nothing else is read."""
     tensors = layouts.open_checkpoint(path)[0].items()
-    return {k: read(v).float() for k, v in tensors if k.startswith(ENDS)}
+    return {k: read(v).float() for k, v in tensors if k.startswith(WanDiT.ends)}
 
 
 def fingerprint(path):
@@ -45,5 +45,5 @@ def fingerprint(path):
     vectors (norms, modulation, biases) and the ends."""
     tensors, config = layouts.open_checkpoint(path)
     small = {k: read(v) for k, v in tensors.items()
-             if len(v.shape) == 1 or "modulation" in k or k.startswith(ENDS)}
+             if len(v.shape) == 1 or "modulation" in k or k.startswith(WanDiT.ends)}
     return config, small
