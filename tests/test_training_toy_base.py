@@ -66,13 +66,13 @@ def test_both_spaces_hold_the_same_clips_with_the_same_captions(tiny_toy, tmp_pa
     both = [released.load_model(name) for name in ("base", "dc")]
     teacher, student = (toy_base.cache_latents(m, 2, tmp_path) for m in both)
     assert teacher.attributes == student.attributes and len(teacher.attributes) == len(teacher.z) == len(student.z) == 16
-    assert teacher.z.shape[2] == student.z.shape[2] == 8  # latent frames pair up one to one
+    assert teacher.z.shape[2] == student.z.shape[2] == toy.FRAMES // 4  # latent frames pair up one to one
     assert teacher.with_image.tolist() == student.with_image.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     clips, scenes = toy.toy_batch((1, 1), 8)  # the second shard
     assert [s.attributes() for s in scenes] == teacher.attributes[8:]
     for model, latents in zip(both, (teacher, student)):
         with torch.no_grad():
-            z, condition = model.encode(clips[:4]), model.condition(4, model.latent_shape(32, (64, 64)), clips[:4, :, 0])
+            z, condition = model.encode(clips[:4]), model.condition(4, model.latent_shape(clips.shape[2], clips.shape[3:]), clips[:4, :, 0])
         for cached, exact in ((latents.z[8:12], z), (latents.condition[8:12], condition)):  # cached in bf16 and stored in fp16
             assert (cached - exact).square().mean() < 1e-3 * exact.square().mean()
         assert not latents.condition[12:].any()
@@ -251,4 +251,5 @@ def test_scores_of_both_models_beside_chance_and_their_ceilings(tiny_toy, tmp_pa
     kinds = ("reconstruction", "prompts", "image and prompt")
     assert list(report["rows"]) == ["chance", "clips", *(f"{m}: {k}" for m in ("base", "dc") for k in kinds)]
     assert report["rows"]["clips"]["mean"] == 1 and report["rows"]["chance"]["mean"] == pytest.approx(5 / 24)
+    assert report["rows"]["clips"]["object"] == 1 and report["rows"]["clips"]["border"] == pytest.approx(1, abs=0.1)
     assert all("psnr" in report["rows"][f"dc: {k}"] for k in ("reconstruction", "image and prompt"))

@@ -44,6 +44,8 @@ def test_noise_shows_no_object(size):
     noise = F.interpolate(torch.randn(1, 3, 8, size, size), (8, 64, 64), mode="trilinear")[0]
     found = toy_score.read_attributes(noise)
     assert [found[name] for name in ("size", "colour", "shape", "direction", "speed")] == [None] * 5
+    clip = toy.toy_batch(0, 1)[0][0]
+    assert toy_score.shows_something([noise, clip, clip]) == pytest.approx(2 / 3)
 
 
 def test_still_and_very_short_clips_have_no_direction(world):

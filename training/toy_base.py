@@ -263,14 +263,14 @@ def score(args):
     rng = np.random.default_rng(10_000_019)
     clips = toy.clips_of([toy.scene_of(a, rng) for a in prompts])
     chance = {name: toy_score.chance(name) for name in (*toy.WORLD, "mean")}
-    rows = {"chance": chance, "clips": toy_score.prompt_fit(clips, prompts)}
+    rows = {"chance": chance, "clips": judge(clips, prompts)}
     for name in ("base", "dc"):
         model = released.load_model(name).to(args.device)
         rows[f"{name}: reconstruction"] = score_reconstruction(model, prompts, clips)
         made = sample.videos(model, prompts, progress=True)
-        rows[f"{name}: prompts"] = toy_score.prompt_fit(made, prompts)
+        rows[f"{name}: prompts"] = judge(torch.stack(made), prompts)
         rows[f"{name}: image and prompt"] = score_images(model, prompts[:64], clips[:64])
-    columns = (*toy.WORLD, "mean", "psnr")
+    columns = (*toy.WORLD, "mean", "object", "border", "psnr")
     print(" " * 26 + "".join(f"{k:>12s}" for k in columns))
     for name, row in rows.items():
         cells = [f"{row[k]:.3f}" if k in row else "" for k in columns]
@@ -279,11 +279,20 @@ def score(args):
     checkpoint.write_json(args.results, found)
 
 
+def judge(videos, prompts):
+    """Prompt fit of videos [n, 3, t, h, w]; "object": share in which one is found;
+    "border": change from frame to frame where chunks of 8 meet over that elsewhere."""
+    still = torch.zeros_like(videos)
+    return {**toy_score.prompt_fit(videos, prompts),
+            "object": toy_score.shows_something(videos),
+            "border": metrics.flicker(videos, still, ae.PRESETS["toy"].chunk)}
+
+
 @torch.no_grad()
 def score_reconstruction(model, prompts, clips):
     """Prompt fit and PSNR of what a model's autoencoder makes of the clips of prompts."""
     made = torch.cat([model.ae(x.to(model.device)).float().cpu() for x in clips.split(16)])
-    return {**toy_score.prompt_fit(made, prompts), "psnr": metrics.psnr(made, clips)}
+    return {**judge(made, prompts), "psnr": metrics.psnr(made, clips)}
 
 
 def score_images(model, prompts, clips):
@@ -297,4 +306,4 @@ def score_images(model, prompts, clips):
         made += torch.cat(pieces, dim=2).cpu().unbind()
     first = torch.stack(made)[:, :, 0]
     psnr = metrics.psnr(first[:, :, None], images[:, :, None])
-    return {**toy_score.prompt_fit(made, prompts), "psnr": psnr}
+    return {**judge(torch.stack(made), prompts), "psnr": psnr}

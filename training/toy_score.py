@@ -8,7 +8,7 @@ The mean is over FIT, what a viewer sees at once; size and speed are reported be
 import torch
 import torch.nn.functional as F
 
-from toy import BACKGROUNDS, COLOURS, FRAMES, RADIUS, WORLD
+from toy import BACKGROUNDS, COLOURS, FRAMES, RADIUS, TRAVEL, WORLD
 
 
 def read_attributes(x, colours=COLOURS):
@@ -74,7 +74,7 @@ def _read_motion(mask, area, seen):
         return {}
     axis = 0 if abs(travel[0]) > abs(travel[1]) else 1
     words = (("left", "right"), ("up", "down"))[axis]
-    speed = "quickly" if abs(travel[axis]) > 0.36 else "slowly"
+    speed = "quickly" if abs(travel[axis]) > SPEED_BORDER else "slowly"
     return dict(direction=words[travel[axis] > 0], speed=speed)
 
 
@@ -113,6 +113,7 @@ def _nearest(colour, palette):
 
 
 AREA = {"circle": 2.78, "square": 2.56, "triangle": 1.3, "ring": 2.32}  # over radius^2
+SPEED_BORDER = sum(TRAVEL.values()) / 2
 #: share of the frame halfway between a shape's small and its large version
 MIDDLE = sum(r**2 for r in RADIUS.values()) / 2
 SIZE_BORDER = {shape: factor * MIDDLE for shape, factor in AREA.items()}
@@ -123,8 +124,7 @@ FIT = ("colour", "shape", "direction", "background")
 
 def prompt_fit(videos, prompts, colours=COLOURS):
     """How well videos fit their prompts: {attribute: accuracy} and "mean" over FIT.
-    `prompts`: dicts of attributes. colours: the palette to
-    choose from, {word: RGB}."""
+    `prompts`: dicts of attributes. colours: the palette to choose from, {word: RGB}."""
     right = {name: [] for name in WORLD}
     for video, prompt in zip(videos, prompts, strict=True):
         found = read_attributes(video, colours)
@@ -133,6 +133,12 @@ def prompt_fit(videos, prompts, colours=COLOURS):
     scores = {name: sum(r) / len(r) for name, r in right.items() if r}
     known = [scores[name] for name in FIT if name in scores]
     return {**scores, "mean": sum(known) / max(len(known), 1)}
+
+
+def shows_something(videos):
+    """Share of videos in which an object is found."""
+    found = [read_attributes(video)["colour"] is not None for video in videos]
+    return sum(found) / len(found)
 
 
 def chance(name):
