@@ -386,7 +386,7 @@ def test_the_command_line_is_a_list_of_phases(monkeypatch):
     called = []
     monkeypatch.setattr(autoencoder, "train", lambda *a: called.extend(a))
     ae.main(["train", "--preset", "toy", "--lr", "3e-4", "--steps", "600", "300", "--out", "o",
-             "--align-to", "base", "--losses", "jumps=0", "equivariance=0.25"])
+             "--align-to", "base", "--size", "64x64", "--losses", "jumps=0", "equivariance=0.25"])
     preset, phases, source, out, settings = called
     assert (preset, out, settings.align_to) == ("toy", "o", ("base",))
     assert [(p.name, p.steps) for p in phases] == [("low", 600), ("decoder", 300)]
