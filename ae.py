@@ -119,8 +119,10 @@ PRESETS = {
     "f64t4c128": Config(**_F64, latent_channels=128, scale=0.4752),
     # For the toy world of toy.py: the deep autoencoder, and the moderate one of its
     # base model.
-    "toy": Config((0, 16, 32, 32, 64, 64, 64), (0, 1, 1, 1, 2, 2, 1), 32, chunk=8),
-    "toy-base": Config((0, 16, 32, 32, 32), (0, 1, 1, 1, 1), 16, chunk=8),
+    "toy": Config((0, 16, 32, 64, 64, 64), (0, 1, 1, 2, 2, 1), 32, chunk=8,
+                  decoder_widths=(32, 64, 64, 64, 64)),
+    "toy-base": Config((0, 16, 32, 64, 64), (0, 1, 1, 2, 1), 16, chunk=8,
+                       decoder_widths=(32, 64, 64, 64)),
     # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches
     # of 4.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),

@@ -61,7 +61,7 @@ class Config:
 _1B = dict(dim=1536, ffn_dim=8960, heads=12, layers=30)
 _5B = dict(dim=3072, ffn_dim=14336, heads=24, layers=30)
 _14B = dict(dim=5120, ffn_dim=13824, heads=40, layers=40)
-_TOY = dict(dim=160, ffn_dim=640, heads=5, layers=6, text_dim=32, text_len=8)
+_TOY = dict(dim=256, ffn_dim=1024, heads=4, layers=4, text_dim=32, text_len=8)
 _WAN = dict(in_channels=16, out_channels=16)
 _WAN_I2V = dict(in_channels=36, out_channels=16)
 _DEEP = dict(in_channels=32, out_channels=32, patch=(1, 1, 1))
@@ -78,7 +78,7 @@ PRESETS = {
     "dc-wan2.1-t2v-14b": Config(**_14B, **_DEEP),
     "dc-wan2.1-i2v-14b": Config(**_14B, **_DEEP_I2V, image_dim=1280),
     # One toy does text- and image-to-video: without an image, mask and condition are zero.
-    "toy-base": Config(**_TOY, **_WAN_I2V),
+    "toy-base": Config(**_TOY, **_WAN_I2V, patch=(1, 1, 1)),
     "toy-dc": Config(**_TOY, **_DEEP_I2V),
 }
 

@@ -48,9 +48,9 @@ BACKGROUNDS = {
     "black": (22, 22, 24), "gray": (120, 120, 120), "white": (226, 226, 224),
     "blue": (78, 98, 146), "green": (80, 128, 92), "brown": (138, 100, 82)}
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-FRAMES, SIZE = 32, 64  # of a clip
-RADIUS = {"small": 0.15, "large": 0.23}  # of the frame's side
-TRAVEL = {"slowly": 0.24, "quickly": 0.48}  # of the frame's side, in FRAMES frames
+FRAMES, SIZE = 16, 80  # of a clip
+RADIUS = {"small": 0.2, "large": 0.3}  # of the frame's side
+TRAVEL = {"slowly": 0.16, "quickly": 0.36}  # of the frame's side, in FRAMES frames
 
 
 @dataclass

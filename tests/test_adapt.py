@@ -76,7 +76,7 @@ def test_the_assembled_model_predicts_exactly_zero(job):
 
 def test_the_fresh_embedder_is_xavier_with_a_small_random_bias():
     weight, bias = dit.inherit(trained_base(), dit.PRESETS["toy-dc"]).patch_embedding.parameters()
-    bound = (6 / (68 + 160)) ** 0.5
+    bound = (6 / (68 + dit.PRESETS["toy-dc"].dim)) ** 0.5
     assert 0.95 * bound < weight.abs().max() <= bound and 0 < bias.abs().max() <= 32**-0.5
 
 

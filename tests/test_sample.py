@@ -163,7 +163,7 @@ def test_nan_stops_the_loop_at_once(model, spy):
 
 def test_the_deep_model_has_a_quarter_of_the_tokens(tiny_toy):
     count = lambda m: dit.tokens(m.net.config, m.latent_shape(m.frames, m.size))
-    assert count(released.load_model("base")) == 128 and count(released.load_model("dc")) == 32
+    assert count(released.load_model("base")) == 400 and count(released.load_model("dc")) == 100
 
 
 # ---------------------------------------------------------------------------------------------------- a step made fast
@@ -358,14 +358,14 @@ def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsy
     assert video.read_clip(out / "a.mp4").shape == (3, 5, 200, 280)  # enlarged 4 times
     assert Image.open(out / "a.png").width == 5 * 2 * (70 + 2)
     report = json.loads((out / "a.json").read_text())
-    assert report["tokens"] == 2 * 2 * 3 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
+    assert report["tokens"] == 2 * 4 * 5 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
     assert report["settings"]["guidance"] == 4 and report["settings"]["seed"] == 3  # also what was not given
     latent, metadata = checkpoint.load_tensors(out / "a.safetensors")
     model = released.load_model("dc")
     again = sample.generate(model, model.text(["a red circle"]), frames=5, size=(50, 70), steps=2, seed=3)
     torch.testing.assert_close(latent["latent"], again)
     assert metadata["settings"] == report["settings"]
-    assert "5 frames of 50x70, 12 tokens, 2 steps x 2 passes" in capsys.readouterr().out
+    assert "5 frames of 50x70, 40 tokens, 2 steps x 2 passes" in capsys.readouterr().out
 
 
 def test_the_words_of_the_toy(capsys):
@@ -600,9 +600,10 @@ def test_readme_command(tmp_path):
     assert done.returncode == 0, done.stderr
     name = "dc-a-large-red-circle-moving-left-slowly-on-a-blue-background-0"
     assert files(tmp_path) == [f"{name}.{suffix}" for suffix in ("json", "mp4", "png", "safetensors")]
-    clip = video.read_clip(tmp_path / f"{name}.mp4", size=(64, 64))
+    clip = video.read_clip(tmp_path / f"{name}.mp4", size=(toy.SIZE, toy.SIZE))
     found = toy_score.read_attributes(clip)
-    assert clip.shape[1] == 32 and (found["colour"], found["background"]) == ("red", "blue")
+    words = dict(size="large", colour="red", shape="circle", direction="left", speed="slowly", background="blue")
+    assert clip.shape[1] == toy.FRAMES and found == words
 
 
 @embedded
@@ -618,7 +619,7 @@ def test_videos_show_what_the_prompt_says(name):
 
 @embedded
 def test_embedded_weights_are_small_and_deep():
-    assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 16 * 2**20
+    assert sum(file.stat().st_size for file in (ROOT / "weights").iterdir()) <= 32 * 2**20
     base, deep = (released.load_model(name) for name in ("base", "dc"))
-    count = lambda m: dit.tokens(m.net.config, m.latent_shape(32, (64, 64)))
+    count = lambda m: dit.tokens(m.net.config, m.latent_shape(m.frames, m.size))
     assert count(base) >= 4 * count(deep)

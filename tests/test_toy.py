@@ -44,10 +44,10 @@ def test_attributes_are_what_is_drawn():
         for speed, travel in toy.TRAVEL.items():
             for size, radius in toy.RADIUS.items():
                 words = dict(size=size, colour="red", shape="circle", direction=direction, speed=speed, background="black")
-                clip = toy.render(toy.scene_of(words, np.random.default_rng(0)), frames=32, size=64)
+                clip = toy.render(toy.scene_of(words, np.random.default_rng(0)), frames=toy.FRAMES, size=64)
                 red = clip[..., 0] > 128
-                (y0, x0), (y1, x1) = (np.argwhere(red[i]).mean(axis=0) for i in (0, 31))
-                assert np.allclose([x1 - x0, y1 - y0], 31 / 32 * travel * 64 * np.array([sx, sy]), atol=0.3)
+                (y0, x0), (y1, x1) = (np.argwhere(red[i]).mean(axis=0) for i in (0, -1))
+                assert np.allclose([x1 - x0, y1 - y0], (1 - 1 / toy.FRAMES) * travel * 64 * np.array([sx, sy]), atol=0.3)
                 assert abs(red[0].sum() - np.pi * (0.94 * radius * 64) ** 2) < 0.1 * red[0].sum()
 
 

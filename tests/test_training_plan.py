@@ -116,7 +116,7 @@ def test_the_plan_of_the_default_base(capsys, monkeypatch):
     monkeypatch.setitem(dit.PRESETS, "toy-base", small)
     adapt.main(["--plan"])
     text = capsys.readouterr().out
-    assert "to f32t4c32 on 1 GPU\n" in text and "paper: 10 H100 GPU-days" in text
+    assert "to f16t4c32 on 1 GPU\n" in text and "paper: 10 H100 GPU-days" in text
     assert len(re.findall(r"^\| (?:1b|2), whole", text, re.M)) == 4 and "base latent" in text
     adapt.main(["--plan", "--gpus", "2", "--batch", "8", "--steps", "100"])
     text = capsys.readouterr().out

@@ -350,7 +350,7 @@ class Toy(Base):
 
 # ------------------------------------------------ the rows
 
-# chosen for ten minutes on two cores: regression in place of the first steps, a higher
+# half an hour on one core: regression in place of the first steps, a higher
 # learning rate that falls, no average
 _TOY = Settings(
     align="noise_aware", head="closed_form", time_sampling="shifted", shift=toy_base.TIMES.shift,
