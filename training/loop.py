@@ -397,6 +397,8 @@ def plot(folder):
             ax.plot(*zip(*points))
             ax.set(title=key, xlabel="step")
             ax.grid(alpha=0.3)
+        for ax in axes.flat[len(keys) :]:
+            ax.remove()
 
 
 # -------------------------------------------------------------- not a number
