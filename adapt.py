@@ -115,8 +115,9 @@ def train_lora(job, expert):
 
 
 def train(job, expert, stage, start, config):
-    """Train what a stage trains, by all processes together -> {name: tensor} of all
-    that, and whole only in process 0."""
+    """Train what a stage trains, by all processes together -> {name: trained tensor}, whole
+    only in process 0. start: {name: tensor}, what the stage before left; config: what
+    decides the result."""
     s, times = job.settings, job.times(expert)
     torch.manual_seed(s.seed)
     net = loop.masters(job.build(expert, start, stage.rank)[1]).train()
@@ -334,7 +335,7 @@ def main(argv=None):
     args, given = arguments(argv)
     base = bases.find(args.base)
     settings = dataclasses.replace(base.settings, **given)
-    if args.continue_from and not args.pretrain:  # published: 10 to 20 % of the steps
+    if args.continue_from and not args.pretrain:  # our choice
         shorter = {k: getattr(settings, k) * 15 // 100 for k in ("steps", "warmup")}
         settings = dataclasses.replace(settings, **shorter | given)
     if args.threads:

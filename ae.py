@@ -250,7 +250,8 @@ def stage(blocks):
 
 
 class Encoder(nn.Module):
-    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f]. Official names of parameters."""
+    """[b, 3, T, H, W] -> [b, Z, T/4, H/f, W/f] and the states of its layers. Official names
+    of parameters."""
 
     def __init__(self, c):
         super().__init__()
@@ -290,7 +291,8 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W]. The last stage runs first."""
+    """[b, Z, T/4, H/f, W/f] -> [b, 3, T, H, W] and the states of its layers. The last stage
+    runs first."""
 
     def __init__(self, c):
         super().__init__()
@@ -483,7 +485,8 @@ def save(net, path, dtype=torch.float32, part="", **metadata):
 
 
 def main(argv=None):
-    """Each command lives in a file above this one, imported only when asked for."""
+    """Each command lives in a later room (training/, experiments/), imported only when asked
+    for."""
     argv = sys.argv[1:] if argv is None else argv
     p = options.Parser(
         description="DC-AE-V, the deep compression video autoencoder.",

@@ -9,7 +9,7 @@ averaged first):
 
     y = W_T x + b_T         L = mean | y - W_S u - b_S |^2      over all tokens
 
-Published are 20,000 steps of SGD (`sgd`). But that is a linear regression, and it needs
+Published are 20,000 steps of stochastic gradient descent, by AdamW (`sgd`). But that is a linear regression, and it needs
 nothing of the data but means and second moments (`Moments`, summed clip by clip in
 fp64):
 
@@ -170,7 +170,7 @@ class Problem:
     """Stage 1a: which embedder is to imitate which, on which clips."""
 
     teacher: nn.Module  # the base's patch embedder
-    start: tuple  # (weight, bias) of the fresh one; where the base has no bias, None
+    start: tuple  # (weight, bias) of the fresh one; the bias None where the base has none
     pair: Callable  # i -> clip i in both spaces, clean inputs [c, t, h, w]
     clips: int
     tokens: Tokens
@@ -201,8 +201,8 @@ def fit(method, problem):
 
 
 def sgd(problem, begin, batch=4, lr=2e-4, seed=0):
-    """Stage 1a as published: AdamW, betas (0.9, 0.9), constant rate, batches of clips,
-    pooling and loss in fp32 -> (weight, bias), fp32.
+    """Stage 1a as published: minimise L over batches of random clips by AdamW, betas (0.9,
+    0.9), constant rate, pooling and loss in fp32 -> (weight, bias), fp32.
 
     begin(nets, optimisers) -> the training.loop.Run that carries the steps: how many
     there are, how they survive an interruption and are divided among processes is its
@@ -289,7 +289,8 @@ def solve_noised(moments, teacher, tokens, times, ridge=1e-5):
 
 
 def coupling(moments, teacher, tokens):
-    """C [p_T, p_S]: how the base's pooled noise follows from the student's."""
+    """C [latent entries of a base patch, of a deep one]: how the base's pooled noise follows
+    from the student's."""
     base, deep = tokens.latent
     weight, bias = matrix(teacher)
     cov_yu = weight @ moments.centred(bias is not None)[3][:, :deep]

@@ -13,7 +13,8 @@ A video autoencoder must decide what a frame may see.
 All of it happens in one layer, a 3x3x3 convolution. Chunk q has frames x[q*c] ..
 x[q*c+c-1]:
 
-    y[q*c + j] = bias + W0 * xe(j-1) + W1 * xe(j) + W2 * xe(j+1)
+    y[q*c + j] = bias + W0 . xe(j-1) + W1 . xe(j) + W2 . xe(j+1)    . is a 3x3 convolution
+    xe(j)  = x[q*c + j] inside the chunk, 0 <= j < c
     xe(-1) = last frame of chunk q-1 at this layer's input (zeros for the first chunk)
     xe(c)  = zeros, always: nothing flows back across a border
 
@@ -41,8 +42,9 @@ class Conv3d(nn.Conv3d):
 
     * chunk_causal: t must be a multiple of `chunk`. State: the last input frame.
     * causal: any t. State: the last two input frames.
-    * non_causal: any t, no state: every call is a clip of its own (in any of them,
-      given the state ISOLATED below).
+    * non_causal: any t, no state: every call is a clip of its own.
+
+    In all three, the state ISOLATED (below) makes a call a clip of its own.
     """
 
     def __init__(self, in_channels, out_channels, chunk, temporal="chunk_causal", bias=True,

@@ -13,8 +13,8 @@ rest is fetched from where its makers put it.
                           photographs and paintings of 2 to 20 megapixels
 
     python assets/fetch.py      about 120 MB, a minute or two; what is there is kept
-    ... --photos                226 MB more, ten minutes to render the clips; what the
-                                embedded film autoencoder is trained on
+    ... --photos                226 MB more, ten minutes to render the clips; for
+                                training an autoencoder on film
 
 Debian packages need `apt-get` and `dpkg-deb`; where they are missing, their clips are
 left out, and the script says so. Tests need none of it.

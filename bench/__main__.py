@@ -8,7 +8,7 @@
     python -m bench --suite full   the paper's speed-up at full width on a processor, half
                                    an hour; by parts with --only and --size
 
-Each writes OUT/bench_SUITE.json; all but toy and light a plot beside it.
+Each writes RESULTS/bench_SUITE.json; all but toy and light a plot beside it.
 """
 from files import errors
 

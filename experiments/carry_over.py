@@ -36,6 +36,7 @@ import torch
 
 import adapt
 import dit
+import kernels
 import lora
 import sample
 import toy
@@ -121,11 +122,11 @@ class Experiment:
 
     def score(self, model, picture=None):
         """-> {"new": ..., "others": ...}; the first videos of both kinds go to `picture`."""
-        found = {}
-        new = sample.videos(model, self.new)
-        found["new"] = toy_score.prompt_fit(new, self.new, COLOURS)["colour"]
-        others = sample.videos(model, self.others)
-        found["others"] = toy_score.prompt_fit(others, self.others, COLOURS)["mean"]
+        with kernels.autocast(model.device):
+            new = sample.videos(model, self.new)
+            others = sample.videos(model, self.others)
+        found = dict(new=toy_score.prompt_fit(new, self.new, COLOURS)["colour"],
+                     others=toy_score.prompt_fit(others, self.others, COLOURS)["mean"])
         if picture is not None:
             shown = torch.stack(new[:SHOWN] + others[:SHOWN])
             checkpoint.save_tensors(picture, {"stills": shown[:, :, shown.shape[2] // 2]})

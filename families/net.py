@@ -265,12 +265,13 @@ def inherit(base, config, share=False):
     first and the last layer. The last is zero, so it predicts exactly 0; the first is a
     fresh one. Where `config` is the base's, it is the base, bit for bit.
 
-    share: the inherited tensors are the base's own, not copies.
+    share: the inherited tensors but those of the ends are the base's own, not copies.
     """
     family = base.family
     transformer = build(family, restated(family, base.stored, config))
     own, device = transformer.state_dict(), base.head_layer.weight.device
-    tensors = {k: v if share else v.clone() for k, v in base.transformer.state_dict().items()}
+    tensors = {k: v if share and not k.startswith(family.ends) else v.clone()
+               for k, v in base.transformer.state_dict().items()}
     new = config != base.config
     if new:  # named, for a deep latent may have as many channels as the base's
         for k in own:

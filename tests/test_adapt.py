@@ -64,6 +64,18 @@ def test_everything_but_the_two_ends_is_inherited_bit_for_bit():
 
 
 @torch.no_grad()
+def test_of_a_base_that_shares_its_memory_the_ends_are_its_own():
+    base = trained_base()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    deep = dit.inherit(base, dit.PRESETS["toy-dc"], share=True)
+    for name, p in deep.named_parameters():
+        if name.startswith(deep.ends):
+            p.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert deep.blocks[0].ffn[0].weight.data_ptr() == base.blocks[0].ffn[0].weight.data_ptr()
+
+
+@torch.no_grad()
 def test_the_assembled_model_predicts_exactly_zero(job):
     """After stage 1a: the base's blocks between an aligned embedder and a zero head."""
     job = job("--head", "zero")

@@ -3,7 +3,7 @@
     files < chunk_causal kernels flow lora align dit ae toy < gpu < wan < families < sample
           < training < adapt experiments bench
 
-Imports inside functions count as well. Only a command line may call upwards, inside `main`.
+Imports inside functions count as well. Only a command line may call later rooms, inside `main`.
 """
 import ast
 import graphlib

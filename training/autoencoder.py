@@ -608,7 +608,7 @@ def image_autoencoder(config):
     if config.widths[-1] != config.widths[-2]:
         raise ValueError(f"the last two widths, {config.widths[-2:]}, must be equal for an image "
                          "autoencoder to start from.")
-    net = ae.DCAEV(dataclasses.replace(config, temporal_factor=1, chunk=1))
+    net = fresh(dataclasses.replace(config, temporal_factor=1, chunk=1))
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, Conv3d):

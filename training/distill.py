@@ -184,7 +184,7 @@ def distill(full, preset, phases, source, out, settings, model=None):
     if model:
         found, about = generated_latents(model, full, settings.seed, out)
     torch.manual_seed(settings.seed)
-    net = ae.DCAEV(light.configure(full.config, preset))
+    net = autoencoder.fresh(light.configure(full.config, preset))
     net.encoder = full.encoder
     autoencoder.prepare(net, device)
     distiller = Distiller(full, net, found, **about).to(device)
