@@ -548,10 +548,9 @@ def inherit(base, config, share=False):
              "patch_embedding.bias": bias,
              "head.head.weight": torch.zeros(own["head.head.weight"].shape),
              "head.head.bias": torch.zeros(own["head.head.bias"].shape)}
-    fresh = {k: v.to(device) for k, v in fresh.items()}
     taken = {k: v if share and not k.startswith(base.ends) else v.clone()
              for k, v in base.state_dict().items()}
-    tensors = {**taken, **fresh}
+    tensors = taken | {k: v.to(device) for k, v in fresh.items()}
     check_fit(own, tensors, "the base transformer")
     net.load_state_dict(tensors, assign=True)
     net.weight_dtype = base.weight_dtype

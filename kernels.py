@@ -91,8 +91,7 @@ def linear_gelu(layer, x):
     applies it to the product's tiles while they are in registers.
     """
     if type(layer) is torch.nn.Linear and onednn(x, layer.weight, layer.bias):
-        gelu = ("gelu", [], "tanh")
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *gelu)
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
     return linear_gelu_plain(layer, x)
 
 

@@ -99,10 +99,10 @@ def generate(model, context, image=None, *, last_image=None, null=None, noise=No
     shape = model.latent_shape(s.frames, s.size)
     if noise is None:
         noise = draw_noise(model, shape, range(s.seed, s.seed + n))
-    elif noise.shape[1:] != (model.net.config.out_channels, *shape):
-        needed = [n, model.net.config.out_channels, *shape]
+    needed = n, model.net.config.out_channels, *shape
+    if noise.shape != needed:
         raise UserError(f"the noise has shape {list(noise.shape)}, but {s.frames} frames of "
-                        f"{s.size[0]}x{s.size[1]} need {needed}.")
+                        f"{s.size[0]}x{s.size[1]} need {list(needed)}.")
     null = model.null(n) if null is None else null
     image = model.image_condition(n, shape, s.size, image, last_image)
     timesteps = flow.schedule(s.solver, s.steps, s.shift)[1]
@@ -185,10 +185,10 @@ class Velocity:
                 contexts = [joined(*contexts)]
         arguments = []
         for context in contexts:
-            clip = self.image.clip
+            clip, more = self.image.clip, ()
             if clip is not None:
-                clip = clip.repeat(len(context) // len(self.context), 1, 1)
-            arguments.append((context,) if clip is None else (context, clip))
+                more = (clip.repeat(len(context) // len(self.context), 1, 1),)
+            arguments.append((context, *more))
         return arguments if self.sampling.plain else [(net.prompt(*a),) for a in arguments]
 
     def guided(self, net, prompts, scale, x, *time):
