@@ -63,7 +63,7 @@ def run(out, films, monkeypatch, phases, settings=autoencoder.Settings()):
 
 
 def test_the_phases_for_video(tmp_path, films, monkeypatch):
-    """Each begins with the averaged weights of the one before and trains its own layers only; the latent scale is measured at the end."""
+    """Each begins with the averaged weights of the one before and trains its own layers only; the latent scale is measured where the encoder was trained."""
     last = run(tmp_path / "ae", films, monkeypatch, choose(("low", "high", "refine")))
     folders = [tmp_path / "ae" / name for name in ("low", "high", "refine")]
     assert last == folders[2] / "tiny.safetensors"
@@ -84,6 +84,7 @@ def test_the_phases_for_video(tmp_path, films, monkeypatch):
     dataset = autoencoder.clips.Clips(films, 16, (32, 32), "train", 0)
     x = next(autoencoder.clips.loader(dataset, 16, workers=0))
     net = ae.load(last)
+    assert net.config.scale == ae.load(folders[1] / "tiny.safetensors").config.scale  # the head leaves the latent alone
     with torch.no_grad():
         assert 0.8 < (net.config.scale * net.encode(x)).square().mean().sqrt() < 1.25
 

@@ -12,9 +12,10 @@ averaged weights of the one before:
     refine   small crops, the decoder's head alone, with a GAN: it paints texture, and cannot
              disturb the latent, which a diffusion model may have been trained on already
 
-At the end of each phase the latent scale 1/RMS is measured and stored: the diffusion model
-sees scale * encode(x). Beyond the paper, a deep latent can be asked to be easy to move into:
-`latents.Aligner` (--align-to), and the losses at the end of `Phase`, which are off.
+At the end of each phase that trains the encoder the latent scale 1/RMS is measured and
+stored: the diffusion model sees scale * encode(x). Beyond the paper, a deep latent can be
+asked to be easy to move into: `latents.Aligner` (--align-to), and the losses at the end of
+`Phase`, which are off.
 
     python ae.py train --data CLIPS --preset small               all phases on a laptop
     python ae.py train --preset toy --align-to weights/toy-base.safetensors       50 minutes
@@ -555,7 +556,7 @@ def run_phase(name, net, phase, source, out, settings, teacher=None, distiller=N
     loop.copy_into(net, run.average)  # the next phase goes on from it
     net.requires_grad_(False)
     about, written = {}, "decoder." if distiller else ""
-    if not distiller:  # whose latent is that of the full decoder, and stays so
+    if phase.trained not in ("decoder", "head"):  # else the latent is what it was
         with torch.no_grad(), objective.autocast:
             some = itertools.islice(stream(0), MEASURED)
             about["latent"] = metrics.latent_statistics(net.encode(x).float() for x in some)

@@ -106,5 +106,5 @@ def beside(path):
     found = sorted(path.parent.glob(f"*{SUFFIX}"))
     if len(found) == 1:
         return found[0]
-    raise UserError(f"{own} does not exist: give --decoder the file that ae.py distill "
-                    f"--weights {path} writes, copy it there, or leave --decoder out.")
+    raise UserError(f"{own} does not exist: make it with ae.py distill --weights {path} and copy "
+                    "it there, give --decoder a file, or leave it out.")
