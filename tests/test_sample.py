@@ -359,7 +359,7 @@ def test_the_command_writes_video_sheet_settings_and_latent(tiny_toy, out, capsy
     assert Image.open(out / "a.png").width == 5 * 2 * (70 + 2)
     report = json.loads((out / "a.json").read_text())
     assert report["tokens"] == 2 * 4 * 5 and report["seconds"].keys() == {"load", "text", "transformer", "decode"}
-    assert report["settings"]["guidance"] == 4 and report["settings"]["seed"] == 3  # also what was not given
+    assert report["settings"]["guidance"] == 3 and report["settings"]["seed"] == 3  # also what was not given
     latent, metadata = checkpoint.load_tensors(out / "a.safetensors")
     model = released.load_model("dc")
     again = sample.generate(model, model.text(["a red circle"]), frames=5, size=(50, 70), steps=2, seed=3)
@@ -402,7 +402,7 @@ def test_a_video_made_with_other_settings_is_never_replaced(tiny_toy, out):
         sample.main(["--prompt", "a ring", "--out", str(out), *QUICK, *more])
     assert {f.split(".")[0] for f in files(out)} == {"dc-a-ring-0", "dc-a-ring-0-2", "dc-a-ring-0-3"}
     made = [json.loads((out / f"dc-a-ring-0{n}.json").read_text())["settings"] for n in ("", "-2", "-3")]
-    assert [m["guidance"] for m in made] == [4, 1, 4] and made[2]["prompt"] == "a ring!"
+    assert [m["guidance"] for m in made] == [3, 1, 3] and made[2]["prompt"] == "a ring!"
     sample.main(["--decode", str(out / "dc-a-ring-0-2.safetensors"), "--out", str(out)])
     assert len(files(out)) == 12  # in place of the same video
     again = json.loads((out / "dc-a-ring-0-2.json").read_text())

@@ -135,7 +135,7 @@ class Model:
     fps: int = 16
     steps: int = 20
     shift: float = 3.0
-    guidance: float | tuple = 4.0  # or (low-noise expert, high-noise expert)
+    guidance: float | tuple = 3.0  # or (low-noise expert, high-noise expert)
     solver: str = "unipc"
     upscale: int = 4  # of the mp4: yuv420 halves the colour resolution, too coarse for 64x64
     negative: str | None = None  # unconditional prompt; None: zeros, as the toy was trained
