@@ -9,9 +9,9 @@ averaged first):
 
     y = W_T x + b_T         L = mean | y - W_S u - b_S |^2      over all tokens
 
-Published are 20,000 steps of stochastic gradient descent, by AdamW (`sgd`). But that is a linear regression, and it needs
-nothing of the data but means and second moments (`Moments`, summed clip by clip in
-fp64):
+Published are 20,000 steps of stochastic gradient descent, by AdamW (`sgd`). But that is
+a linear regression, and it needs nothing of the data but means and second moments
+(`Moments`, summed clip by clip in fp64):
 
     W_S = (S_yu + l W_0) (S_uu + l I)^-1    b_S = mean(y) - W_S mean(u)    S: covariances
 

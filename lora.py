@@ -6,11 +6,11 @@ in] ("down") and B [out, r] ("up"):
 
     y = W x + (alpha / r) B A x              merged:  W + (alpha / r) B A
 
-B starts at zero, so step 0 of training is the base model, bit for bit. AE-Adapt-V trains its last
-stage this way (paper: end-to-end fine-tuning with LoRA): rank 256, alpha 512, on
-self-attention, feed-forward and time layers. The patch embedder and the head, whose
-shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B that is 183
-linear layers and 259.6 M LoRA parameters, for 14B 243 and 820.6 M.
+B starts at zero, so step 0 of training is the base model, bit for bit. AE-Adapt-V
+trains its last stage this way (paper: end-to-end fine-tuning with LoRA): rank 256,
+alpha 512, on self-attention, feed-forward and time layers. The patch embedder and the
+head, whose shapes are new in the deep latent space, are trained whole. For Wan 2.1 1.3B
+that is 183 linear layers and 259.6 M LoRA parameters, for 14B 243 and 820.6 M.
 
     lora.wrap(net, rank=256, alpha=512, full=net.ends)
     ... train whatever requires_grad ...

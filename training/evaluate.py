@@ -61,7 +61,7 @@ def reconstruct(net, clip, out, frames=None, size=None):
                 yield torch.cat([x, y], dim=4)[0]
 
     film, labels = Path(clip), ["original", "reconstruction"]
-    settings = dict(clip=[str(film.absolute()), film.stat().st_size, film.stat().st_mtime_ns],
+    settings = dict(clip=[film.name, film.stat().st_size, film.stat().st_mtime_ns],
                     weights=hash_tensors(net.state_dict()), frames=frames,
                     size=size and list(size), dtype=str(like.dtype))
     path = folders.free_name(out, f"{film.stem}_reconstruction", settings)
