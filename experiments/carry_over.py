@@ -53,6 +53,7 @@ COLOURS = toy.COLOURS | {WORD: PAINT}
 TARGETS = (r"blocks\.\d+\.(self|cross)_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]")
 STRENGTHS = (0.5, 1.0, 1.5)
 RANK, BATCH, RATE, CLIPS = 16, 16, 1e-3, 256
+SOLVER_STEPS = 10  # for each video: half the toy's own, at the same prompt fit (docs/speed.md)
 SHOWN = 4  # prompts in the picture
 
 
@@ -123,8 +124,8 @@ class Experiment:
     def score(self, model, picture=None):
         """-> {"new": ..., "others": ...}; the first videos of both kinds go to `picture`."""
         with kernels.autocast(model.device):
-            new = sample.videos(model, self.new)
-            others = sample.videos(model, self.others)
+            new = sample.videos(model, self.new, steps=SOLVER_STEPS)
+            others = sample.videos(model, self.others, steps=SOLVER_STEPS)
         found = dict(new=toy_score.prompt_fit(new, self.new, COLOURS)["colour"],
                      others=toy_score.prompt_fit(others, self.others, COLOURS)["mean"])
         if picture is not None:
@@ -222,11 +223,11 @@ def main(argv=None):
         description="LoRAs of the toy base on the deep model, and the reverse.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--steps", type=options.whole(1), default=300, help="of each LoRA, batch 16")
+    add("--steps", type=options.whole(1), default=120, help="of each LoRA, batch 16")
     add("--seeds", type=options.whole(1, 1000), default=3)
     add("--adaptations", type=options.whole(0, 1000), default=3,
         help="seeds for which the base is adapted with the LoRA merged, as adapt.py does")
-    add("--prompts", type=options.whole(SHOWN), default=48, help="of both kinds")
+    add("--prompts", type=options.whole(SHOWN), default=24, help="of both kinds")
     add("--out", type=Path, default=Path("out/carry_over"), help="LoRAs, trials, pictures")
     add("--results", type=Path, help="report and picture (default: OUT)")
     add("--device", type=options.device, default=options.DEVICE)
