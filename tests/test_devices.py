@@ -19,10 +19,11 @@ import adapt
 import ae
 import kernels
 import sample
+import toy
 from gpu import fp8, tiling
 from tiny_layouts import FOLDERS, TEXT_DIM
-from training import autoencoder, bases, latents, loop, toy_base
-from wan import released, vae
+from training import autoencoder, bases, distill, latents, loop, toy_base
+from wan import light, released, vae
 from wan.text import WanText
 
 aten = torch.ops.aten
@@ -200,6 +201,22 @@ def test_training_an_autoencoder(tiny_toy, tmp_path, monkeypatch, phases):
     assert log[-1]["step"] == 2 and {"psnr", "ssim", "latent_rms"} <= log[-1].keys()
     if phases[0].name == "image":
         assert {"align", "correlation", "adversarial", "r_squared"} <= log[-1].keys()
+
+
+def test_distilling_a_light_decoder(tiny_toy, tmp_path, monkeypatch):
+    """From film and from latents that a transformer made there; with the adversary of the head."""
+    monkeypatch.setitem(light.PRESETS, "tiny-light", dict(decoder_widths=(8, 8), decoder_depths=(1, 1), separable=1))
+    monkeypatch.setattr(distill, "GENERATED", 2)
+    monkeypatch.setattr(autoencoder, "JUDGED", 1)
+    monkeypatch.setattr(loop, "plot", lambda folder: None)
+    monkeypatch.setattr(loop, "start", lambda: META)
+    shared = dict(WORLD, size=(toy.SIZE, toy.SIZE), images=0.0, perceptual=0.0, full=1.0)
+    phases = [autoencoder.Phase("distill", "decoder", **shared, features=0.3, generated=1.0),
+              autoencoder.Phase("refine", "head", **shared, adversarial=0.05)]
+    full = ae.load(tiny_toy / "toy.safetensors")
+    path = distill.distill(full, "tiny-light", phases, autoencoder.ToyWorld(), tmp_path,
+                           autoencoder.Settings(perceptual="random"), "dc")
+    assert path.is_file() and loop.read_log(path.parent)[-1]["step"] == 2
 
 
 # ------------------------------------------------------------------------------------ adaptation

@@ -156,10 +156,10 @@ def toy_model(name, full, device="cpu"):
     return model
 
 
-def generated_latents(name, full, seed, out):
+def generated_latents(name, full, seed, out, device="cpu"):
     """GENERATED latents of a toy model for random prompts. Kept in OUT, for a run that
     goes on."""
-    model = toy_model(name, full)
+    model = toy_model(name, full, device)
     network = hash_tensors(model.net.state_dict())
     about = dict(model=network, latents=GENERATED, seed=seed)
     path = Path(out) / "generated.safetensors"
@@ -182,7 +182,7 @@ def distill(full, preset, phases, source, out, settings, model=None):
     autoencoder; model: name of a toy model whose latents are learned too."""
     device, found, about = loop.start(), None, {}
     if model:
-        found, about = generated_latents(model, full, settings.seed, out)
+        found, about = generated_latents(model, full, settings.seed, out, device)
     torch.manual_seed(settings.seed)
     net = autoencoder.fresh(light.configure(full.config, preset))
     net.encoder = full.encoder
