@@ -13,6 +13,7 @@ on clips of *orange* objects alone, and every model is asked for two things:
     deep, its own               a LoRA trained on the deep model: what could be had
     base, the deep's            the way back
     adapted with the base's     merged into the base before AE-Adapt-V, which then moves both
+    adapted without             the same adaptation, in short as well, of the base as it is
 
 each at several strengths, beside both models without a LoRA.
 
@@ -54,6 +55,9 @@ TARGETS = (r"blocks\.\d+\.(self|cross)_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]")
 STRENGTHS = (0.5, 1.0, 1.5)
 RANK, BATCH, RATE, CLIPS = 16, 16, 1e-3, 256
 SOLVER_STEPS = 10  # for each video: half the toy's own, at the same prompt fit (docs/speed.md)
+#: how a base is adapted: a fifth of the toy's own steps, and nothing but the result
+ADAPTATION = ("--shards", "3", "--steps-head", "150", "--steps", "250", "--prompts", "1",
+              "--sample-steps", "0")
 SHOWN = 4  # prompts in the picture
 
 
@@ -102,15 +106,19 @@ class Experiment:
             lora.save(net, file)
         return file
 
-    def adapted(self, seed, shorter):
-        """The base with its LoRA merged, moved into the deep space by adapt.py -> Model."""
-        file, out = self.out / f"merged-{seed}.safetensors", self.out / f"adapted-{seed}"
-        if not file.exists():
-            dit.save(self.with_lora("base", self.lora_of("base", seed), 1.0).net, file)
+    def adapted(self, seed, merged):
+        """The base, as it is or with its LoRA merged, moved into the deep space by adapt.py
+        -> Model."""
+        base, name = bases.find("toy"), f"merged-{seed}" if merged else f"plain-{seed}"
+        if merged:
+            file = self.out / f"{name}.safetensors"
+            if not file.exists():
+                dit.save(self.with_lora("base", self.lora_of("base", seed), 1.0).net, file)
+            base = replace(base, transformer=file)
+        out = self.out / "adapted" / name
         line = ["--base", "toy", "--out", str(out), "--cache", str(self.out / "cache"),
-                "--sample-steps", "0", *shorter]
+                "--seed", str(seed), *ADAPTATION]
         args, given = adapt.arguments(line)
-        base = replace(bases.find("toy"), transformer=file)
         adapt.adapt(base, replace(base.settings, **given), args)
         return replace(released.load_model(str(out)), text=Words())
 
@@ -160,9 +168,8 @@ def train(model, steps, out, name, seed):
 # ------------------------------------------------------------------------------ results
 
 
-def run(experiment, seeds, adaptations, shorter=()):
-    """All trials -> {title: {strength: {"new": spread, "others": spread}}}. `shorter`:
-    further options of adapt.py."""
+def run(experiment, seeds, adaptations):
+    """All trials -> {title: {strength: {"new": spread, "others": spread}}}."""
     e, rows = experiment, {}
 
     def score(title, make, strength=None, seed=0):
@@ -181,7 +188,8 @@ def run(experiment, seeds, adaptations, shorter=()):
                     make = partial(e.with_lora, name, file, strength)
                     score(f"{name}, {whose}", make, strength, seed)
     for seed in range(adaptations):
-        score("adapted with the base's", partial(e.adapted, seed, shorter), seed=seed)
+        score("adapted with the base's", partial(e.adapted, seed, True), seed=seed)
+        score("adapted without", partial(e.adapted, seed, False), seed=seed)
     for by_strength in rows.values():
         for strength, found in by_strength.items():
             new, others = [row["new"] for row in found], [row["others"] for row in found]
@@ -225,8 +233,8 @@ def main(argv=None):
     add = p.add_argument
     add("--steps", type=options.whole(1), default=120, help="of each LoRA, batch 16")
     add("--seeds", type=options.whole(1, 1000), default=3)
-    add("--adaptations", type=options.whole(0, 1000), default=3,
-        help="seeds for which the base is adapted with the LoRA merged, as adapt.py does")
+    add("--adaptations", type=options.whole(0, 1000), default=1,
+        help="seeds for which the base is adapted, in short, with the LoRA merged and without")
     add("--prompts", type=options.whole(SHOWN), default=24, help="of both kinds")
     add("--out", type=Path, default=Path("out/carry_over"), help="LoRAs, trials, pictures")
     add("--results", type=Path, help="report and picture (default: OUT)")

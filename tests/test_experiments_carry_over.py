@@ -32,7 +32,7 @@ def test_the_experiment_on_tiny_models(tiny_toy, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(carry_over, name, value)
     monkeypatch.setattr(carry_over.toy_base, "SHARD", 64)
     real = carry_over.sample.videos
-    monkeypatch.setattr(carry_over.sample, "videos", lambda model, prompts: real(
+    monkeypatch.setattr(carry_over.sample, "videos", lambda model, prompts, steps: real(
         model, prompts, steps=1))
     seen = []
     monkeypatch.setattr(carry_over.adapt, "adapt", lambda base, settings, args: seen.append(base))
@@ -43,11 +43,13 @@ def test_the_experiment_on_tiny_models(tiny_toy, tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "carry_over.json").read_text())["rows"]
     assert rows.keys() == {"base, no LoRA", "deep, no LoRA", "base, its own", "base, the deep's",
-                           "deep, its own", "deep, the base's", "adapted with the base's"}
+                           "deep, its own", "deep, the base's", "adapted with the base's",
+                           "adapted without"}
     assert rows["deep, the base's"].keys() == {"0.5", "1.0", "1.5"}
     assert rows["deep, the base's"]["1.0"]["new"]["seeds"] == 2
     assert (tmp_path / "out" / "carry_over.png").exists()
-    assert len(seen) == 1 and seen[0].transformer.name == "merged-0.safetensors"
+    merged, plain = seen
+    assert merged.transformer.name == "merged-0.safetensors" and plain.transformer is None
     monkeypatch.setattr(carry_over.sample, "videos", None)  # nothing is made again
     carry_over.main(argv)
     assert capsys.readouterr().out == first
