@@ -18,7 +18,7 @@ asked to be easy to move into: `latents.Aligner` (--align-to), and the losses at
 `Phase`, which are off.
 
     python ae.py train --data CLIPS --preset small               all phases on a laptop
-    python ae.py train --preset toy --align-to weights/toy-base.safetensors       50 minutes
+    python ae.py train --preset toy --align-to weights/toy-base.safetensors       95 minutes
     torchrun --nproc-per-node 8 ae.py train --data CLIPS --preset f32t4c32
 
 Killed and started again, it goes on. OUT/PHASE/ holds log.jsonl, log.png, sheet.png
