@@ -39,7 +39,6 @@ import align
 import flow
 from files import checkpoint, options, video
 from training import bases, journal, loop, toy_base
-from training.bases import DTYPES
 from training.entries import hash_tensors
 from training.job import Job, export, finished, main_process_first, start_again
 
@@ -210,7 +209,7 @@ OPTIONS = dict(
     steps_align=options.whole(1), steps_head=options.whole(1), steps=options.whole(1),
     lr_head=options.learning_rate, lr=options.learning_rate, warmup=options.whole(0),
     rank=options.whole(1, 4096), ema=options.real(0, 0.999999), batch=options.whole(1, 65536),
-    accumulate=options.whole(1, 65536), checkpoint_blocks=None, dtype=tuple(DTYPES),
+    accumulate=options.whole(1, 65536), checkpoint_blocks=None, dtype=tuple(options.TYPES),
     seed=options.seed)
 #: what a mode other than adapting uses
 USED = {

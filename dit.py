@@ -377,15 +377,7 @@ class WanDiT(nn.Module):
     # -- what the blocks receive
 
     def embed_patches(self, x):  # b c f h w -> b f/pt h/ph w/pw d
-        c = self.config
-        if x.ndim != 5 or x.shape[1] != c.in_channels:
-            raise UserError(f"the latent has shape {list(x.shape)}, but this transformer takes "
-                            f"[batch, {c.in_channels}, frames, height, width]: use this model's "
-                            "autoencoder (and condition channels).")
-        if any(s % p for s, p in zip(x.shape[2:], c.patch)):
-            latent, patch = ("x".join(map(str, shape)) for shape in (x.shape[2:], c.patch))
-            raise UserError(f"a latent of {latent} (frames, height, width) cannot be cut into "
-                            f"patches of {patch}: choose another --size or --frames.")
+        check_latent(x, self.config)
         return self.patch_embedding(x).float()
 
     def embed_time(self, t):
@@ -487,6 +479,18 @@ class WanDiT(nn.Module):
         (f, h, w), (pt, ph, pw) = grid, self.config.patch
         pattern = "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)"
         return rearrange(y, pattern, f=f, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def check_latent(x, config):
+    """UserError where a latent does not fit the transformer's channels or patches."""
+    if x.ndim != 5 or x.shape[1] != config.in_channels:
+        raise UserError(f"the latent has shape {list(x.shape)}, but this transformer takes "
+                        f"[batch, {config.in_channels}, frames, height, width]: use this model's "
+                        "autoencoder (and condition channels).")
+    if any(s % p for s, p in zip(x.shape[2:], config.patch)):
+        latent, patch = ("x".join(map(str, shape)) for shape in (x.shape[2:], config.patch))
+        raise UserError(f"a latent of {latent} (frames, height, width) cannot be cut into "
+                        f"patches of {patch}: choose another --size or --frames.")
 
 
 def keeps_fp32(name):

@@ -228,16 +228,17 @@ def joined(context, null):
 
 
 @torch.no_grad()
-def videos(model, prompts, batch=32, progress=False, seed=0, **settings):
-    """Many prompts (sentences, or dicts of toy attributes) -> list of videos [3, t, h,
-    w], the i-th with seed + i."""
+def videos(model, prompts, images=None, batch=32, progress=False, seed=0, **settings):
+    """Many prompts (sentences, or dicts of toy attributes), and first frames [n, 3, h, w]
+    or None -> list of videos [3, t, h, w], the i-th with seed + i."""
     out, s = [], Sampling(**settings).resolved(model)
     starts = range(0, len(prompts), batch)
     for i in tqdm(starts, desc="videos", disable=not progress, leave=False):
         part = prompts[i : i + batch]
         words = isinstance(part[0], str)
         context = model.text(part) if words else model.text.encode(part)
-        z = generate(model, context, sampling=s, seed=seed + i)
+        image = None if images is None else images[i : i + batch]
+        z = generate(model, context, image, sampling=s, seed=seed + i)
         pieces = list(model.decode(z, s.frames, s.size))
         out += torch.cat(pieces, dim=2).float().cpu().unbind()
     return out
@@ -282,7 +283,7 @@ def arguments(argv=None):
         help="compile the transformer's blocks (a minute at the start of every size)")
     how("--fp8", action="store_true",
         help="approximate: the blocks' matrix products in 8 bits (fast on Hopper and later)")
-    how("--dtype", choices=session.TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
+    how("--dtype", choices=options.TYPES, help="of the matrix products (bf16 on a GPU, toy: fp32)")
     how("--device", type=options.device, default=options.DEVICE)
     how("--offload", choices=["none", "parts", "blocks"],
         help="what leaves the device while it is not used (default: as little as fits)")

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from files import errors, options
 from files.checkpoint import UserError
@@ -259,15 +258,6 @@ class ToyText:
     def null(self, n):
         """The unconditional context, [n, 8, 32]."""
         return torch.zeros(n, self.text_len, self.text_dim)
-
-    def states(self, prompts):
-        """List of sentences, "" for the null prompt -> {sentence: {"states": [m, 32]}}."""
-        return {p: {"states": (self([p]) if p else self.null(1))[0]} for p in prompts}
-
-    @staticmethod
-    def collate(rows):
-        """List of {"states": [m, 32]} -> context [b, m, 32], zero rows past the ends."""
-        return pad_sequence([row["states"] for row in rows], batch_first=True)
 
     @staticmethod
     def vocabulary():

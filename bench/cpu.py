@@ -19,7 +19,8 @@ import kernels
 import sample
 import toy
 from bench import harness
-from bench.harness import TYPES, fresh_process, in_turns, plainly, work
+from bench.harness import fresh_process, in_turns, plainly, work
+from files.options import TYPES
 from gpu.choose import relative_error
 from wan import light, memory, released
 

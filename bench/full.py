@@ -35,9 +35,9 @@ import dit
 import kernels
 from bench import gpu, harness
 from bench.gpu import BASE, DEEP, DEEPER, STEPS
-from bench.harness import TYPES
 from files import video
 from files.checkpoint import UserError
+from files.options import TYPES
 from gpu import tiling
 from training.metrics import markdown
 from wan import light, memory

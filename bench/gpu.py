@@ -24,8 +24,9 @@ import dit
 import kernels
 import sample
 from bench import harness
-from bench.harness import TYPES, extrapolated, in_turns, peak_bytes, plainly
+from bench.harness import extrapolated, in_turns, peak_bytes, plainly
 from files.checkpoint import UserError
+from files.options import TYPES
 from gpu import choose, tiling
 from gpu.choose import relative_error
 from wan import memory, models, vae

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from files import ROOT, checkpoint, layouts, video
+from files.options import TYPES
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange"}
 MARKERS = {"ours": "o", "plain": "x"}
 

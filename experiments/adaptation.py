@@ -27,7 +27,6 @@ from files import errors
 errors.begin(__name__)  # before the slow imports: a Ctrl-C, waiting threads
 
 import argparse
-import contextlib
 import copy
 import functools
 import itertools
@@ -47,7 +46,6 @@ from tqdm import tqdm
 import ae
 import align
 import dit
-import flow
 import kernels
 import lora
 import sample
@@ -248,11 +246,8 @@ class Ledger:
     off is removed."""
 
     def __init__(self, folder, settings):
-        self.file, self.lines = Path(folder) / "trials.jsonl", []
-        text = self.file.read_text() if self.file.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                self.lines.append(json.loads(line))
+        self.file = Path(folder) / "trials.jsonl"
+        self.lines = loop.read_log(folder, self.file.name)
         with checkpoint.atomic_path(self.file) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.settings = self.once("settings", lambda: settings)
@@ -358,7 +353,7 @@ class Trial:
                 self.look(net, step)
 
         what = f"{self.key}, rate {lr:g}, seed {self.seed}"
-        fit(run, net, source, size, self.seed, world.device, what, first, before)
+        toy_base.fit(run, net, source, size, self.seed, what, first, before)
         self.look(net, first + steps)
         return loop.read_log(run.folder)
 
@@ -397,28 +392,6 @@ class Trial:
             at = str(file.relative_to(world.out))
             rows.append(world.ledger.once("score", make, at=at))
         return rows
-
-
-def fit(run, net, source, size, seed, device, what, first=0, before=None):
-    """The training run of `net` with the flow-matching loss on batches of `size` clips. Its
-    steps count from `first`; before(step) is called at the beginning of each."""
-    def batches(number):
-        while True:
-            step = first + number
-            batch = source.batch(step, range(size))
-            yield batch, flow.draw(batch.z.shape[1:], TIMES, seed, step, range(size))
-            number += 1
-
-    def losses(both, number):
-        batch, drawn = both
-        if before:
-            before(first + number)
-        with kernels.autocast(device):
-            velocity = align.velocity_of(net.train(), batch, device)
-            loss, _ = flow.loss(velocity, batch.z, drawn)
-        yield "net", loss, {"loss": loss.detach()}
-
-    run.fit(batches(run.number), losses, what=what)
 
 
 def spikes(losses):

@@ -41,7 +41,7 @@ import kernels
 import lora
 import sample
 import toy
-from experiments.adaptation import Ledger, fit
+from experiments.adaptation import Ledger
 from experiments.verdicts import spread
 from files import checkpoint, options, video
 from training import bases, loop, toy_base, toy_score
@@ -161,7 +161,7 @@ def train(model, steps, out, name, seed):
     plan = loop.Plan(steps, warmup=20, keep=1)
     config = dict(data=source.fingerprint, seed=seed, lr=RATE, batch=BATCH, rank=RANK)
     run = loop.Run(out / "runs" / name, config, {"net": net}, {"net": opt}, plan)
-    fit(run, net, source, BATCH, seed, model.device, f"LoRA on the {name}")
+    toy_base.fit(run, net, source, BATCH, seed, f"LoRA on the {name}")
     return net.eval()
 
 

@@ -10,7 +10,6 @@ base, and its parts as one model.
 Everything is looked at before anything is read: what is missing, quantised, of another
 task or of no family known is refused in a sentence. No code of the folder is run.
 """
-import json
 import re
 import warnings
 from pathlib import Path
@@ -82,13 +81,6 @@ def check_parts(folder, family, kinds):
         if config.get("quantization_config"):
             raise UserError(f"the weights in {path} are quantised: get the bf16 or fp32 ones.")
         checkpoint.open_tensors(path)  # every shard is there, and whole
-
-
-def family_in(folder):
-    """Its Family; None where the transformer there is of none."""
-    file = Path(folder) / "transformer" / "config.json"
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    return FAMILIES.get(told.get("_class_name"))
 
 
 def load_model(folder, dtype=torch.float32, device="cpu", text_cache=None, loras=()):
@@ -182,7 +174,7 @@ def load_adapted(path, folders, loras=(), dtype=torch.float32, device="cpu"):
     """A folder that adapt.py wrote from a base of diffusers -> wan.models.Model. The text
     encoder is that of the base's folder, the first of `folders`."""
     path = Path(path)
-    family = family_in(path)
+    family = net.look(path / "transformer").family
     if not folders:
         raise UserError(f"{path} was made from a folder of {family.name}, which has its text "
                         "encoder: name that folder with --weights.")

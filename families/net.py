@@ -139,20 +139,9 @@ class Net(nn.Module):
     # -- forward
 
     def embed_patches(self, x):  # b z t h w -> b t' h' w' d
-        self.check(x)
+        dit.check_latent(x, self.config)
         weight, bias = self.embedder
         return F.linear(align.tokens_of(x, self.config.patch), weight, bias).float()
-
-    def check(self, x):
-        c = self.config
-        if x.ndim != 5 or x.shape[1] != c.in_channels:
-            raise UserError(f"the latent has shape {list(x.shape)}, but this transformer takes "
-                            f"[batch, {c.in_channels}, frames, height, width]: use this model's "
-                            "autoencoder.")
-        if any(s % p for s, p in zip(x.shape[2:], c.patch)):
-            latent, patch = ("x".join(map(str, shape)) for shape in (x.shape[2:], c.patch))
-            raise UserError(f"a latent of {latent} (frames, height, width) cannot be cut into "
-                            f"patches of {patch}: choose another --size or --frames.")
 
     def forward(self, x, t, prompt, return_features=None):
         """-> velocity fp32 [b z t h w]
@@ -171,7 +160,7 @@ class Net(nn.Module):
 
     def run(self, x, t, prompt, return_features=None):
         """`forward`, of a collated prompt."""
-        self.check(x)
+        dit.check_latent(x, self.config)
         a, b = self.family.beside
         beside = x.new_zeros(len(x), a * x.shape[1] + b, *x.shape[2:])
         whole = torch.cat([x, beside], dim=1).float()
@@ -420,12 +409,7 @@ def save(net, folder, metadata=None, dtype=None, format="diffusers", shard_bytes
     if format != "diffusers":
         raise UserError(f"a {net.family.name} has no {format} layout here: use --format "
                         "diffusers.")
-
-    def converted(v):
-        kind = dtype or v.dtype
-        return checkpoint.Stored(tuple(v.shape), kind, lambda: v.to(kind))
-
-    tensors = {k: converted(v) for k, v in net.transformer.state_dict().items()}
+    tensors = checkpoint.in_type(net.transformer.state_dict(), dtype)
     header = {"format": "pt", **(metadata or {}), "families": dataclasses.asdict(net.config)}
     checkpoint.save_shards(folder, tensors, header, shard_bytes)
     told = {"_class_name": net.family.transformer,

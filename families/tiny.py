@@ -9,14 +9,13 @@ before the real one is downloaded. The video is noise, of course.
 Every number follows from the name of its tensor alone (`fill`), whatever a class makes of
 itself: a zero gate would hide what is behind it.
 """
-import json
 import zlib
 from pathlib import Path
 
 import torch
 
 from families import libraries
-from files import errors
+from files import checkpoint, errors
 from wan import tiny as wan_tiny
 
 TEXT = 16  # width of the text states
@@ -207,7 +206,7 @@ def write(family, out):
         index["tokenizer"] = ["transformers", "T5TokenizerFast"]
     if family == "cosmos-predict-2.5":
         index["safety_checker"] = [None, None]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2))
+    checkpoint.write_json(out / "model_index.json", index)
     return out
 
 

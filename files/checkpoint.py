@@ -113,6 +113,16 @@ def read(tensor):
     return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
+def in_type(tensors, dtype):
+    """{name: tensor} -> {name: `Stored`} of one type (None: each of its own), converted when
+    it is written."""
+    def converted(tensor):
+        kind = dtype or tensor.dtype
+        return Stored(tuple(tensor.shape), kind, lambda: tensor.to(kind))
+
+    return {name: converted(tensor) for name, tensor in tensors.items()}
+
+
 def size_of(tensor):
     """Bytes of a tensor or `Stored` one."""
     return prod(tensor.shape) * tensor.dtype.itemsize

@@ -242,12 +242,7 @@ def save(path, tensors, config, metadata, dtype=None, format="original", shard_b
     if path.suffix == ".safetensors" and format == "diffusers":
         raise UserError(f"{path} is a file, but diffusers reads a folder: give the name of a "
                         "folder.")
-
-    def converted(v):
-        kind = dtype or v.dtype
-        return Stored(tuple(v.shape), kind, lambda: v.to(kind))
-
-    tensors = {k: converted(v) for k, v in tensors.items()}
+    tensors = checkpoint.in_type(tensors, dtype)
     if path.suffix == ".safetensors":
         return checkpoint.save_tensors(path, tensors, metadata)
     told = original_config(config)

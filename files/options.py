@@ -98,6 +98,9 @@ GONE = {
 
 # ------------------------------------------------------------------ types of options
 
+#: what --dtype takes
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def whole(low, high=10**9):
     """argparse type: a whole number of a range."""

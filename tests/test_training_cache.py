@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import ae
 import dit
@@ -26,6 +27,17 @@ from test_training_captions import BLUE, FAMILY, RED, folder  # noqa: F401 (a fi
 HOW = dict(buckets=FAMILY, frames=8, split="all")
 
 
+class Text(toy.ToyText):
+    """A text encoder without a network, of captions of the toy: what a cache asks of one."""
+
+    def states(self, prompts):
+        return {p: {"states": (self([p]) if p else self.null(1))[0]} for p in prompts}
+
+    @staticmethod
+    def collate(rows):
+        return pad_sequence([row["states"] for row in rows], batch_first=True)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """tiny(picture) -> (teacher, student), Models without transformers; with `picture` they are image-to-video and have an image encoder."""
@@ -38,8 +50,8 @@ def tiny():
         net = lambda z, patch: models.Deferred(None, config=dit.Config(24, 32, 2, 2, in_channels=z + (4 + z) * picture, out_channels=z, patch=patch,
                                                                        text_dim=32, image_dim=5 if picture else None))
         clip = (lambda images: images.mean((2, 3))[:, None].expand(-1, 4, -1)) if picture else None
-        teacher = models.Model("base", net(16, (1, 2, 2)), shallow, toy.ToyText(), clip=clip)
-        return teacher, models.Model("deep", net(32, (1, 1, 1)), deep, toy.ToyText(), clip=clip, ae_dtype=torch.float32)
+        teacher = models.Model("base", net(16, (1, 2, 2)), shallow, Text(), clip=clip)
+        return teacher, models.Model("deep", net(32, (1, 1, 1)), deep, Text(), clip=clip, ae_dtype=torch.float32)
 
     return make
 
@@ -153,7 +165,7 @@ def test_prompts_are_drawn_by_score_and_dropped_for_the_null_context(source, tin
     assert np.mean([caption is None for _, caption in drawn]) == pytest.approx(0.1, abs=0.03)
     said = [caption for sample, caption in drawn if sample.name.endswith("b.mp4") and caption]
     assert np.mean([caption == RED for caption in said]) == pytest.approx(0.9**10 / (0.9**10 + 0.8**10), abs=0.06)
-    text, kept, dropped = toy.ToyText(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).prompt[0]
+    text, kept, dropped = Text(), source(drop=0.0), source(drop=1.0).batch(0, range(2)).prompt[0]
     assert dropped.shape == (2, 1, 32) and not dropped.any()  # the toy's null context: zeros, of which any number of rows is the same
     assert all(kept.draw(step, 0)[1] for step in range(50))
     context, expected = kept.batch(0, range(2)).prompt[0], text([kept.draw(0, p)[1] for p in range(2)]).to(torch.bfloat16).float()

@@ -29,13 +29,13 @@ import sample
 import toy
 from families import folder
 from files.checkpoint import UserError
+from files.options import TYPES
 from training import cache, captions, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
 from training.journal import decoded
 from wan import models, released
 from wan import nets as wan_nets
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RENDERED = 4  # videos after each stage
 WORKERS = 2  # threads that decode clips, and later read entries ahead
 
@@ -187,7 +187,7 @@ class Base:
         """-> (teacher, student), two `models.Model` on args.device whose transformers
         are not read."""
         autoencoder = deep_autoencoder(args.target, args.ae, self.folders(args))  # likelier to miss
-        teacher = self.load(args, DTYPES[settings.dtype])
+        teacher = self.load(args, TYPES[settings.dtype])
         return teacher, self.student(teacher, autoencoder, settings, buckets_of(args, autoencoder))
 
     def student(self, teacher, autoencoder, settings, buckets):
@@ -199,7 +199,7 @@ class Base:
             net=deep_net(teacher, autoencoder),
             low=None,
             ae=autoencoder,
-            ae_dtype=DTYPES[settings.dtype],
+            ae_dtype=TYPES[settings.dtype],
             size=size,
             frames=80,
             area=size[0] * size[1] if teacher.area else 0,
@@ -313,7 +313,7 @@ class Toy(Base):
     def models(self, args, settings):
         teacher = released.load_model("base", device=args.device)
         file = self.transformer or released.WEIGHTS / "toy-base-dit.safetensors"
-        teacher = replace(teacher, net=models.Deferred(file, dtype=DTYPES[settings.dtype]))
+        teacher = replace(teacher, net=models.Deferred(file, dtype=TYPES[settings.dtype]))
         autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
         net = deep_net(teacher, autoencoder)
         student = replace(teacher, name="toy DC-VideoGen", net=net, ae=autoencoder)

@@ -295,7 +295,7 @@ def main_reconstruct(argv):
                    help="scale and crop; 180x320 gives 180 rows (default: as it is)")
     p.add_argument("--device", type=options.device, default=options.DEVICE,
                    help="default: %(default)s")
-    p.add_argument("--dtype", choices=("fp32", "bf16"),
+    p.add_argument("--dtype", choices=options.TYPES,
                    help="default: bf16 on a GPU, fp32 on the CPU")
     p.refuse_gone({"--compat": "a clip's end is padded and cropped; what the released code did "
                    "with it, tests/test_ae.py holds"})
@@ -304,7 +304,7 @@ def main_reconstruct(argv):
     folders.writable(args.out)
     choose.choose_kernels(device)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    net = load(args.weights).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    net = load(args.weights).to(device, options.TYPES[dtype])
     result = reconstruct(net, args.clip, args.out, args.frames, args.size)
     n, size = result["frames"], f"{result['height']}x{result['width']}"
     print(f"clip    {n} frames of {size}, {result['fps']:g} per second")

@@ -17,8 +17,8 @@ import flow
 import lora
 from files import checkpoint, folders
 from files.checkpoint import UserError
+from files.options import TYPES
 from training import bases, journal, loop, toy_base
-from training.bases import DTYPES
 from wan import models, released
 
 
@@ -87,7 +87,7 @@ class Job:
 
         They share all that is inherited: two networks in the memory of one.
         """
-        base = expert.load(dtype or DTYPES[self.settings.dtype], device or self.device)
+        base = expert.load(dtype or TYPES[self.settings.dtype], device or self.device)
         net = expert.nets.inherit(base, self.student.net.config, share=True).eval()
         if rank:
             lora.wrap(net, rank, 2 * rank, full=net.ends)
@@ -168,7 +168,7 @@ def start_again(job, expert):
 def export(job):
     """The adapted model as files that others read, in args.out: the transformer(s)
     merged, the LoRA in three layouts, the autoencoder."""
-    s, out, dtype = job.settings, Path(job.args.out), DTYPES[job.settings.export]
+    s, out, dtype = job.settings, Path(job.args.out), TYPES[job.settings.export]
     half = torch.float16 if dtype == torch.float32 else dtype
     about = dict(base=job.base.name, target=bases.target_of(job.student.ae.config), rank=s.rank,
                  alpha=s.alpha, step=s.steps)

@@ -120,7 +120,6 @@ class Journal:
             tqdm.write(f"    ! {sentence}")
         if videos:
             frames = torch.stack([x[:, [0, (x.shape[1] - 1) // 2, -1]] for x in videos])
-            self.strips.pop(row["stage"], None)
             self.strips[row["stage"]] = ((frames + 1) * 127.5).round().clamp(0, 255).byte()
             checkpoint.save_tensors(self.out / "stages.safetensors", self.strips)
             self.draw(labels)

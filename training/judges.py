@@ -132,9 +132,6 @@ class I3D(nn.Module):
 class Unit(nn.Conv3d):
     """Convolution padded as TensorFlow does, then ReLU."""
 
-    def __init__(self, cin, cout, kernel, stride=1):
-        super().__init__(cin, cout, kernel, stride)
-
     def forward(self, x):
         return F.relu_(super().forward(pad_same(x, self.kernel_size, self.stride)))
 

@@ -375,9 +375,9 @@ def difference(old, new):
 # -------------------------------------------------------------- log and picture
 
 
-def read_log(folder):
+def read_log(folder, name="log.jsonl"):
     """The lines of a run's log as dicts. A line cut off by a crash is left out."""
-    file, lines = Path(folder) / "log.jsonl", []
+    file, lines = Path(folder) / name, []
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-import kernels
+from ae import RMSNorm
 from files import checkpoint
 from files.checkpoint import UserError
 from training.judges import EfficientNetLite0, package_folder
@@ -180,7 +180,7 @@ class Discriminator(nn.Module):
             nn.Conv3d(width, 2 * width, (3, 4, 4), 2, 1),
             nn.Conv3d(2 * width, 4 * width, (3, 4, 4), 2, 1),
             nn.Conv3d(4 * width, 8 * width, 3, padding=1)])
-        self.norms = nn.ModuleList(ChannelNorm(c.out_channels) for c in self.convs[1:])
+        self.norms = nn.ModuleList(RMSNorm(c.out_channels) for c in self.convs[1:])
         self.head = nn.Conv3d(8 * width, 1, 3, padding=1)
 
     def forward(self, x):
@@ -192,18 +192,6 @@ class Discriminator(nn.Module):
         for conv, norm in zip(self.convs[1:], self.norms):
             x = F.leaky_relu(norm(conv(x)), 0.2)
         return self.head(x)
-
-
-class ChannelNorm(nn.Module):
-    """RMS norm over channels at each position, then scale and shift: that of DC-AE-V itself."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x):
-        return kernels.rms_norm_channels(x, self.weight, self.bias, eps=1e-5)
 
 
 def hinge_d(real_logits, fake_logits):

@@ -66,7 +66,7 @@ def transformer(config, stage, settings, build=dit.WanDiT):
     """The transformer build(config) as stage "1b" or "2" trains it, on the meta device:
     frozen weights in settings.dtype, trained ones in fp32."""
     with torch.device("meta"):
-        net = build(config).cast_weights(bases.DTYPES[settings.dtype])
+        net = build(config).cast_weights(options.TYPES[settings.dtype])
         if stage == "2":
             lora.wrap(net, settings.rank, settings.alpha, full=net.ends)
         else:

@@ -221,20 +221,6 @@ def pretrain(args):
         config["start"] = hash_tensors(net.state_dict())
     run = loop.Run(out, config, {"net": net}, {"net": opt}, plan)
 
-    def batches(number):
-        while True:
-            step, positions = run.positions(number, args.batch)
-            batch = source.batch(step, positions)
-            yield batch, flow.draw(batch.z.shape[1:], TIMES, args.seed, step, positions)
-            number += 1
-
-    def losses(both, number):
-        batch, drawn = both
-        net.train()
-        with kernels.autocast(device):
-            loss, _ = flow.loss(align.velocity_of(net, batch, device), batch.z, drawn)
-        yield "net", loss, {"loss": loss.detach()}
-
     def report(run):
         with run.averaged(), kernels.autocast(device):
             net.eval()
@@ -243,13 +229,38 @@ def pretrain(args):
         loop.plot(out)
         return measured | {f"fit_{name}": value for name, value in fit.items()}
 
-    run.fit(batches(run.number), losses, report, "pretrain toy base")
+    fit(run, net, source, args.batch, args.seed, "pretrain toy base", report=report)
     loop.copy_into(net, run.average)
     log = [line for line in loop.read_log(out) if "validation" in line]
     metadata = dict(training=run.config, log=log)
     dit.save(net, out / "toy-base-dit.safetensors", metadata, dtype=torch.float16)
     loop.plot(out)
     print(f"wrote {out / 'toy-base-dit.safetensors'}")
+
+
+def fit(run, net, source, size, seed, what, first=0, before=None, report=None):
+    """The training run of `net` with the flow-matching loss on batches of `size` clips of a
+    `Source`. Its steps count from `first`; before(step) is called at the beginning of each."""
+    device = next(net.parameters()).device
+
+    def batches(number):
+        while True:
+            step, positions = run.positions(number, size)
+            step += first
+            batch = source.batch(step, positions)
+            yield batch, flow.draw(batch.z.shape[1:], TIMES, seed, step, positions)
+            number += 1
+
+    def losses(both, number):
+        batch, drawn = both
+        if before:
+            before(first + number)
+        with kernels.autocast(device):
+            velocity = align.velocity_of(net.train(), batch, device)
+            loss, _ = flow.loss(velocity, batch.z, drawn)
+        yield "net", loss, {"loss": loss.detach()}
+
+    run.fit(batches(run.number), losses, report, what)
 
 
 # ------------------------------------------------ score
@@ -298,12 +309,5 @@ def score_reconstruction(model, prompts, clips):
 def score_images(model, prompts, clips):
     """Prompt fit of videos that begin with the first frames of `clips`, and the PSNR of
     their own first frames."""
-    images, made = clips[:, :, 0], []
-    for i in range(0, len(images), 32):
-        context = model.text.encode(prompts[i : i + 32])
-        z = sample.generate(model, context, images[i : i + 32], seed=i)
-        pieces = list(model.decode(z, model.frames, model.size))
-        made += torch.cat(pieces, dim=2).cpu().unbind()
-    first = torch.stack(made)[:, :, 0]
-    psnr = metrics.psnr(first[:, :, None], images[:, :, None])
-    return {**judge(torch.stack(made), prompts), "psnr": psnr}
+    made = torch.stack(sample.videos(model, prompts, images=clips[:, :, 0]))
+    return {**judge(made, prompts), "psnr": metrics.psnr(made[:, :, :1], clips[:, :, :1])}

@@ -20,11 +20,11 @@ from tqdm import tqdm
 import dit
 from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
+from files.options import TYPES
 from gpu import choose, fp8
 from wan import light, memory, released
 from wan.models import Lora, Model
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: what a video does not depend on
 NEUTRAL = ("memory", "offload", "download", "text_cache")
 #: what decides a latent, which --decode has already

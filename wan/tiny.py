@@ -12,7 +12,6 @@ layouts, those of diffusers, are written by tests/tiny_layouts.py, from the same
 weights.)
 """
 import argparse
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 import ae
 import dit
 from files import errors, layouts
-from files.checkpoint import UserError
+from files.checkpoint import UserError, write_json
 from wan import vae
 from wan.image import CLIPVision
 from wan.text import UMT5
@@ -189,11 +188,6 @@ def as_bf16(sd):
 def torch_save(file, container):
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(container, file)
-
-
-def write_json(file, value):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2))
 
 
 def write_shards(folder, tensors, count, stem="diffusion_pytorch_model"):
