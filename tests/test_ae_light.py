@@ -364,6 +364,17 @@ def test_the_toy_learns_on_what_its_transformer_makes(toy_light, tmp_path, monke
     assert light.load(ae.load(world[1]), made).config.separable == 2
 
 
+def test_the_embedded_one_shows_what_the_embedded_toy_does():
+    """PSNR to the full decoder on clips held out: 30 dB when it was made."""
+    whole = ae.load(released.WEIGHTS / "toy.safetensors")
+    x, _ = toy.toy_batch(autoencoder.HELD_OUT, 4)
+    with torch.no_grad():
+        z = whole.encode(x)
+        theirs = whole.decode(z)
+        ours = light.choose(whole, "light")[0].decode(z)
+    assert metrics.psnr(ours, theirs) > 28
+
+
 # ---------------------------------------------------------------------------------------------------- sample.py
 
 QUICK = ["--prompt", "a ring", "--frames", "8", "--size", "64x64", "--steps", "1"]
