@@ -451,6 +451,13 @@ def infer_config(tensors, name=""):
     return dataclasses.replace(alike[0], widths=shape.widths, depths=shape.depths)
 
 
+def stored_config(metadata):
+    """The Config in the header of our own files; None where there is none."""
+    own, names = metadata.get("config"), {f.name for f in dataclasses.fields(Config)}
+    ours = isinstance(own, dict) and {"widths", "depths"} <= own.keys() <= names
+    return Config(**own) if ours else None
+
+
 def load(path, config=None):
     """Weights of a DC-AE-V -> DCAEV in eval mode, fp32 (bf16 files are widened).
 
@@ -462,10 +469,7 @@ def load(path, config=None):
     if tensors and all(name.startswith("decoder.") for name in tensors):
         raise UserError(f"{path} holds a decoder alone: give its whole autoencoder's file, and "
                         "this one with --decoder.")
-    if config is None:
-        own, names = metadata.get("config"), {f.name for f in dataclasses.fields(Config)}
-        ours = isinstance(own, dict) and {"widths", "depths"} <= own.keys() <= names
-        config = Config(**own) if ours else infer_config(tensors, path)
+    config = config or stored_config(metadata) or infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
     net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()

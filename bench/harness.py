@@ -19,12 +19,13 @@ import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from files import ROOT, checkpoint, layouts, video
 from files.options import TYPES
+from gpu import tiling
+from gpu.choose import first_line
 
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange"}
 MARKERS = {"ours": "o", "plain": "x"}
@@ -108,8 +109,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func is not torch.ops.aten.empty.memory_format:
-            for x in tree_leaves((args, kwargs, out)):
-                self.bytes += x.nbytes if isinstance(x, torch.Tensor) else 0
+            self.bytes += tiling.bytes_of((args, kwargs, out))
         return out
 
 
@@ -225,8 +225,7 @@ class Report:
         try:
             return part(self, *arguments)
         except Exception as e:
-            first_line = (str(e).splitlines() or [""])[0]
-            self.leave_out(name, f"{type(e).__name__}: {first_line}")
+            self.leave_out(name, f"{type(e).__name__}: {first_line(e)}")
         finally:
             kernels.use()
             gc.collect()

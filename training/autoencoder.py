@@ -202,8 +202,6 @@ def check(phase, config):
     if (phase.equivariance or phase.correlation) and not even:
         raise UserError(f"equivariance and correlation need an even number of latent cells a "
                         f"side: give --size in multiples of {2 * cell}.")
-    if min(phase.steps, phase.batch, phase.accumulate) < 1:
-        raise UserError("--steps, --batch and --accumulate must be 1 or more.")
 
 
 # -------------------------------------------------------------- what is trained

@@ -322,8 +322,6 @@ class Toy(Base):
     def sources(self, teacher, student, args, settings):
         """The first shard is held out; the next ones are encoded in both spaces, for
         stage 1a, and the others in the deep one only."""
-        if args.shards < 1:
-            raise UserError(f"--shards must be at least 1, got {args.shards}.")
         both = min(3, args.shards)
         folder = None if args.cache == "memory" else args.cache
         base = toy_base.cache_latents(teacher, both + 1, folder)

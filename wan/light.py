@@ -50,14 +50,13 @@ def load(net, path):
     """The DC-AE-V `net` with a light decoder from a file of `ae.py distill`; the
     encoder is shared. UserError for a file of another kind, or of another latent."""
     tensors, metadata = checkpoint.load_tensors(path)
-    own, names = metadata.get("config"), {f.name for f in dataclasses.fields(ae.Config)}
+    config = ae.stored_config(metadata)
     if any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"{path} holds a whole autoencoder, not a decoder alone: give --decoder a "
                         "file written by ae.py distill.")
-    if not isinstance(own, dict) or not {"widths", "depths"} <= own.keys() <= names:
+    if config is None:
         raise UserError(f"{path} holds no light decoder: give --decoder a file written by ae.py "
                         "distill.")
-    config = ae.Config(**own)
     check_latent(path, config, net)
     with torch.device("meta"):
         light = ae.DCAEV(config)
