@@ -55,8 +55,8 @@ TARGETS = (r"blocks\.\d+\.(self|cross)_attn\.[qkvo]", r"blocks\.\d+\.ffn\.[02]")
 STRENGTHS = (0.5, 1.0, 1.5)
 RANK, BATCH, RATE, CLIPS = 16, 16, 1e-3, 256
 SOLVER_STEPS = 10  # for each video: half the toy's own, at the same prompt fit (docs/speed.md)
-#: how a base is adapted: a fifth of the toy's own steps, and nothing but the result
-ADAPTATION = ("--shards", "3", "--steps-head", "150", "--steps", "250", "--prompts", "1",
+#: how a base is adapted: a seventh of the toy's own steps, and nothing but the result
+ADAPTATION = ("--shards", "3", "--steps-head", "100", "--steps", "200", "--prompts", "1",
               "--sample-steps", "0")
 SHOWN = 4  # prompts in the picture
 

@@ -25,6 +25,7 @@ import torch
 
 import ae
 import flow
+import kernels
 import sample
 import toy
 from families import folder
@@ -68,7 +69,7 @@ class Settings:
     batch: int = 2  # clips per process
     accumulate: int = 0  # batches per step; 0: as many as make the published 32 clips
     checkpoint_blocks: bool = True  # recompute blocks backwards: a third more time
-    dtype: str = "bf16"  # of frozen weights and matrix products; what is trained is fp32
+    dtype: str = "bf16"  # of frozen weights and products (`computed_in`); what is trained is fp32
     export: str = "bf16"  # of the exported transformer
     seed: int = 0
 
@@ -85,6 +86,11 @@ class Settings:
                             f"processes with --batch {self.batch}: give --accumulate, the number "
                             "of batches per step.")
         return 32 // (self.batch * processes)
+
+    def computed_in(self, device):
+        """The type of frozen weights and matrix products: `dtype`, but fp32 on a CPU that
+        multiplies bf16 numbers one by one."""
+        return torch.float32 if self.dtype == "fp32" else kernels.matmul_type(device)
 
 
 # ------------------------------------------------ the deep autoencoder
@@ -313,7 +319,8 @@ class Toy(Base):
     def models(self, args, settings):
         teacher = released.load_model("base", device=args.device)
         file = self.transformer or released.WEIGHTS / "toy-base-dit.safetensors"
-        teacher = replace(teacher, net=models.Deferred(file, dtype=TYPES[settings.dtype]))
+        dtype = settings.computed_in(teacher.device)
+        teacher = replace(teacher, net=models.Deferred(file, dtype=dtype))
         autoencoder = ae.load(args.ae or released.WEIGHTS / "toy.safetensors")
         net = deep_net(teacher, autoencoder)
         student = replace(teacher, name="toy DC-VideoGen", net=net, ae=autoencoder)

@@ -87,7 +87,8 @@ class Job:
 
         They share all that is inherited: two networks in the memory of one.
         """
-        base = expert.load(dtype or TYPES[self.settings.dtype], device or self.device)
+        dtype = dtype or self.settings.computed_in(self.device)
+        base = expert.load(dtype, device or self.device)
         net = expert.nets.inherit(base, self.student.net.config, share=True).eval()
         if rank:
             lora.wrap(net, rank, 2 * rank, full=net.ends)
