@@ -8,6 +8,7 @@ import torch
 
 import ae
 import dit
+import kernels
 import lora
 from files.checkpoint import UserError
 from tiny_layouts import FOLDERS, TEXT_DIM
@@ -25,6 +26,14 @@ def deep(name, target="f32t4c32"):
 def arguments(folders, **more):
     return types.SimpleNamespace(weights=folders, target="f32t4c32", ae=None, device="cpu", text_cache=None, buckets=None, continue_from=None,
                                  stage="export", **more)
+
+
+def test_products_are_computed_in_the_faster_type(monkeypatch):
+    """bf16 is chosen for GPUs; a CPU without units for it multiplies such numbers one by one."""
+    for units, on_cpu in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(kernels, "bf16_units", lambda: units)
+        assert Settings().computed_in("cpu") == on_cpu and Settings().computed_in("meta") == torch.bfloat16
+        assert Settings(dtype="fp32").computed_in("cpu") == Settings(dtype="fp32").computed_in("meta") == torch.float32
 
 
 @pytest.mark.parametrize("name, steps, shift, guidance", [

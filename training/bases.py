@@ -90,7 +90,7 @@ class Settings:
     def computed_in(self, device):
         """The type of frozen weights and matrix products: `dtype`, but fp32 on a CPU that
         multiplies bf16 numbers one by one."""
-        return torch.float32 if self.dtype == "fp32" else kernels.matmul_type(device)
+        return torch.float32 if self.dtype == "fp32" else kernels.matmul_type(torch.device(device))
 
 
 # ------------------------------------------------ the deep autoencoder
