@@ -14,6 +14,7 @@ on clips of *orange* objects alone, and every model is asked for two things:
     base, the deep's            the way back
     adapted with the base's     merged into the base before AE-Adapt-V, which then moves both
     adapted without             the same adaptation, in short as well, of the base as it is
+    adapted, then the base's    the LoRA put on that one
 
 each at several strengths, beside both models without a LoRA.
 
@@ -113,7 +114,7 @@ class Experiment:
         if merged:
             file = self.out / f"{name}.safetensors"
             if not file.exists():
-                dit.save(self.with_lora("base", self.lora_of("base", seed), 1.0).net, file)
+                dit.save(with_lora(self.base, self.lora_of("base", seed), 1.0).net, file)
             base = replace(base, transformer=file)
         out = self.out / "adapted" / name
         line = ["--base", "toy", "--out", str(out), "--cache", str(self.out / "cache"),
@@ -121,13 +122,6 @@ class Experiment:
         args, given = adapt.arguments(line)
         adapt.adapt(base, replace(base.settings, **given), args)
         return replace(released.load_model(str(out)), text=Words())
-
-    def with_lora(self, name, file, strength):
-        """One of the models with a LoRA merged into a copy of it."""
-        model = self.models[name]
-        net = copy.deepcopy(model.net)
-        lora.load(net, file, strength)
-        return replace(model, net=net)
 
     def score(self, model, picture=None):
         """-> {"new": ..., "others": ...}; the first videos of both kinds go to `picture`."""
@@ -148,6 +142,13 @@ class Experiment:
             picture = self.out / "shown" / f"{title}.safetensors"
         key = dict(title=title, strength=strength, seed=seed)
         return self.ledger.once("score", lambda: self.score(make(), picture), **key)
+
+
+def with_lora(model, file, strength):
+    """A model with a LoRA merged into a copy of it."""
+    net = copy.deepcopy(model.net)
+    lora.load(net, file, strength)
+    return replace(model, net=net)
 
 
 def train(model, steps, out, name, seed):
@@ -185,11 +186,13 @@ def run(experiment, seeds, adaptations):
                 whose = "its own" if name == trained_on else f"the {trained_on}'s"
                 file = e.lora_of(trained_on, seed)
                 for strength in STRENGTHS:
-                    make = partial(e.with_lora, name, file, strength)
+                    make = partial(with_lora, e.models[name], file, strength)
                     score(f"{name}, {whose}", make, strength, seed)
     for seed in range(adaptations):
         score("adapted with the base's", partial(e.adapted, seed, True), seed=seed)
-        score("adapted without", partial(e.adapted, seed, False), seed=seed)
+        plain, file = partial(e.adapted, seed, False), e.lora_of("base", seed)
+        score("adapted without", plain, seed=seed)
+        score("adapted, then the base's", lambda: with_lora(plain(), file, 1.0), seed=seed)
     for by_strength in rows.values():
         for strength, found in by_strength.items():
             new, others = [row["new"] for row in found], [row["others"] for row in found]

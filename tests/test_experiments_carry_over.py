@@ -44,11 +44,11 @@ def test_the_experiment_on_tiny_models(tiny_toy, tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "out" / "carry_over.json").read_text())["rows"]
     assert rows.keys() == {"base, no LoRA", "deep, no LoRA", "base, its own", "base, the deep's",
                            "deep, its own", "deep, the base's", "adapted with the base's",
-                           "adapted without"}
+                           "adapted without", "adapted, then the base's"}
     assert rows["deep, the base's"].keys() == {"0.5", "1.0", "1.5"}
     assert rows["deep, the base's"]["1.0"]["new"]["seeds"] == 2
     assert (tmp_path / "out" / "carry_over.png").exists()
-    merged, plain = seen
+    merged, plain, _ = seen
     assert merged.transformer.name == "merged-0.safetensors" and plain.transformer is None
     monkeypatch.setattr(carry_over.sample, "videos", None)  # nothing is made again
     carry_over.main(argv)
