@@ -43,6 +43,8 @@ class Job:
         started, own = time.perf_counter(), loop.start()
         if not args.device or loop.processes() > 1:
             args.device = own
+        if loop.rank() == 0 and settings.computed_in(args.device) != TYPES[settings.dtype]:
+            print("this CPU multiplies bf16 numbers one by one: weights and products are in fp32")
         if args.cache != "memory":
             folders.writable(args.cache)
         teacher, student = base.models(args, settings)
