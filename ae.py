@@ -126,6 +126,10 @@ PRESETS = {
     # For film on a laptop, f32t4c32: full-resolution layers cost everything, so patches
     # of 4.
     "small": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 1, 1), 32, chunk=8, patch=4),
+    # For film, small enough to be embedded: 128 channels, 96 times fewer numbers.
+    "film": Config((0, 48, 64, 64, 128, 128), (0, 1, 1, 1, 0, 0), 128, chunk=8, patch=4,
+                   decoder_widths=(64, 64, 128, 128, 128), decoder_depths=(1, 1, 2, 2, 1),
+                   separable=3),
     # What "small" is measured by: f8t4c16 of about as many operations, causal as the
     # Wan VAE.
     "small-base": Config((0, 48, 64, 64), (0, 1, 1, 6), 16, 8, patch=4, temporal="causal"),

@@ -707,7 +707,7 @@ def choose_source(p, a, given, full, laptop, toy_world):
     """Films or the toy world -> (source, programme: one of the three)."""
     if a.data:
         films = Films(a.data, a.workers, a.cache, None if a.fps == "native" else a.fps)
-        return films, full if a.preset.startswith("f") else laptop
+        return films, full if a.preset.startswith(("f32", "f64")) else laptop
     p.refuse("a run without --data", given & {"workers", "cache", "fps"})
     if a.preset.startswith("toy"):
         return ToyWorld(), toy_world
