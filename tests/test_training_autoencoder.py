@@ -277,7 +277,7 @@ def image_autoencoder(sd, n, x, patch):
     return z, F.pixel_shuffle(conv(x, "decoder.project_out.op_list.2.conv.conv"), patch)
 
 
-@pytest.mark.parametrize("changes", [dict(temporal="causal"), dict(temporal="non_causal"), dict(chunk=20), dict(chunk=1)], ids=str)
+@pytest.mark.parametrize("changes", [dict(temporal="causal"), dict(temporal="non_causal"), dict(chunk=20), dict(chunk=1), dict(separable=3)], ids=str)
 def test_an_image_autoencoder_is_inflated_under_every_temporal_rule(changes):
     """Inflated, it gives each frame of a clip that stands still what it gives the image, whatever a frame may see."""
     config = dataclasses.replace(TINY, **changes)
@@ -320,6 +320,16 @@ def test_what_an_image_model_has_nothing_for_can_still_learn():
                  "decoder.stages.3.op_list.0.main.conv.conv.weight", "decoder.stages.4.op_list.0.main.conv2.norm.weight"):
         value = net.get_parameter(name)
         assert not value.any() and value.grad.abs().sum() > 0, name
+
+
+def test_a_separable_layer_that_resamples_time_can_still_learn():
+    """The image autoencoder has half of it: that half must not arrive as zeros, or both would stay so."""
+    config = dataclasses.replace(TINY, separable=3)
+    net = ae.DCAEV(config)
+    autoencoder.inflate(net, autoencoder.image_autoencoder(config).state_dict())
+    step(net, PLAIN, torch.rand(1, 3, 16, 32, 32) * 2 - 1)[0][1].backward()
+    layer = net.decoder.stages[-2].op_list[0].main.conv.conv
+    assert not layer.pointwise.weight.any() and layer.pointwise.weight.grad.any() and layer.depthwise.weight.any()
 
 
 def test_an_image_model_of_other_widths_is_refused():

@@ -595,10 +595,11 @@ class Still(nn.Module):
     def __init__(self, conv):
         super().__init__()
         weight = conv.weight[:, :, 1].detach() * 3**0.5  # of a third of the inputs: as strong
-        self.weight, self.bias = nn.Parameter(weight), conv.bias
+        self.weight, self.bias, self.groups = nn.Parameter(weight), conv.bias, conv.groups
 
     def forward(self, x, state=None):
-        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=1)[:, :, None], state
+        x = F.conv2d(x[:, :, 0], self.weight, self.bias, padding=1, groups=self.groups)
+        return x[:, :, None], state
 
 
 def image_autoencoder(config):
@@ -614,8 +615,9 @@ def image_autoencoder(config):
             if isinstance(child, Conv3d):
                 setattr(module, name, Still(child))
     for block in through_time(net):
-        for p in block.parameters():
-            nn.init.zeros_(p).requires_grad_(False)
+        block.requires_grad_(False)
+        *_, weight, bias = block.parameters()  # of its last convolution
+        nn.init.zeros_(weight), nn.init.zeros_(bias)
     return net
 
 
