@@ -476,7 +476,7 @@ def load(path, config=None):
     config = config or stored_config(metadata) or infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
-    net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, str(path)).eval()
+    net = checkpoint.load_strict(net, tensors, str(path), "cpu").eval()
     net.path = path
     return net.to(memory_format=torch.channels_last_3d)  # as convolutions want it (kernels.py)
 

@@ -571,7 +571,7 @@ def from_state_dict(sd, heads=None, config=None, dtype=torch.float32, device="cp
     config = config or Config(**layouts.sizes(sd, heads))
     with torch.device("meta"):  # every tensor is filled below, one at a time
         net = WanDiT(config).cast_weights(dtype)
-    return load_strict(net.to_empty(device=device), sd, what).eval()
+    return load_strict(net, sd, what, device).eval()
 
 
 def load(path, heads=None, dtype=torch.float32, device="cpu"):

@@ -404,13 +404,21 @@ def unwrap(container):
     return renamed(tensors, bare)
 
 
-def load_strict(net, tensors, what):
+def allocate(net, device):
+    """Give a net on the meta device memory, not initialised. `Module.to_empty` asks the meta
+    tensors for copies, and the first of these imports sympy: half a second."""
+    return net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
+def load_strict(net, tensors, what, device=None):
     """Copy `tensors` (or `Stored`, fetched one at a time) into `net`; any float dtype
-    widens or narrows to the parameter's own. Nothing is copied where they do not fit."""
-    own = net.state_dict()
-    check_fit(own, tensors, what)
+    widens or narrows to the parameter's own. Nothing is copied where they do not fit.
+    device: where a net on the meta device is to be."""
+    check_fit(net.state_dict(), tensors, what)
+    if device is not None:
+        allocate(net, device)
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in net.state_dict().items():
             value.copy_(read(tensors[name]))
     return net
 

@@ -35,6 +35,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from files.checkpoint import allocate
+
 GROUP = 32  # latent frames whose features are held at once: 128 frames of video
 
 
@@ -289,7 +291,7 @@ def costs(kind, config, side, dtype):
         net = getattr(kind(config).to(dtype), side).requires_grad_(False)
     small = sum(p.numel() for p in net.parameters()) <= 2**24
     device, cells = ("cpu", 2) if small else ("meta", 8)
-    net.to_empty(device=device)
+    allocate(net, device)
     for p in net.parameters():
         p.zero_()
     layers = net.layers

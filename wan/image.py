@@ -135,7 +135,7 @@ class CLIPVision(nn.Module):
         unused = (f"transformer.{layers - 1}.", "post_norm.", "head", "visual_projection.",
                   "embeddings.position_ids")
         sd = {name: value for name, value in sd.items() if not name.startswith(unused)}
-        load_strict(net.to_empty(device=device), sd, "the image encoder's state dict")
+        load_strict(net, sd, "the image encoder's state dict", device)
         return net.eval().requires_grad_(False)
 
     @classmethod

@@ -60,9 +60,9 @@ def load(net, path):
     check_latent(path, config, net)
     with torch.device("meta"):
         light = ae.DCAEV(config)
-    light.encoder, light.decoder = net.encoder, light.decoder.to_empty(device="cpu")
+    light.encoder, light.decoder = net.encoder, light.decoder
     weights = {name.removeprefix("decoder."): value for name, value in tensors.items()}
-    checkpoint.load_strict(light.decoder, weights, str(path))
+    checkpoint.load_strict(light.decoder, weights, str(path), "cpu")
     like = next(net.parameters())
     light.decoder.to(like.device, like.dtype, memory_format=torch.channels_last_3d)
     return light.eval()

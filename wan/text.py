@@ -207,8 +207,7 @@ class UMT5(nn.Module):
                             "is missing.") from e
         with torch.device("meta"):
             net = cls(vocab, dim, attn_dim, ffn_dim, heads, count(sd, "blocks"), buckets)
-        net = net.to(dtype).to_empty(device=device)
-        load_strict(net, sd, "the text encoder's state dict")
+        load_strict(net.to(dtype), sd, "the text encoder's state dict", device)
         return net.eval().requires_grad_(False)
 
     @classmethod

@@ -487,5 +487,5 @@ def _build(tensors, config, what):
         net = WanVAE(config)
     ours = {diffusers_name(name, config): name for name in net.state_dict()}
     tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    net = checkpoint.load_strict(net.to_empty(device="cpu"), tensors, what)
+    net = checkpoint.load_strict(net, tensors, what, "cpu")
     return net.eval().requires_grad_(False)
