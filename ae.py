@@ -15,7 +15,7 @@ misses. The temporal resampling is the innermost one. Every convolution is chunk
 (`chunk_causal.py`): one pass over a clip, or chunk after chunk with the state handed
 on, give the same latent.
 
-    python ae.py reconstruct assets/bunny.mp4       the toy's on a film: mp4, PSNR, SSIM
+    python ae.py reconstruct assets/bunny.mp4       a film through it: mp4, PSNR, SSIM
     python ae.py reconstruct CLIP --weights FILE    the same through official weights
     python ae.py train --data CLIPS --preset small  trains one on a folder of film
     python ae.py distill --weights FILE --data CLIPS --preset f32t4c32-light

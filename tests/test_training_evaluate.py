@@ -119,3 +119,12 @@ def test_any_autoencoder_is_loaded(tmp_path, weights, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="none.pt does not exist"):
         evaluate.load(tmp_path / "none.pt")
+
+
+def test_without_weights_film_gets_the_one_for_film_and_the_toy_world_the_toys(tmp_path, capsys):
+    """The embedded ones: 23 dB on this clip in full when it was made, where the toy's has 21."""
+    ae.main(["reconstruct", str(ROOT / "assets" / "bunny.mp4"), "--frames", "8", "--size", "96x160", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "bunny_reconstruction.json").read_text())
+    assert result["latent"] == [128, 2, 3, 5] and result["psnr"] > 22
+    ae.main(["eval", "--data", "toy", "--clips", "1", "--frames", "8", "--size", "32x32"])
+    assert "| toy |" in capsys.readouterr().out

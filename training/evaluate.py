@@ -21,14 +21,15 @@ from tqdm import tqdm
 import ae
 import toy
 from chunk_causal import recut
-from files import ROOT, checkpoint, folders, options, video
+from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
 from gpu import choose, tiling
 from training import autoencoder, clips, distill, latents, metrics, toy_score
 from training.entries import hash_tensors
 from training.latents import load_autoencoder as load
-from wan import light
+from wan import light, released
 
+EMBEDDED = {name: released.WEIGHTS / f"{name}.safetensors" for name in ("film", "toy")}
 
 # ----------------------------------------------------------------------------- one film
 
@@ -189,7 +190,8 @@ def eval_arguments(argv):
     p = options.Parser(
         prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
-    p.add_argument("weights", nargs="+", help="DC-AE-V or Wan VAE files")
+    p.add_argument("weights", nargs="*", help="DC-AE-V or Wan VAE files (default: the embedded "
+                   "one for film, or for toy clips)")
     p.add_argument("--decoder", nargs="+", metavar="FILE", default=(),
                    help="light decoders of this latent, to set beside its own")
     p.add_argument("--data", default="out/clips", metavar="FOLDER",
@@ -213,6 +215,7 @@ def eval_arguments(argv):
     args, given = p.parse(argv)
     if not args.prompts:
         p.refuse("a run without --prompts", given & {"model"})
+    args.weights = args.weights or [EMBEDDED["toy" if args.data == "toy" else "film"]]
     if args.results:
         folders.writable_file(args.results)
     return args, given
@@ -285,8 +288,8 @@ def main_reconstruct(argv):
         prog="ae.py reconstruct", description="A video file through the autoencoder: "
         "side-by-side mp4, contact sheet, PSNR, SSIM.")
     p.add_argument("clip", help="video file")
-    p.add_argument("--weights", default=ROOT / "weights" / "toy.safetensors",
-                   help="official .pt, or .safetensors (default: the toy's)")
+    p.add_argument("--weights", default=EMBEDDED["film"],
+                   help="official .pt, or .safetensors (default: the embedded one for film)")
     p.add_argument("--out", default="out/reconstruct",
                    help="folder for the results (default: %(default)s)")
     p.add_argument("--frames", type=options.whole(1, 10**7),
