@@ -473,7 +473,10 @@ def load(path, config=None):
     if tensors and all(name.startswith("decoder.") for name in tensors):
         raise UserError(f"{path} holds a decoder alone: give its whole autoencoder's file, and "
                         "this one with --decoder.")
-    config = config or stored_config(metadata) or infer_config(tensors, path)
+    stored = stored_config(metadata)
+    if config and stored:  # the scale belongs to the weights
+        config = dataclasses.replace(config, scale=stored.scale)
+    config = config or stored or infer_config(tensors, path)
     with torch.device("meta"):
         net = DCAEV(config)
     net = checkpoint.load_strict(net, tensors, str(path), "cpu").eval()

@@ -340,10 +340,17 @@ def test_an_image_model_of_other_widths_is_refused():
 # ---------------------------------------------------------------------------------------------------- the toy
 
 
-def run_toy(out, settings=autoencoder.Settings(save_every=2), **changes):
+def run_toy(out, settings=autoencoder.Settings(save_every=2), names=("low",), **changes):
     small = dict(frames=16, size=(32, 32), lr=1e-3) | changes
-    phases = autoencoder.choose_phases(autoencoder.TOY, TINY, ["low"], False, [4], 1, **small)
+    phases = autoencoder.choose_phases(autoencoder.TOY, TINY, list(names), False, [4], 1, **small)
     return autoencoder.train("tiny", phases, autoencoder.ToyWorld(), out, settings)
+
+
+def test_where_only_the_decoder_is_trained_on_the_latent_keeps_its_scale(tmp_path):
+    ae.save(ae.DCAEV(dataclasses.replace(TINY, scale=4.5)), tmp_path / "start.safetensors")
+    settings = autoencoder.Settings(start=tmp_path / "start.safetensors")
+    made = run_toy(tmp_path / "out", settings, names=["decoder"])
+    assert ae.load(made).config.scale == 4.5
 
 
 def test_a_resumed_toy_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
