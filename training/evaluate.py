@@ -190,8 +190,8 @@ def eval_arguments(argv):
     p = options.Parser(
         prog="ae.py eval", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Judge autoencoders on held-out clips: PSNR, SSIM, LPIPS, FVD, flicker, grid.")
-    p.add_argument("weights", nargs="*", help="DC-AE-V or Wan VAE files (default: the embedded "
-                   "one for film, or for toy clips)")
+    p.add_argument("weights", nargs="*", default=argparse.SUPPRESS,
+                   help="DC-AE-V or Wan VAE files; none: the embedded one for film, or toy clips")
     p.add_argument("--decoder", nargs="+", metavar="FILE", default=(),
                    help="light decoders of this latent, to set beside its own")
     p.add_argument("--data", default="out/clips", metavar="FOLDER",
@@ -215,7 +215,8 @@ def eval_arguments(argv):
     args, given = p.parse(argv)
     if not args.prompts:
         p.refuse("a run without --prompts", given & {"model"})
-    args.weights = args.weights or [EMBEDDED["toy" if args.data == "toy" else "film"]]
+    if not getattr(args, "weights", None):
+        args.weights = [EMBEDDED["toy" if args.data == "toy" else "film"]]
     if args.results:
         folders.writable_file(args.results)
     return args, given

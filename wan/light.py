@@ -60,7 +60,7 @@ def load(net, path):
     check_latent(path, config, net)
     with torch.device("meta"):
         light = ae.DCAEV(config)
-    light.encoder, light.decoder = net.encoder, light.decoder
+    light.encoder = net.encoder
     weights = {name.removeprefix("decoder."): value for name, value in tensors.items()}
     checkpoint.load_strict(light.decoder, weights, str(path), "cpu")
     like = next(net.parameters())
