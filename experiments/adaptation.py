@@ -15,7 +15,7 @@ each learning rate of a grid, extended until its best is not at the edge, with a
 trials for all; the best is chosen on the validation loss inside the data. Then the other
 seeds at that rate. `verdicts.py` says what follows from the spread over seeds.
 
-    python -m experiments.adaptation                        two hours on one core
+    python -m experiments.adaptation                        hours on one core
     python -m experiments.adaptation --arms E b ab          with options of E
     python -m experiments.adaptation --ae plain.safetensors aligned.safetensors
                                                             deep autoencoders side by side
@@ -56,6 +56,7 @@ from files import checkpoint, folders, options, video
 from files.checkpoint import UserError
 from training import journal, loop, toy_base, toy_score
 from training.entries import hash_of, hash_tensors
+from training.muon import Muon
 from training.toy_base import TIMES
 from wan import released
 
@@ -121,6 +122,20 @@ PRESETS = {
         rates=(8e-4, 2e-3, 5e-3, 1.25e-2), scored=(0.25, 0.5, 0.75, 1),
     ),
 }
+
+
+
+@dataclass(frozen=True)
+class HalfSize:
+    """How the base is trained on at half its size, for the control: on all of the world."""
+
+    shards: int = 10
+    steps: int = 600
+    batch: int = 16
+    lr: float = 1.5e-3
+
+
+HALF = HalfSize()
 
 # ------------------------------------------------------------------------- narrow data
 
@@ -430,11 +445,18 @@ def gate(world):
     return dict(rows=rows, passed=passed, base=base, chance=chance)
 
 
-def half_size(world, net):
+def half_size(world):
     """The control that a reviewer asks for: the base at half the size, which has as few
-    tokens as the deep model, its videos enlarged. `net`: a base trained at both sizes."""
-    half = tuple(n // 2 for n in world.base.size)
-    return world.score(replace(world.base, net=net or world.base.net, size=half), enlarge=2)[0]
+    tokens as the deep model, trained on at that size; its videos enlarged."""
+    half = replace(world.base, net=copy.deepcopy(world.base.net),
+                   size=tuple(n // 2 for n in world.base.size))
+    latents = toy_base.cache_latents(half, HALF.shards, world.out.parent / "cache")
+    source = toy_base.Source(latents, half.text)
+    opt = Muon(half.net, HALF.lr, adam=toy_base.FIRST_AND_LAST)
+    plan = loop.Plan(HALF.steps, keep=1)
+    run = loop.Run(world.out / "half", asdict(HALF), {"net": half.net}, {"net": opt}, plan)
+    toy_base.fit(run, half.net, source, HALF.batch, 0, "base at half size")
+    return world.score(half, enlarge=2)[0]
 
 
 def alignments(world):
@@ -479,11 +501,11 @@ def speed(world, sizes=(1, 2, 3, 4), repeats=3):
 # ---------------------------------------------------------------- the experiment in order
 
 
-def compare(world, keys, seeds, half=None):
+def compare(world, keys, seeds):
     """Gate, alignments, search, seeds, options; yields a summary after each seed."""
     ledger, found = world.ledger, dict(settings=world.ledger.settings)
     found["gate"] = ledger.once("gate", lambda: gate(world))
-    found["half size"] = ledger.once("half size", lambda: half_size(world, half))
+    found["half size"] = ledger.once("half size", lambda: half_size(world))
     found["alignments"] = ledger.once("alignments", lambda: alignments(world))
     found["speed"] = ledger.once("speed", lambda: speed(world))
     rates = search(world, [key for key in keys if key in ARMS])
@@ -629,11 +651,10 @@ def main(argv=None):
         help=f"A to G, or options of E: {', '.join(OPTIONS)} (ARMS and OPTIONS in this file)")
     add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
         help="deep autoencoders, each of which gets the whole comparison")
-    add("--steps", type=options.whole(1), help="of every arm, in place of the preset's")
+    add("--steps", type=options.whole(1), help="of every arm, in place of the preset's; stage 1b keeps its share")
     add("--seeds", type=options.whole(1, 1000),
         help="fewer than the preset's; the others can be added later")
     add("--base-weights", help="transformer of the base in place of the embedded one")
-    add("--half-weights", help="one trained at half the size too, for the control")
     add("--out", type=Path, default=Path("out/adaptation"), help="caches, trials, weights")
     add("--results", type=Path, help="report and pictures (default: OUT)")
     add("--device", type=options.device, default=options.DEVICE)
@@ -654,16 +675,16 @@ def compare_all(args, names):
     """The comparison for every autoencoder, by its name."""
     preset = PRESETS[args.preset]
     if args.steps:
-        preset = replace(preset, steps=args.steps)
+        head_steps = round(preset.head_steps * args.steps / preset.steps)
+        preset = replace(preset, steps=args.steps, head_steps=head_steps)
     autoencoders = [ae.load(file) for file in args.ae]
-    half = dit.load(args.half_weights).to(args.device) if args.half_weights else None
     found, results = {}, args.results or args.out
     for name, autoencoder in zip(names, autoencoders):
         base = released.load_model("base")
         if args.base_weights:
             base = replace(base, net=dit.load(args.base_weights))
         world = World(preset, args.out / name, autoencoder, base, args.device)
-        for found[name] in compare(world, args.arms, args.seeds or preset.seeds, half):
+        for found[name] in compare(world, args.arms, args.seeds or preset.seeds):
             verdicts.report(found, results)
             verdicts.draw(found[name], results / f"adaptation_{name}.png")
         show(world, results / f"adaptation_{name}_videos.png")

@@ -14,6 +14,7 @@ from experiments import adaptation, verdicts
 from experiments.adaptation import HELD, Ledger, Preset, Trial
 from experiments.verdicts import GROUPS, spread
 from files.checkpoint import UserError
+from training import toy_base
 
 # ------------------------------------------------------------------------ narrow data
 
@@ -169,6 +170,8 @@ def program(tiny_toy, tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation, "search", search)
     monkeypatch.setattr(adaptation, "speed", lambda world: speed(world, (1,), 1))
     monkeypatch.setitem(adaptation.PRESETS, "laptop", TINY)
+    monkeypatch.setattr(adaptation, "HALF", adaptation.HalfSize(shards=1, steps=1, batch=2))
+    monkeypatch.setattr(toy_base, "SHARD", 4)
 
     def program(*arguments):
         adaptation.main([*arguments, "--out", str(tmp_path)])
