@@ -454,7 +454,9 @@ def half_size(world):
     source = toy_base.Source(latents, half.text)
     opt = Muon(half.net, HALF.lr, adam=toy_base.FIRST_AND_LAST)
     plan = loop.Plan(HALF.steps, keep=1)
-    run = loop.Run(world.out / "half", asdict(HALF), {"net": half.net}, {"net": opt}, plan)
+    config = dict(base=hash_tensors(half.net.state_dict()), data=source.fingerprint, **asdict(HALF))
+    folder = world.out.parent / "half"  # shared by all autoencoders
+    run = loop.Run(folder, config, {"net": half.net}, {"net": opt}, plan)
     toy_base.fit(run, half.net, source, HALF.batch, 0, "base at half size")
     return world.score(half, enlarge=2)[0]
 
@@ -501,16 +503,20 @@ def speed(world, sizes=(1, 2, 3, 4), repeats=3):
 # ---------------------------------------------------------------- the experiment in order
 
 
-def compare(world, keys, seeds):
-    """Gate, alignments, search, seeds, options; yields a summary after each seed."""
+def compare(world, keys, seeds, rate=None):
+    """Gate, alignments, search (without a given `rate`), seeds, options; yields a summary after
+    each seed."""
     ledger, found = world.ledger, dict(settings=world.ledger.settings)
     found["gate"] = ledger.once("gate", lambda: gate(world))
     found["half size"] = ledger.once("half size", lambda: half_size(world))
     found["alignments"] = ledger.once("alignments", lambda: alignments(world))
     found["speed"] = ledger.once("speed", lambda: speed(world))
-    rates = search(world, [key for key in keys if key in ARMS])
-    clear(world, rates)
-    rates |= {key: rates["E"] for key in keys if key in OPTIONS}
+    if rate:
+        rates = dict.fromkeys(keys, rate)
+    else:
+        rates = search(world, [key for key in keys if key in ARMS])
+        clear(world, rates)
+        rates |= {key: rates["E"] for key in keys if key in OPTIONS}
     for seed in range(seeds):
         for key, lr in rates.items():
             trial = Trial(world, key, lr, seed)
@@ -652,6 +658,7 @@ def main(argv=None):
     add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
         help="deep autoencoders, each of which gets the whole comparison")
     add("--steps", type=options.whole(1), help="of every arm, in place of the preset's; stage 1b keeps its share")
+    add("--rate", type=options.learning_rate, help="of all arms, in place of a search")
     add("--seeds", type=options.whole(1, 1000),
         help="fewer than the preset's; the others can be added later")
     add("--base-weights", help="transformer of the base in place of the embedded one")
@@ -660,8 +667,8 @@ def main(argv=None):
     add("--device", type=options.device, default=options.DEVICE)
     add("--threads", type=options.threads, help="CPU threads (default: all)")
     args, _ = p.parse(argv)
-    if "E" not in args.arms and set(args.arms) & OPTIONS.keys():
-        raise UserError("options take the learning rate of E: add E to --arms.")
+    if not args.rate and "E" not in args.arms and set(args.arms) & OPTIONS.keys():
+        raise UserError("options take the learning rate of E: add E to --arms, or give --rate.")
     names = [file.stem for file in args.ae]
     if len(set(names)) < len(names):
         raise UserError("two autoencoders of --ae have the same file name: rename one.")
@@ -684,7 +691,7 @@ def compare_all(args, names):
         if args.base_weights:
             base = replace(base, net=dit.load(args.base_weights))
         world = World(preset, args.out / name, autoencoder, base, args.device)
-        for found[name] in compare(world, args.arms, args.seeds or preset.seeds):
+        for found[name] in compare(world, args.arms, args.seeds or preset.seeds, args.rate):
             verdicts.report(found, results)
             verdicts.draw(found[name], results / f"adaptation_{name}.png")
         show(world, results / f"adaptation_{name}_videos.png")

@@ -225,8 +225,9 @@ def test_deep_autoencoders_side_by_side(program, tiny_toy, tmp_path, monkeypatch
     config = ae.load(tiny_toy / "toy.safetensors").config
     ae.save(ae.DCAEV(config), tmp_path / "other.safetensors")
     files = [str(tiny_toy / "toy.safetensors"), str(tmp_path / "other.safetensors")]
-    report = program("--arms", "G", "--ae", *files)
+    report = program("--arms", "G", "b", "--rate", "0.004", "--ae", *files)
     assert set(report) == {"toy", "other"}
+    assert {arm["rate"] for s in report.values() for arm in s["arms"].values()} == {0.004}
     losses = [s["arms"]["G"]["loss"]["inside"]["4"] for s in report.values()]
     assert losses[0] != losses[1]
 
