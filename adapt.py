@@ -41,6 +41,7 @@ from files import checkpoint, options, video
 from training import bases, journal, loop, toy_base
 from training.entries import hash_tensors
 from training.job import Job, export, finished, main_process_first, start_again
+from training.muon import Muon
 
 STAGES = ("cache", "align", "head", "lora", "export")
 
@@ -59,13 +60,14 @@ class Stage:
     ema: float = 0.0  # decay of the average that is evaluated and exported; 0: none
     rank: int = 0  # of the LoRA; 0: none, the ends alone
     first_batch: int = 0  # of the data, so that stage 2 does not begin with the clips of 1b
+    optimiser: str = "adamw"
 
 
 def recipe(s):
     """What is trained, from bases.Settings: the ends alone, then everything lightly."""
     return (Stage("1b", "1b, head aligned", s.steps_head, s.lr_head, s.warmup_head),
             Stage("2", "2, LoRA", s.steps, s.lr, s.warmup, s.ema, s.rank,
-                  first_batch=s.steps_head))
+                  first_batch=s.steps_head, optimiser=s.optimiser))
 
 
 def adapt(base, settings, args):
@@ -123,7 +125,10 @@ def train(job, expert, stage, start, config):
     net.checkpointing = s.checkpoint_blocks
     loop.shard(net, net.blocks)
     trained = loop.trained(net)
-    opt = torch.optim.AdamW(trained.values(), lr=stage.lr, betas=(0.9, 0.999), weight_decay=0)
+    if stage.optimiser == "muon":
+        opt = Muon(net, stage.lr, adam=toy_base.FIRST_AND_LAST)
+    else:
+        opt = torch.optim.AdamW(trained.values(), lr=stage.lr, betas=(0.9, 0.999), weight_decay=0)
     plan = loop.Plan(stage.steps, stage.warmup, s.decay, s.clip, s.accumulated(loop.processes()),
                      stage.ema, job.args.save_every)
     run = loop.Run(job.folder(expert, stage.name), config, {"net": net}, {"net": opt}, plan)

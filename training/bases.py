@@ -60,6 +60,7 @@ class Settings:
     lr_head: float = 1e-4
     warmup_head: int = 0
     steps: int = 8_000  # of stage 2
+    optimiser: str = "adamw"  # of stage 2; muon is for few steps of small networks
     lr: float = 5e-5
     warmup: int = 1_000
     decay: str = "constant"  # of the rate after its warm-up: constant, linear
@@ -355,14 +356,14 @@ class Toy(Base):
 
 # ------------------------------------------------ the rows
 
-# half an hour on one core: regression in place of the first steps, a higher
+# half an hour on one core: regression in place of the first steps, Muon, a higher
 # learning rate that falls, no average
 _TOY = Settings(
     align="noise_aware", head="closed_form", time_sampling="shifted", shift=toy_base.TIMES.shift,
     null="empty", steps_align=2000, lr_align=2e-3, batch_align=16,
     steps_head=800, lr_head=8e-3, warmup_head=50,
-    steps=1400, lr=4e-3, warmup=50, decay="linear", rank=32, clip=1.0, ema=0.0,
-    batch=32, checkpoint_blocks=False, export="fp32")
+    steps=1400, optimiser="muon", lr=8e-3, warmup=50, decay="linear", rank=32, clip=1.0,
+    ema=0.0, batch=32, checkpoint_blocks=False, export="fp32")
 _I2V = Settings(shift=5.0)
 
 BASES = {base.name: base for base in (
