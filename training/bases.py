@@ -362,7 +362,7 @@ _TOY = Settings(
     align="noise_aware", head="closed_form", time_sampling="shifted", shift=toy_base.TIMES.shift,
     null="empty", steps_align=2000, lr_align=2e-3, batch_align=16,
     steps_head=800, lr_head=8e-3, warmup_head=50,
-    steps=1400, optimiser="muon", lr=8e-3, warmup=50, decay="linear", rank=32, clip=1.0,
+    steps=800, optimiser="muon", lr=8e-3, warmup=50, decay="linear", rank=32, clip=1.0,
     ema=0.0, batch=32, checkpoint_blocks=False, export="fp32")
 _I2V = Settings(shift=5.0)
 
