@@ -13,7 +13,7 @@ first:
     stage 2   LoRA on the blocks, embedder and head in full: a light end-to-end fine-tune
     export    the LoRA in three layouts, and merged: a folder that sample.py takes
 
-    python adapt.py --base toy                                  half an hour on one core
+    python adapt.py --base toy                                  20 minutes on one core
     python adapt.py --base wan2.1 --weights DIR --data CLIPS    as published for 1.3B
     torchrun --nproc-per-node 8 adapt.py --base wan2.1-t2v-14b ...    weights sharded
     python adapt.py --base wan2.1-t2v-14b --plan                what that needs

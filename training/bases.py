@@ -356,7 +356,7 @@ class Toy(Base):
 
 # ------------------------------------------------ the rows
 
-# half an hour on one core: regression in place of the first steps, Muon, a higher
+# 20 minutes on one core with bf16: regression in place of the first steps, Muon, a higher
 # learning rate that falls, no average
 _TOY = Settings(
     align="noise_aware", head="closed_form", time_sampling="shifted", shift=toy_base.TIMES.shift,
