@@ -124,7 +124,6 @@ PRESETS = {
 }
 
 
-
 @dataclass(frozen=True)
 class HalfSize:
     """How the base is trained on at half its size, for the control: on all of the world."""
@@ -657,7 +656,8 @@ def main(argv=None):
         help=f"A to G, or options of E: {', '.join(OPTIONS)} (ARMS and OPTIONS in this file)")
     add("--ae", nargs="+", type=Path, default=[released.WEIGHTS / "toy.safetensors"],
         help="deep autoencoders, each of which gets the whole comparison")
-    add("--steps", type=options.whole(1), help="of every arm, in place of the preset's; stage 1b keeps its share")
+    add("--steps", type=options.whole(1),
+        help="of every arm, in place of the preset's; stage 1b keeps its share")
     add("--rate", type=options.learning_rate, help="of all arms, in place of a search")
     add("--seeds", type=options.whole(1, 1000),
         help="fewer than the preset's; the others can be added later")

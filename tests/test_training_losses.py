@@ -30,17 +30,6 @@ def test_l1():
 # ---------------------------------------------------------------------------------------------------- perceptual
 
 
-def test_border_sees_where_chunks_meet_and_nothing_else():
-    """Each chunk brighter than the one before: one step per border, however bright. Motion
-    inside a chunk costs nothing."""
-    x = torch.rand(2, 3, 12, 4, 4)
-    brighter = x + torch.tensor([0.0, 0.1, 0.3]).repeat_interleave(4)[:, None, None]
-    assert losses.border(brighter, x, 4).item() == pytest.approx(0.15, rel=1e-5)
-    inside = x.clone()
-    inside[:, :, [1, 2, 5, 6, 9, 10]] += 1
-    assert losses.border(inside, x, 4) == 0
-
-
 def test_perceptual_distance_is_nothing_for_equal_clips_and_grows_with_the_damage():
     net, x = losses.Perceptual("random"), torch.rand(2, 3, 4, 32, 48) * 2 - 1
     noise = torch.randn(x.shape)

@@ -75,7 +75,6 @@ class Phase:
     l1: float = 1.0
     mse: float = 0.0
     jumps: float = 0.0  # `losses.jumps`
-    border: float = 0.0  # `losses.border`: where chunks meet
     perceptual: float = 0.5
     adversarial: float = 0.0
     noise: float = 0.0  # added before decoding: standard deviation over the latent's RMS
@@ -94,7 +93,7 @@ class Phase:
 
 
 CLIP_ENCODER = ("all", "inner")  # what trains the encoder of clips, and so can be aligned
-LOSSES = ("l1", "mse", "jumps", "border", "perceptual", "adversarial", "noise",
+LOSSES = ("l1", "mse", "jumps", "perceptual", "adversarial", "noise",
           "equivariance", "correlation", "front", "masked")  # that --losses may set
 DISTILLED = ("full", "features", "generated")
 
@@ -310,8 +309,6 @@ class Objective:
             values["mse"] = (y - x).square().mean()
         if phase.jumps:
             values["jumps"] = losses.jumps(y, x)
-        if phase.border and state is None:
-            values["border"] = losses.border(y, x, net.config.piece)
         if phase.perceptual:
             frames = torch.Generator().manual_seed(int(rng.integers(2**31)))
             values["perceptual"] = self.perceptual(y, x, frames)

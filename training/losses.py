@@ -46,13 +46,6 @@ def jumps(y, x):
     return sum(error.diff(dim=d).abs().mean() for d in (2, 3, 4) if error.shape[d] > 1)
 
 
-def border(y, x, chunk):
-    """Mean |d(y - x)| from the last frame of each chunk of `chunk` frames to the first of the
-    next: a flash where chunks meet."""
-    error = y.float() - x.float()
-    return error.diff(dim=2)[:, :, chunk - 1 :: chunk].abs().mean()
-
-
 # -------------------------------------------------------------- perceptual
 
 
