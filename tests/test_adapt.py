@@ -150,6 +150,11 @@ TINY_RUN = ["--base", "toy", "--shards", "2", "--steps-head", "4", "--steps", "4
             "--rank", "2", "--device", "cpu"]
 
 
+def optimisers(out):
+    """By which of them stages 1b and 2 were trained."""
+    return [checkpoint.open_tensors(out / stage / "trained.safetensors")[1]["settings"]["optimiser"] for stage in "1b 2".split()]
+
+
 def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, quick, tmp_path, monkeypatch, capsys):
     out, heads = tmp_path / "out", []
     contact_sheet = video.contact_sheet
@@ -183,7 +188,9 @@ def test_adapt_runs_the_stages_and_its_model_loads_merged_and_as_lora(tiny_toy, 
 
     # once more: everything is there, nothing is encoded or trained
     files = {f: checkpoint.load_tensors(f)[0] for f in (out / "transformer.safetensors", out / "lora.safetensors")}
-    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    assert optimisers(out) == ["adamw", "muon"]
+    for optimiser in (torch.optim.AdamW, adapt.Muon):
+        monkeypatch.setattr(optimiser, "step", None)
     monkeypatch.setattr(models.Model, "encode", None)
     adapt.main([*TINY_RUN, "--out", str(out)])
     for file, before in files.items():
@@ -252,6 +259,7 @@ def test_text_to_video_from_clips_to_a_sample(wan, tiny_folders, text_cache, tmp
     for stage in list(rows)[-3:]:
         assert rows[stage]["validation_loss"] > 0 and list(rows[stage]["depth"]) == ["embedding", "0", "1"] and len(rows[stage]["sigma"]) > 1
     assert {"stages.png", "pairs.png", "lora-peft.safetensors", "lora-kohya.safetensors"} <= {p.name for p in out.iterdir()}
+    assert optimisers(out) == ["adamw", "adamw"]  # as published
     told = checkpoint.open_tensors(out / "transformer.safetensors")[1]["adapted"]
     assert (told["base"], told["target"], told["rank"], told["alpha"], told["step"]) == ("wan2.1-t2v-1.3b", "f32t4c32", 2, 4, 3)
     video, report = sampled(out, [tiny_folders / "Wan2.1-T2V-1.3B"], text_cache, tmp_path)
