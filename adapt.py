@@ -339,7 +339,9 @@ def main(argv=None):
     args, given = arguments(argv)
     base = bases.find(args.base)
     settings = dataclasses.replace(base.settings, **given)
-    if args.continue_from and not args.pretrain:  # our choice
+    if args.pretrain:
+        settings = dataclasses.replace(settings, **toy_base.PRETRAINING | given)
+    elif args.continue_from:  # our choice
         shorter = {k: getattr(settings, k) * 15 // 100 for k in ("steps", "warmup")}
         settings = dataclasses.replace(settings, **shorter | given)
     if args.threads:

@@ -187,6 +187,8 @@ class Source:
 
 # ------------------------------------------------ pre-training
 
+#: in place of what the stages of an adaptation have
+PRETRAINING = dict(steps=1900, lr=2e-3, batch=16, ema=0.998)
 #: what Muon leaves to Adam
 FIRST_AND_LAST = (r"patch_embedding.*", r"head.*", r".*modulation", r"text_embedding.*",
                   r"time_.*")
