@@ -503,15 +503,15 @@ def speed(world, sizes=(1, 2, 3, 4), repeats=3):
 
 
 def compare(world, keys, seeds, rate=None):
-    """Gate, alignments, search (without a given `rate`), seeds, options; yields a summary after
-    each seed."""
+    """Gate, alignments, search (without `rate`: one for all, or one for each of `keys`), seeds,
+    options; yields a summary after each seed."""
     ledger, found = world.ledger, dict(settings=world.ledger.settings)
     found["gate"] = ledger.once("gate", lambda: gate(world))
     found["half size"] = ledger.once("half size", lambda: half_size(world))
     found["alignments"] = ledger.once("alignments", lambda: alignments(world))
     found["speed"] = ledger.once("speed", lambda: speed(world))
     if rate:
-        rates = dict.fromkeys(keys, rate)
+        rates = dict(zip(keys, itertools.cycle(rate)))
     else:
         rates = search(world, [key for key in keys if key in ARMS])
         clear(world, rates)
@@ -658,7 +658,8 @@ def main(argv=None):
         help="deep autoencoders, each of which gets the whole comparison")
     add("--steps", type=options.whole(1),
         help="of every arm, in place of the preset's; stage 1b keeps its share")
-    add("--rate", type=options.learning_rate, help="of all arms, in place of a search")
+    add("--rate", nargs="+", type=options.learning_rate,
+        help="of all arms, or one for each, in place of a search")
     add("--seeds", type=options.whole(1, 1000),
         help="fewer than the preset's; the others can be added later")
     add("--base-weights", help="transformer of the base in place of the embedded one")
@@ -672,6 +673,8 @@ def main(argv=None):
     names = [file.stem for file in args.ae]
     if len(set(names)) < len(names):
         raise UserError("two autoencoders of --ae have the same file name: rename one.")
+    if args.rate and len(args.rate) not in (1, len(args.arms)):
+        raise UserError(f"--rate: give one for all arms, or {len(args.arms)}, one for each.")
     if args.threads:
         torch.set_num_threads(args.threads)
     with folders.Lock(args.out):
