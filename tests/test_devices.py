@@ -177,7 +177,7 @@ def test_autoencoders_whole_streamed_and_tiled(name):
 WORLD = dict(size=(32, 32), frames=16, batch=2, steps=2, lr=1e-3, expected="", warmup=1, disc_width=4)
 EVERYTHING = dict(
     perceptual_frames=1,
-    l1=1.0, mse=1.0, jumps=0.1, perceptual=0.1, adversarial=0.05, noise=0.1, align=0.1,
+    l1=1.0, mse=1.0, jumps=0.1, border=0.1, perceptual=0.1, adversarial=0.05, noise=0.1, align=0.1,
     equivariance=0.1, correlation=0.1, front=1.0, masked=1.0)
 
 

@@ -27,6 +27,15 @@ def test_l1():
     assert losses.l1(y, x).item() == pytest.approx(4 / 3) and losses.l1(y, x).dtype == torch.float32
 
 
+def test_border_looks_at_the_pairs_of_frames_between_chunks():
+    """Three chunks of two frames: an error that holds through a chunk jumps at both borders, one inside a chunk at none."""
+    x, y = torch.randn(2, 3, 6, 4, 4), torch.tensor([0.0, 0.0, 0.5, 0.5, 0.25, 0.25])[:, None, None]
+    assert losses.border(x + y, x, 2).item() == pytest.approx((0.5 + 0.25) / 2)
+    inside = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])[:, None, None]
+    assert losses.border(x + inside, x, 2) < 1e-6
+    assert losses.border(x + 1, x, 6) == 0 == losses.border(x[:, :, :1] + 1, x[:, :, :1], 1)
+
+
 # ---------------------------------------------------------------------------------------------------- perceptual
 
 

@@ -75,6 +75,7 @@ class Phase:
     l1: float = 1.0
     mse: float = 0.0
     jumps: float = 0.0  # `losses.jumps`
+    border: float = 0.0  # `losses.border`: flashes between chunks
     perceptual: float = 0.5
     adversarial: float = 0.0
     noise: float = 0.0  # added before decoding: standard deviation over the latent's RMS
@@ -93,7 +94,7 @@ class Phase:
 
 
 CLIP_ENCODER = ("all", "inner")  # what trains the encoder of clips, and so can be aligned
-LOSSES = ("l1", "mse", "jumps", "perceptual", "adversarial", "noise",
+LOSSES = ("l1", "mse", "jumps", "border", "perceptual", "adversarial", "noise",
           "equivariance", "correlation", "front", "masked")  # that --losses may set
 DISTILLED = ("full", "features", "generated")
 
@@ -149,8 +150,8 @@ _WORLD = dict(size=(toy.SIZE, toy.SIZE), frames=toy.FRAMES, batch=4)
 TOY = (
     Phase("low", "all", **_WORLD, steps=2400, lr=6e-4, jumps=0.1, noise=0.1,
           expected="1.9 s per step, 75 minutes", **_TOY, **_PIXELS),
-    Phase("decoder", "decoder", **_WORLD, steps=1000, lr=5e-4, jumps=0.4, noise=0.5,
-          expected="1.2 s per step, 20 minutes", **_TOY, **_PIXELS),
+    Phase("decoder", "decoder", **_WORLD, steps=1000, lr=5e-4, jumps=0.4, border=1.0,
+          noise=0.3, expected="1.2 s per step, 20 minutes", **_TOY, **_PIXELS),
 )
 #: One clip by heart: no stills, nothing held out, pixels only. Every window of two chunks is
 #: drawn; judged is the whole clip.
@@ -309,6 +310,8 @@ class Objective:
             values["mse"] = (y - x).square().mean()
         if phase.jumps:
             values["jumps"] = losses.jumps(y, x)
+        if phase.border and state is None:
+            values["border"] = losses.border(y, x, net.config.piece)
         if phase.perceptual:
             frames = torch.Generator().manual_seed(int(rng.integers(2**31)))
             values["perceptual"] = self.perceptual(y, x, frames)
@@ -588,8 +591,8 @@ def run_config(name, objective, source, settings):
     config |= distiller.about if distiller else {}
     for key in ("expected", "scale"):
         del config[key]
-    for key in ("decoder_depths", "separable", *DISTILLED):  # runs begun before these go on
-        if not config[key]:
+    for key in ("decoder_depths", "separable", "border", *DISTILLED):
+        if not config[key]:  # runs begun before there were these go on
             del config[key]
     return config
 

@@ -209,7 +209,8 @@ def arguments():
                    "(default: %(default)s)")
     p.add_argument("--model", metavar="NAME", help="learn on latents of this toy model too: dc, or "
                    "what sample.py --model takes")
-    known = ("l1", "mse", "jumps", "perceptual", "adversarial", *autoencoder.DISTILLED)
+    known = ("l1", "mse", "jumps", "border", "perceptual", "adversarial",
+             *autoencoder.DISTILLED)
     autoencoder.add_shared(p, known)
     return p
 

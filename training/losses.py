@@ -46,6 +46,14 @@ def jumps(y, x):
     return sum(error.diff(dim=d).abs().mean() for d in (2, 3, 4) if error.shape[d] > 1)
 
 
+def border(y, x, chunk):
+    """Mean |d(y - x)| from the last frame of each chunk of `chunk` frames to the first of the
+    next: what a viewer sees of an error there is a flash. 0 where there is but one chunk."""
+    error = y.float() - x.float()
+    flash = error[:, :, chunk::chunk] - error[:, :, chunk - 1 : -1 : chunk]
+    return flash.abs().mean() if flash.numel() else flash.sum()
+
+
 # -------------------------------------------------------------- perceptual
 
 
