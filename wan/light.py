@@ -30,7 +30,8 @@ PRESETS = {
     "f64t4c128-light": dict(decoder_widths=(64, 128, 256, 512, 512, 512),
                             decoder_depths=(4, 3, 3, 3, 3, 4), separable=3),
     "small-light": dict(decoder_widths=(64, 128, 128), decoder_depths=(2, 1, 1), separable=3),
-    "toy-light": dict(decoder_widths=(32, 64, 64, 64), decoder_depths=(2, 1, 1, 1), separable=4),
+    "toy-light": dict(decoder_widths=(16, 32, 64, 64, 64), decoder_depths=(1, 1, 1, 1, 1),
+                      separable=5),
 }
 DECODER = ("decoder_widths", "decoder_depths", "separable")  # of a Config: no matter of the latent
 SUFFIX = "-light.safetensors"
