@@ -205,7 +205,7 @@ class Forward:
         self.config, self.shape = gpu.config(width, space), gpu.latent(space, size, gpu.FRAMES)
         self.tokens, self.part = dit.tokens(self.config, self.shape), part
         c = self.config
-        self.net = dit.inherit(base, replace(c, layers=BLOCKS), share=True)
+        net = self.net = dit.inherit(base, replace(c, layers=BLOCKS), share=True)
         frame = torch.randn(1, c.in_channels, c.patch[0], *self.shape[1:])
         _, t, context = gpu.inputs(CPU, self.net, self.shape)
         time, prompt = self.net.times(t)[0], self.net.prompt(context).blocks
@@ -214,9 +214,9 @@ class Forward:
         rope = dit.rope_table(grid, c.dim // c.heads, CPU)
         seen = random_keys(c, self.tokens, dtype)
 
-        def ends():
-            h = self.net.embed_patches(frame)
-            self.net.unpatchify(self.net.head(h.flatten(1, 3), time.e), h.shape[1:4])
+        def ends():  # without `self`: a cycle would keep a row's memory into the next ones
+            h = net.embed_patches(frame)
+            net.unpatchify(net.head(h.flatten(1, 3), time.e), h.shape[1:4])
 
         def block(block, prompt, part):
             block(x[:, :part], time.e0, rope[:part], prompt, dtype)
