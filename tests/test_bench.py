@@ -1,6 +1,8 @@
 """The suites run and say what they measured; how fast is not a test."""
+import gc
 import json
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -292,6 +294,22 @@ def test_too_little_memory_is_told_before_the_work(tiny_full, tmp_path, monkeypa
     monkeypatch.setattr(full.memory, "free_memory", lambda device: 2**16)
     with pytest.raises(UserError, match="row 1.3B 480p needs about .* choose other rows"):
         full_suite(tmp_path)
+
+
+@torch.no_grad()
+def test_a_forward_frees_its_memory_at_once(tiny_full):
+    """Not when Python looks for cycles, which may be rows later: 14B at 1080p leaves no room for them."""
+    few = replace(gpu.config("1.3B", gpu.BASE), layers=full.BLOCKS)
+    forward = full.Forward(gpu.random(lambda: dit.WanDiT(few), CPU, torch.float32), "1.3B", gpu.DEEP, "480p", 2)
+    for name in forward.tasks:
+        forward.tasks[name]()
+    net = weakref.ref(forward.net)
+    gc.disable()
+    try:
+        del forward
+        assert net() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
